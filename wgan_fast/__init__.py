@@ -1,0 +1,28 @@
+"""A fast, exact backend for WGAN-GP training in PyTorch."""
+
+from . import losses
+from .build import build_info
+from .clipping import clip_weights_
+from .critic_step import CriticStep, CriticStepResult
+from .penalty import (
+    GradientPenalty,
+    PenaltyConfig,
+    gradient_penalty,
+    interpolate,
+    penalty_from_gradient,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CriticStep",
+    "CriticStepResult",
+    "GradientPenalty",
+    "PenaltyConfig",
+    "build_info",
+    "clip_weights_",
+    "gradient_penalty",
+    "interpolate",
+    "losses",
+    "penalty_from_gradient",
+]

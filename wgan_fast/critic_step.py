@@ -1,0 +1,165 @@
+"""One critic step: scores, loss, penalty and every parameter gradient, ready for the optimizer."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .losses import AdversarialLoss, get_loss
+from .penalty import (
+    Engine,
+    PenaltyConfig,
+    check_engine,
+    check_samples,
+    check_scores,
+    penalty_at,
+    penalty_points,
+)
+from .precision import accumulation_dtype
+
+Precision = Literal["fp32", "bf16"]
+Schedule = Literal["auto", "batched", "split"]
+
+
+class CriticStepResult(NamedTuple):
+    """What one critic step measured: detached 0-dim tensors on the critic's device.
+
+    Attributes:
+        loss: The whole objective, penalty included.
+        penalty: The penalty, weight included; 0 at a step without one.
+        wasserstein: mean D(real) − mean D(fake).
+        real_score: mean D(real).
+        fake_score: mean D(fake).
+        gradient_norm: Mean ‖∇D‖₂ over the penalised points; NaN at a step without a penalty.
+    """
+
+    loss: Tensor
+    penalty: Tensor
+    wasserstein: Tensor
+    real_score: Tensor
+    fake_score: Tensor
+    gradient_norm: Tensor
+
+
+class CriticStep:
+    """Computes the critic's loss and penalty and leaves their gradient in the parameters' ``.grad``.
+
+    Args:
+        critic: Maps ``[N, *D]`` to one score per sample (per group, where the penalty's ``group_size`` packs).
+        loss: Name of the adversarial loss ("wasserstein", "non_saturating", "least_squares", "hinge") or the loss.
+        penalty: What to penalise; None for no penalty.
+        engine: As in ``gradient_penalty``.
+        compile: Compile the step with ``torch.compile``; needs the four-pass engine.
+        precision: "fp32" computes in the critic's own dtype; "bf16" runs the critic under bfloat16 autocast, with
+            parameters, norms and means in float32.
+        schedule: How the four-pass engine arranges real, fake and interpolates: "batched", "split" or "auto".
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: A setting is unknown.
+    """
+
+    def __init__(
+        self,
+        critic: nn.Module,
+        *,
+        loss: str | AdversarialLoss = "wasserstein",
+        penalty: PenaltyConfig | None = PenaltyConfig.wgan_gp(),  # noqa: B008 (frozen)
+        engine: Engine = "auto",
+        compile: bool = False,
+        precision: Precision = "fp32",
+        schedule: Schedule = "auto",
+    ) -> None:
+        if not isinstance(critic, nn.Module):
+            raise TypeError(f"critic must be an nn.Module, got {type(critic).__name__}")
+        if penalty is not None and not isinstance(penalty, PenaltyConfig):
+            raise TypeError(f"penalty must be a PenaltyConfig or None, got {type(penalty).__name__}")
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
+        if schedule not in get_args(Schedule):
+            raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}, got {schedule!r}")
+        check_engine(engine)
+        self.critic = critic
+        self.loss = get_loss(loss)
+        self.penalty = penalty
+        self.engine = engine
+        self.compile = compile
+        self.precision = precision
+        self.schedule = schedule
+        self.steps_taken = 0
+        """Calls so far; decides which steps carry a lazy penalty, so set it when resuming."""
+
+    def __call__(
+        self,
+        real: Tensor,
+        fake: Tensor,
+        alpha: Tensor | None = None,
+        accumulate: bool = False,
+        *,
+        critic_args: tuple[Any, ...] = (),
+        critic_kwargs: Mapping[str, Any] | None = None,
+    ) -> CriticStepResult:
+        """Run one step.
+
+        Args:
+            real: Real samples ``[N, *D]``, floating point.
+            fake: Generated samples of the same shape, dtype and device; taken as constants.
+            alpha: α per sample, as in ``gradient_penalty``; None draws it before the critic runs.
+            accumulate: Add to the parameters' ``.grad`` instead of replacing it.
+            critic_args: Further positional arguments of the critic, given with every batch.
+            critic_kwargs: Keyword arguments of the critic.
+
+        Returns:
+            The step's figures; reading one on the host waits for the device.
+
+        Raises:
+            TypeError: As ``gradient_penalty``.
+            ValueError: As ``gradient_penalty``; no gradient has been touched then.
+        """
+        penalty = self._penalty_now()
+        group_size = self.penalty.group_size if self.penalty else 1
+        if penalty:
+            points = penalty_points(penalty, real, fake, alpha, None)
+        else:
+            check_samples(real, fake, group_size)
+
+        def scores(x: Tensor) -> Tensor:
+            out = check_scores(self.critic(x, *critic_args, **(critic_kwargs or {})), x, group_size)
+            return out.to(accumulation_dtype(out.dtype))
+
+        with torch.enable_grad(), self._autocast(real.device.type):
+            real_scores, fake_scores = scores(real.detach()), scores(fake.detach())
+            loss = self.loss.critic(real_scores, fake_scores)
+            if penalty:
+                penalty_value, norm = penalty_at(self.critic, points, penalty, critic_args, critic_kwargs)
+                loss = loss + penalty_value
+            else:
+                penalty_value, norm = torch.zeros_like(loss), torch.full_like(loss, torch.nan)
+        if not accumulate:
+            self.critic.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.steps_taken += 1
+        real_score, fake_score = real_scores.detach().mean(), fake_scores.detach().mean()
+        return CriticStepResult(
+            loss.detach(),
+            penalty_value.detach(),
+            real_score - fake_score,
+            real_score,
+            fake_score,
+            norm.detach(),
+        )
+
+    def _penalty_now(self) -> PenaltyConfig | None:
+        if self.penalty is None or self.penalty.every == 1:
+            return self.penalty
+        if self.steps_taken % self.penalty.every:
+            return None
+        return replace(self.penalty, weight=self.penalty.weight * self.penalty.every)
+
+    def _autocast(self, device_type: str) -> AbstractContextManager[Any]:
+        if self.precision == "bf16":
+            return torch.autocast(device_type, torch.bfloat16)
+        return nullcontext()

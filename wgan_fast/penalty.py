@@ -1,0 +1,433 @@
+"""The gradient penalty for existing training code: one call, same value and gradients as the usual recipe."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Generator, Tensor
+
+from . import reference
+from .precision import accumulation_dtype
+
+At = Literal["interpolates", "real", "fake", "both", "perturbed"]
+Engine = Literal["auto", "four_pass", "autograd"]
+
+
+@dataclass(frozen=True)
+class PenaltyConfig:
+    """What is penalised, where, and how strongly.
+
+    P = (w/N) Σ ψ(‖∇D(x_i)‖₂) with ψ(r) = (r − target)², or max(0, r − target)² when one-sided.
+
+    Attributes:
+        weight: w, at least 0.
+        target: The gradient norm that costs nothing, at least 0.
+        one_sided: Whether only norms above the target cost (WGAN-LP).
+        at: Where the gradient is taken: random "interpolates" between real and fake, the "real" samples (R1),
+            the "fake" ones (R2), "both" (the sum of R1 and R2), or "perturbed" real samples (DRAGAN).
+        group_size: Consecutive samples that the critic packs into one decision (PacGAN, CTGAN): one α and one
+            norm per group.
+        every: Apply the penalty at every k-th critic step only, with k times the weight (StyleGAN2's lazy
+            regularisation). This changes the objective; only ``CriticStep`` reads it.
+    """
+
+    weight: float = 10.0
+    target: float = 1.0
+    one_sided: bool = False
+    at: At = "interpolates"
+    group_size: int = 1
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "target"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name} must be finite and at least 0, got {value}")
+        if not isinstance(self.one_sided, bool):
+            raise TypeError(f"one_sided must be True or False, got {self.one_sided!r}")
+        if self.at not in get_args(At):
+            raise ValueError(f"at must be one of {', '.join(get_args(At))}, got {self.at!r}")
+        for name in ("group_size", "every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    @classmethod
+    def wgan_gp(cls, weight: float = 10.0) -> Self:
+        """Two-sided penalty on interpolates (Gulrajani et al. 2017, arXiv:1704.00028)."""
+        return cls(weight=weight)
+
+    @classmethod
+    def wgan_lp(cls, weight: float = 10.0) -> Self:
+        """One-sided penalty on interpolates (Petzka et al. 2018, arXiv:1709.08894)."""
+        return cls(weight=weight, one_sided=True)
+
+    @classmethod
+    def r1(cls, gamma: float = 10.0) -> Self:
+        """(γ/2) E‖∇D(x)‖² on real samples (Mescheder et al. 2018, arXiv:1801.04406)."""
+        return cls(weight=gamma / 2, target=0.0, at="real")
+
+    @classmethod
+    def r2(cls, gamma: float = 10.0) -> Self:
+        """(γ/2) E‖∇D(x̃)‖² on fake samples (Mescheder et al. 2018, arXiv:1801.04406)."""
+        return cls(weight=gamma / 2, target=0.0, at="fake")
+
+    @classmethod
+    def dragan(cls, weight: float = 10.0) -> Self:
+        """Two-sided penalty around the real samples (Kodali et al. 2017, arXiv:1705.07215)."""
+        return cls(weight=weight, at="perturbed")
+
+
+def gradient_penalty(
+    critic: Callable[..., Tensor],
+    real: Tensor,
+    fake: Tensor,
+    *,
+    weight: float = 10.0,
+    target: float = 1.0,
+    one_sided: bool = False,
+    at: At = "interpolates",
+    alpha: Tensor | None = None,
+    generator: Generator | None = None,
+    group_size: int = 1,
+    critic_args: tuple[Any, ...] = (),
+    critic_kwargs: Mapping[str, Any] | None = None,
+    engine: Engine = "auto",
+) -> Tensor:
+    """Penalise the norm of the critic's input gradient: (w/N) Σ ψ(‖∇D(x̂_i)‖₂).
+
+    real and fake are constants: no gradient flows to the generator. The critic's parameters receive theirs from
+    ``.backward()`` on the result or on anything computed from it; under ``torch.no_grad()`` only the value is
+    computed. Norms and the mean over samples are taken in float32 for lower precisions and in float64 for float64.
+    A sample whose gradient is exactly 0 contributes ψ(0) to the value and nothing to the gradients.
+
+    Args:
+        critic: Maps ``[N, *D]`` to one score per sample: ``[N]`` or ``[N, 1]`` (``[N // group_size]`` with packing).
+        real: Real samples ``[N, *D]``, floating point.
+        fake: Generated samples, of the shape, dtype and device of ``real``.
+        weight: w, finite and at least 0.
+        target: The norm that costs nothing; 1 for WGAN-GP, 0 for R1 and R2.
+        one_sided: Penalise only norms above the target.
+        at: "interpolates", "real", "fake", "both" (the sum of the penalties at real and at fake) or "perturbed".
+        alpha: α per sample ``[N]`` (or ``[N, 1, ...]``; per group ``[N // group_size]``), in place of a draw from
+            U[0, 1]. Ignored where no point is drawn ("real", "fake", "both").
+        generator: Source of the draws; None means the default generator of the samples' device. α is drawn once
+            per call, before the critic runs; "perturbed" then draws its noise.
+        group_size: Consecutive samples packed into one critic decision: one α and one norm per group.
+        critic_args: Further positional arguments of the critic, such as labels.
+        critic_kwargs: Keyword arguments of the critic.
+        engine: "autograd" differentiates twice; "four_pass" captures the critic and needs no double backward;
+            "auto" uses "four_pass" where it can.
+
+    Returns:
+        The penalty, 0-dim, weight included, once differentiable in the critic's parameters.
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: Shapes or devices disagree, a setting is out of range, the batch is empty, or the critic does
+            not return one score per sample. Nothing has been changed then.
+
+    Source: Gulrajani et al. 2017, arXiv:1704.00028, equation 3.
+
+    >>> critic = torch.nn.Linear(2, 1)
+    >>> real, fake = torch.zeros(8, 2), torch.ones(8, 2)
+    >>> penalty = gradient_penalty(critic, real, fake)
+    >>> torch.allclose(penalty, 10 * (critic.weight.norm() - 1) ** 2)
+    True
+    """
+    return GradientPenalty(
+        critic,
+        weight=weight,
+        target=target,
+        one_sided=one_sided,
+        at=at,
+        generator=generator,
+        group_size=group_size,
+        critic_args=critic_args,
+        critic_kwargs=critic_kwargs,
+        engine=engine,
+    )(real, fake, alpha)
+
+
+class GradientPenalty:
+    """A gradient penalty planned once for a critic and called at every step.
+
+    Takes the options of ``gradient_penalty``, except α, which belongs to a call.
+    """
+
+    def __init__(
+        self,
+        critic: Callable[..., Tensor],
+        *,
+        weight: float = 10.0,
+        target: float = 1.0,
+        one_sided: bool = False,
+        at: At = "interpolates",
+        generator: Generator | None = None,
+        group_size: int = 1,
+        critic_args: tuple[Any, ...] = (),
+        critic_kwargs: Mapping[str, Any] | None = None,
+        engine: Engine = "auto",
+    ) -> None:
+        if not callable(critic):
+            raise TypeError(f"critic must be callable, got {type(critic).__name__}")
+        check_engine(engine)
+        self.critic = critic
+        self.config = PenaltyConfig(weight, target, one_sided, at, group_size)
+        self.generator = generator
+        self.critic_args = critic_args
+        self.critic_kwargs = critic_kwargs
+        self.engine = engine
+
+    def __call__(
+        self,
+        real: Tensor,
+        fake: Tensor,
+        alpha: Tensor | None = None,
+        *,
+        critic_args: tuple[Any, ...] | None = None,
+        critic_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Compute the penalty of one batch.
+
+        Args:
+            real: Real samples ``[N, *D]``.
+            fake: Generated samples ``[N, *D]``.
+            alpha: As in ``gradient_penalty``.
+            critic_args: This batch's further arguments (labels, say); None means those given at construction.
+            critic_kwargs: Likewise.
+
+        Returns:
+            The penalty, 0-dim, weight included.
+        """
+        points = penalty_points(self.config, real, fake, alpha, self.generator)
+        args = self.critic_args if critic_args is None else critic_args
+        kwargs = self.critic_kwargs if critic_kwargs is None else critic_kwargs
+        penalty, _ = penalty_at(self.critic, points, self.config, args, kwargs)
+        return penalty
+
+
+def penalty_at(
+    critic: Callable[..., Tensor],
+    points: list[Tensor],
+    config: PenaltyConfig,
+    critic_args: tuple[Any, ...] = (),
+    critic_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Evaluate the penalty at given points by double backward.
+
+    Returns:
+        The penalty (summed over the sets of points, weight included) and the mean gradient norm, both 0-dim.
+    """
+    differentiate = torch.is_grad_enabled()
+    penalties, norms = [], []
+    for point in points:
+        with torch.enable_grad():
+            x = point.detach().requires_grad_()
+            scores = check_scores(critic(x, *critic_args, **(critic_kwargs or {})), x, config.group_size)
+            gradient = _input_gradient(scores, x, differentiate)
+            norm = reference.gradient_norm(gradient, config.group_size)
+            penalties.append(
+                reference.penalty_from_norm(
+                    norm, weight=config.weight, target=config.target, one_sided=config.one_sided
+                )
+            )
+            norms.append(norm.detach().mean())
+    penalty = penalties[0] if len(penalties) == 1 else penalties[0] + penalties[1]
+    return penalty if differentiate else penalty.detach(), torch.stack(norms).mean()
+
+
+def _input_gradient(scores: Tensor, x: Tensor, create_graph: bool) -> Tensor:
+    gradient = None
+    if scores.requires_grad:
+        (gradient,) = torch.autograd.grad(
+            scores, x, torch.ones_like(scores), create_graph=create_graph, allow_unused=True
+        )
+    if gradient is None:
+        raise ValueError(
+            "critic's scores do not depend on its input: it was detached or computed under torch.no_grad()"
+        )
+    return gradient
+
+
+def interpolate(
+    real: Tensor,
+    fake: Tensor,
+    alpha: Tensor | None = None,
+    *,
+    generator: Generator | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Mix real and fake samples: x̂ = αx + (1−α)x̃, one α ~ U[0, 1] per sample.
+
+    Args:
+        real: ``[N, *D]``, floating point.
+        fake: Of the shape, dtype and device of ``real``.
+        alpha: ``[N]`` or ``[N, 1, ...]``; None draws it, in float32 (float64 for float64 samples).
+        generator: Source of the draw; None means the default generator of the device.
+        out: Where to write the result, of the shape, dtype and device of ``real``; not differentiable then.
+
+    Returns:
+        x̂ ``[N, *D]`` in the dtype of ``real``; computed in float32 for lower precisions. Differentiable to any
+        order in ``real``, ``fake`` and ``alpha``.
+
+    Raises:
+        TypeError: A tensor is not floating point, or dtypes disagree.
+        ValueError: Shapes or devices disagree, or the batch is empty.
+
+    Source: Gulrajani et al. 2017, arXiv:1704.00028, algorithm 1.
+
+    >>> interpolate(torch.ones(2, 3), torch.zeros(2, 3), torch.tensor([0.0, 0.25]))
+    tensor([[0.0000, 0.0000, 0.0000],
+            [0.2500, 0.2500, 0.2500]])
+    """
+    check_samples(real, fake)
+    alpha = draw_alpha(real, generator) if alpha is None else check_alpha(alpha, real)
+    if out is not None:
+        _check_out(out, real)
+    compute = accumulation_dtype(real.dtype)
+    alpha = reference.per_sample(alpha.to(compute), real)
+    if real.dtype == compute:
+        return torch.lerp(fake, real, alpha, out=out)
+    mixed = torch.lerp(fake.to(compute), real.to(compute), alpha)
+    return mixed.to(real.dtype) if out is None else out.copy_(mixed)
+
+
+def penalty_from_gradient(
+    gradient: Tensor, *, weight: float = 10.0, target: float = 1.0, one_sided: bool = False
+) -> Tensor:
+    """Evaluate the penalty for code that already has the critic's input gradient.
+
+    Args:
+        gradient: ∇D(x̂) ``[N, *D]``, floating point, one row per sample.
+        weight: w, finite and at least 0.
+        target: The norm that costs nothing, at least 0.
+        one_sided: Penalise only norms above the target.
+
+    Returns:
+        (w/N) Σ ψ(‖g_i‖₂), 0-dim, float32 (float64 for float64 input). Twice differentiable in ``gradient``; rows
+        that are exactly 0 have derivative 0.
+
+    Raises:
+        TypeError: ``gradient`` is not a floating-point tensor.
+        ValueError: A setting is out of range, or ``gradient`` has no rows or no features.
+
+    >>> penalty_from_gradient(torch.tensor([[3.0, 4.0]]), weight=10.0, target=1.0, one_sided=False)
+    tensor(160.)
+    """
+    config = PenaltyConfig(weight, target, one_sided)
+    _check_floating("gradient", gradient)
+    _check_batch("gradient", gradient)
+    norm = reference.gradient_norm(gradient)
+    return reference.penalty_from_norm(norm, weight=config.weight, target=config.target, one_sided=config.one_sided)
+
+
+def penalty_points(
+    config: PenaltyConfig, real: Tensor, fake: Tensor, alpha: Tensor | None, generator: Generator | None
+) -> list[Tensor]:
+    """Check a batch and return the sets of points ``[N, *D]`` at which ``config`` penalises, as constants.
+
+    Raises:
+        TypeError: As ``gradient_penalty``.
+        ValueError: As ``gradient_penalty``.
+    """
+    check_samples(real, fake, config.group_size)
+    real, fake = real.detach(), fake.detach()
+    if alpha is not None:
+        alpha = check_alpha(alpha, real, config.group_size)
+    if config.at == "real":
+        return [real]
+    if config.at == "fake":
+        return [fake]
+    if config.at == "both":
+        return [real, fake]
+    if alpha is None:
+        alpha = draw_alpha(real, generator, config.group_size)
+    with torch.no_grad():
+        if config.at == "interpolates":
+            return [interpolate(real, fake, alpha)]
+        noise = torch.rand(real.shape, dtype=alpha.dtype, device=real.device, generator=generator)
+        return [reference.perturb(real, alpha, noise)]
+
+
+def draw_alpha(real: Tensor, generator: Generator | None = None, group_size: int = 1) -> Tensor:
+    """Draw α ~ U[0, 1] once per group of consecutive samples of ``real`` ``[N, *D]``; returns ``[N]``."""
+    groups = real.shape[0] // group_size
+    alpha = torch.rand(groups, dtype=accumulation_dtype(real.dtype), device=real.device, generator=generator)
+    return alpha.repeat_interleave(group_size) if group_size > 1 else alpha
+
+
+def check_alpha(alpha: Tensor, real: Tensor, group_size: int = 1) -> Tensor:
+    """Return a given α as ``[N]``, one value per sample of ``real`` ``[N, *D]``."""
+    _check_floating("alpha", alpha)
+    N = real.shape[0]
+    if alpha.device != real.device:
+        raise ValueError(f"alpha is on {alpha.device}, real on {real.device}: they must be on one device")
+    if alpha.dim() == 0 or alpha.numel() != alpha.shape[0] or alpha.shape[0] not in (N, N // group_size):
+        raise ValueError(f"alpha must have one value per sample, shape [{N}], got {list(alpha.shape)}")
+    alpha = alpha.reshape(-1)
+    return alpha if alpha.shape[0] == N else alpha.repeat_interleave(group_size)
+
+
+def check_samples(real: Tensor, fake: Tensor, group_size: int = 1) -> None:
+    """Raise unless real and fake are a usable pair of batches."""
+    _check_floating("real", real)
+    _check_floating("fake", fake)
+    if fake.shape != real.shape:
+        raise ValueError(f"fake must have the shape of real, got {list(fake.shape)} and {list(real.shape)}")
+    if fake.dtype != real.dtype:
+        raise TypeError(f"fake must have the dtype of real, got {fake.dtype} and {real.dtype}")
+    if fake.device != real.device:
+        raise ValueError(f"fake is on {fake.device}, real on {real.device}: they must be on one device")
+    _check_batch("real", real)
+    if real.shape[0] % group_size:
+        raise ValueError(f"group_size {group_size} does not divide the batch of {real.shape[0]} samples")
+
+
+def check_scores(scores: object, x: Tensor, group_size: int = 1) -> Tensor:
+    """Return the critic's scores, or raise unless there is one per sample (or group) of ``x``."""
+    groups = x.shape[0] // group_size
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"critic must return a tensor of scores, got {type(scores).__name__}")
+    if scores.dim() == 0 or scores.shape[0] != groups or scores.numel() != groups:
+        per = "sample" if group_size == 1 else f"group of {group_size} samples"
+        raise ValueError(
+            f"critic must return one score per {per}, shape [{groups}] or [{groups}, 1], "
+            f"got {list(scores.shape)} for input {list(x.shape)}"
+        )
+    if not scores.is_floating_point():
+        raise TypeError(f"critic must return floating-point scores, got {scores.dtype}")
+    return scores
+
+
+def check_engine(engine: str) -> None:
+    """Raise unless ``engine`` names an engine that this version has."""
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine must be one of {', '.join(get_args(Engine))}, got {engine!r}")
+
+
+def _check_floating(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def _check_batch(name: str, tensor: Tensor) -> None:
+    if tensor.dim() < 2 or tensor.numel() == 0:
+        raise ValueError(f"{name} must be a non-empty batch [N, ...], got shape {list(tensor.shape)}")
+
+
+def _check_out(out: Tensor, real: Tensor) -> None:
+    _check_floating("out", out)
+    if (out.shape, out.dtype, out.device) != (real.shape, real.dtype, real.device):
+        raise ValueError(
+            f"out must match real: {list(real.shape)} {real.dtype} on {real.device}, "
+            f"got {list(out.shape)} {out.dtype} on {out.device}"
+        )
