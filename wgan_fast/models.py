@@ -1,0 +1,544 @@
+"""Generators and critics: the networks of Gulrajani et al. 2017 and a few small ones.
+
+The architectures follow "Improved Training of Wasserstein GANs" (Gulrajani et al. 2017, arXiv:1704.00028) and the
+code published with it, with four deliberate differences:
+
+- Image generators end in tanh on MNIST too, because images are in [-1, 1] throughout this package.
+- A convolution has no bias where batch normalisation later removes it.
+- Stride-2 convolutions pad both sides by 2, where TensorFlow's "SAME" pads 1 before and 2 after: the sizes are
+  equal, the sampling grid lies one pixel further.
+- The first batch norm of the CIFAR DCGAN generator is per channel, like the others, and not per unit.
+
+A generator maps `z` `[N, latent_dim]` to samples `[N, *D]`; a critic maps samples `[N, *D]` to one score each, `[N]`.
+Both are plain modules without data-dependent control flow, so that `torch.export` captures them.
+"""
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from wgan_fast.errors import InputError
+
+INITIALISATIONS = ("pytorch", "he", "dcgan", "orthogonal")
+
+_Shape = tuple[int, ...]
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_WEIGHTED = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED_CONVOLUTIONS)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class Generator(nn.Sequential):
+    """Layers that map latent vectors `[N, latent_dim]` to samples `[N, *D]`.
+
+    Args:
+        latent_dim: Length of the latent vector of one sample.
+        *layers: The layers, applied in order.
+    """
+
+    def __init__(self, latent_dim: int, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.latent_dim = latent_dim
+
+
+class Critic(nn.Sequential):
+    """Layers that map samples `[N, *D]` to scores; the last of them gives one value per sample, `[N, 1]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scores `[N]` of the samples `[N, *D]`."""
+        for layer in self:
+            x = layer(x)
+        return x.squeeze(1)
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block with two 3x3 convolutions, as in the paper's CIFAR ResNet.
+
+    Args:
+        channels_in: Channels of the input.
+        channels_out: Channels of the output and between the convolutions.
+        resample: "up" doubles height and width (nearest neighbour, before the first convolution), "down" halves them
+            (mean, after the second), None keeps them.
+        norm: "batch", "layer" (statistics over one sample's channels, height and width; one scale and offset per
+            channel) or None.
+        activate_input: False leaves out the normalisation and the ReLU before the first convolution: for a block
+            whose input is the image.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        resample: str | None = None,
+        norm: str | None = None,
+        activate_input: bool = True,
+    ) -> None:
+        super().__init__()
+        # In the generator every path onwards ends in a batch norm, which removes what a bias adds.
+        bias = norm != "batch"
+        before = [nn.Upsample(scale_factor=2)] if resample == "up" else []
+        after = [nn.AvgPool2d(2)] if resample == "down" else []
+        self.residual = nn.Sequential(
+            *([*_norm(norm, channels_in), nn.ReLU()] if activate_input else []),
+            *before,
+            nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=bias),
+            *_norm(norm, channels_out),
+            nn.ReLU(),
+            nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=bias),
+            *after,
+        )
+        if resample is None and channels_in == channels_out:
+            self.shortcut = nn.Sequential()
+        else:
+            # A 1x1 convolution commutes with both kinds of resampling, so it runs where the image is smaller.
+            self.shortcut = nn.Sequential(*after, nn.Conv2d(channels_in, channels_out, 1, bias=bias), *before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return shortcut + residual, `[N, channels_out, H', W']`, of `x` `[N, channels_in, H, W]`."""
+        out: Tensor = self.shortcut(x) + self.residual(x)
+        return out
+
+
+def _norm(kind: str | None, channels: int) -> list[nn.Module]:
+    if kind == "batch":
+        return [nn.BatchNorm2d(channels)]
+    if kind == "layer":
+        return [nn.GroupNorm(1, channels)]
+    return []
+
+
+def mlp_generator(sample_shape: Sequence[int], latent_dim: int, width: int) -> Generator:
+    """Three hidden ReLU layers (gan_toy.py of the paper's code); ends in tanh where the samples are images.
+
+    Args:
+        sample_shape: Shape of one sample: `(D,)` for vectors, `(C, H, W)` for images, or any other.
+        latent_dim: Length of the latent vector.
+        width: Units in each hidden layer; the paper has 512.
+    """
+    return Generator(
+        latent_dim,
+        nn.Linear(latent_dim, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, math.prod(sample_shape)),
+        nn.Unflatten(1, tuple(sample_shape)),
+        *([nn.Tanh()] if len(sample_shape) == 3 else []),
+    )
+
+
+def mlp_critic(sample_shape: Sequence[int], width: int) -> Critic:
+    """Three hidden ReLU layers on the flattened sample (gan_toy.py of the paper's code).
+
+    Args:
+        sample_shape: Shape of one sample, any.
+        width: Units in each hidden layer; the paper has 512.
+    """
+    return Critic(
+        nn.Flatten(),
+        nn.Linear(math.prod(sample_shape), width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, 1),
+    )
+
+
+def dense_generator(sample_shape: Sequence[int], latent_dim: int, width: int) -> Generator:
+    """Hidden layers of 4, 8 and 16 times `width` units, each LeakyReLU(0.2) and then batch norm; tanh at the end.
+
+    Args:
+        sample_shape: Shape of one sample, any; the values are in [-1, 1].
+        latent_dim: Length of the latent vector.
+        width: A quarter of the first hidden layer; 64 gives 256-512-1024.
+    """
+    layers: list[nn.Module] = []
+    units = latent_dim
+    for hidden in (4 * width, 8 * width, 16 * width):
+        layers += [nn.Linear(units, hidden), nn.LeakyReLU(0.2), nn.BatchNorm1d(hidden)]
+        units = hidden
+    return Generator(
+        latent_dim,
+        *layers,
+        nn.Linear(units, math.prod(sample_shape)),
+        nn.Unflatten(1, tuple(sample_shape)),
+        nn.Tanh(),
+    )
+
+
+def dcgan_generator(
+    sample_shape: Sequence[int], latent_dim: int, width: int, *, stages: int = 3, batch_norm: bool = True
+) -> Generator:
+    """A linear layer and `stages` transposed 5x5 convolutions of stride 2, ReLU between them, tanh at the end.
+
+    Args:
+        sample_shape: Shape of one image, `(C, H, W)`, any size.
+        latent_dim: Length of the latent vector.
+        width: Channels before the last convolution (the paper's DIM); they double with every earlier one.
+        stages: Number of convolutions; each doubles height and width (less one where the target is odd).
+        batch_norm: Normalise the input of every convolution; the paper leaves this out on MNIST.
+    """
+    channels, *size = sample_shape
+    sizes = [size]  # of the feature maps, from the image back to the linear layer
+    for _ in range(stages):
+        sizes.append([(side + 1) // 2 for side in sizes[-1]])
+    norm = "batch" if batch_norm else None
+    features = width * 2 ** (stages - 1)
+    layers: list[nn.Module] = [
+        nn.Linear(latent_dim, features * math.prod(sizes[-1])),
+        nn.Unflatten(1, (features, *sizes[-1])),
+    ]
+    for stage in reversed(range(stages)):
+        out = channels if stage == 0 else features // 2
+        # An odd side is one less than double: what the paper's code reaches by cropping 8x8 to 7x7.
+        odd_height, odd_width = sizes[stage][0] % 2, sizes[stage][1] % 2
+        layers += [
+            *_norm(norm, features),
+            nn.ReLU(),
+            nn.ConvTranspose2d(
+                features,
+                out,
+                kernel_size=5,
+                stride=2,
+                padding=2,
+                output_padding=(1 - odd_height, 1 - odd_width),
+                bias=stage == 0 or not batch_norm,
+            ),
+        ]
+        features = out
+    return Generator(latent_dim, *layers, nn.Tanh())
+
+
+def dcgan_critic(
+    sample_shape: Sequence[int], width: int, *, stages: int = 3, layer_norm: bool = False, dropout: float = 0.0
+) -> Critic:
+    """`stages` 5x5 convolutions of stride 2, each followed by LeakyReLU(0.2), and a linear layer.
+
+    Args:
+        sample_shape: Shape of one image, `(C, H, W)`, any size.
+        width: Channels of the first convolution (the paper's DIM); they double with every later one.
+        stages: Number of convolutions; each halves height and width, rounding up.
+        layer_norm: Normalise the output of every convolution but the first over each sample, as the paper's code
+            does at 64x64. Off by default: without it the critic is piecewise linear, which is fastest.
+        dropout: Probability of dropping an activation after each LeakyReLU; 0 adds no dropout layer.
+    """
+    features, *size = sample_shape
+    layers: list[nn.Module] = []
+    for stage in range(stages):
+        out = width * 2**stage
+        layers.append(nn.Conv2d(features, out, kernel_size=5, stride=2, padding=2))
+        if layer_norm and stage > 0:
+            layers += _norm("layer", out)
+        layers.append(nn.LeakyReLU(0.2))
+        if dropout > 0:
+            layers.append(nn.Dropout(dropout))
+        features, size = out, [(side + 1) // 2 for side in size]
+    return Critic(*layers, nn.Flatten(), nn.Linear(features * math.prod(size), 1))
+
+
+def resnet_generator(sample_shape: Sequence[int], latent_dim: int, width: int) -> Generator:
+    """The CIFAR ResNet generator: a linear layer to 4x4, three upsampling residual blocks with batch norm, tanh.
+
+    Args:
+        sample_shape: `(C, 32, 32)`.
+        latent_dim: Length of the latent vector.
+        width: Channels of every block; the paper has 128.
+    """
+    return Generator(
+        latent_dim,
+        nn.Linear(latent_dim, width * 4 * 4),
+        nn.Unflatten(1, (width, 4, 4)),
+        ResidualBlock(width, width, resample="up", norm="batch"),
+        ResidualBlock(width, width, resample="up", norm="batch"),
+        ResidualBlock(width, width, resample="up", norm="batch"),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, sample_shape[0], 3, padding=1),
+        nn.Tanh(),
+    )
+
+
+def resnet_critic(sample_shape: Sequence[int], width: int, *, layer_norm: bool = True) -> Critic:
+    """The CIFAR ResNet critic: four residual blocks, the first two halving the image, then the spatial mean.
+
+    Args:
+        sample_shape: `(C, H, W)` with H and W divisible by 4; the paper has `(3, 32, 32)`.
+        width: Channels of every block; the paper has 128.
+        layer_norm: Layer normalisation in every block but the first, the paper's replacement for batch norm in
+            critics. The paper's CIFAR code has this switch too, and has it off.
+    """
+    norm = "layer" if layer_norm else None
+    return Critic(
+        ResidualBlock(sample_shape[0], width, resample="down", activate_input=False),
+        ResidualBlock(width, width, resample="down", norm=norm),
+        ResidualBlock(width, width, norm=norm),
+        ResidualBlock(width, width, norm=norm),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 1),
+    )
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A pair of networks that `build` knows by name.
+
+    Attributes:
+        description: One line.
+        shapes: The sample shapes it makes, in words.
+        makes: Whether it makes a given sample shape.
+        latent_dim: Default length of the latent vector; None means the number of values in a sample.
+        width: Default width.
+        generator: Called with (sample shape, latent_dim, width).
+        critic: Called with (sample shape, width).
+    """
+
+    description: str
+    shapes: str
+    makes: Callable[[_Shape], bool]
+    latent_dim: int | None
+    width: int
+    generator: Callable[[_Shape, int, int], nn.Module]
+    critic: Callable[[_Shape, int], nn.Module]
+
+
+def _square_image(side: int) -> Callable[[_Shape], bool]:
+    return lambda shape: len(shape) == 3 and shape[1:] == (side, side)
+
+
+MODELS: dict[str, ModelSpec] = {
+    "toy-mlp": ModelSpec(
+        "vectors: 3 hidden ReLU layers in both networks (Gulrajani et al., toy data)",
+        shapes="vectors [D]",
+        makes=lambda shape: len(shape) == 1,
+        latent_dim=None,
+        width=512,
+        generator=mlp_generator,
+        critic=mlp_critic,
+    ),
+    "mlp": ModelSpec(
+        "any shape: the toy networks on flattened samples, images in [-1, 1]",
+        shapes="any shape",
+        makes=lambda shape: True,
+        latent_dim=128,
+        width=512,
+        generator=mlp_generator,
+        critic=mlp_critic,
+    ),
+    "mnist-dcgan": ModelSpec(
+        "28x28 images: 3 convolutions, no normalisation (Gulrajani et al., MNIST)",
+        shapes="images [C, 28, 28]",
+        makes=_square_image(28),
+        latent_dim=128,
+        width=64,
+        generator=partial(dcgan_generator, batch_norm=False),
+        critic=dcgan_critic,
+    ),
+    "cifar-dcgan": ModelSpec(
+        "32x32 images: 3 convolutions, batch norm in the generator (Gulrajani et al., CIFAR-10)",
+        shapes="images [C, 32, 32]",
+        makes=_square_image(32),
+        latent_dim=128,
+        width=128,
+        generator=dcgan_generator,
+        critic=dcgan_critic,
+    ),
+    "cifar-resnet": ModelSpec(
+        "32x32 images: residual networks, layer norm in the critic (Gulrajani et al., CIFAR-10)",
+        shapes="images [C, 32, 32]",
+        makes=_square_image(32),
+        latent_dim=128,
+        width=128,
+        generator=resnet_generator,
+        critic=resnet_critic,
+    ),
+    "dcgan64": ModelSpec(
+        "64x64 images: 4 convolutions, batch norm in the generator (Gulrajani et al., LSUN)",
+        shapes="images [C, 64, 64]",
+        makes=_square_image(64),
+        latent_dim=128,
+        width=64,
+        generator=partial(dcgan_generator, stages=4),
+        critic=partial(dcgan_critic, stages=4),
+    ),
+    "article": ModelSpec(
+        "images, meant for MNIST: dense generator 256-512-1024 with batch norm, critic of 2 convolutions",
+        shapes="images [C, H, W]",
+        makes=lambda shape: len(shape) == 3,
+        latent_dim=100,
+        width=64,
+        generator=dense_generator,
+        critic=partial(dcgan_critic, stages=2),
+    ),
+}
+
+
+def default_model(sample_shape: Sequence[int]) -> str:
+    """Name the model in `MODELS` that suits samples of this shape.
+
+    Args:
+        sample_shape: Shape of one sample, without the batch dimension.
+
+    Returns:
+        "toy-mlp" for vectors, the DCGAN of the size for 28x28, 32x32 and 64x64 images, "mlp" for the rest.
+    """
+    shape = tuple(sample_shape)
+    for name in ("toy-mlp", "mnist-dcgan", "cifar-dcgan", "dcgan64"):
+        if MODELS[name].makes(shape):
+            return name
+    return "mlp"
+
+
+def build(
+    name: str,
+    sample_shape: Sequence[int],
+    *,
+    latent_dim: int | None = None,
+    width: int | None = None,
+    init: str = "pytorch",
+) -> tuple[nn.Module, nn.Module]:
+    """Make a generator and a critic for samples of one shape.
+
+    Args:
+        name: A key of `MODELS`, or `package.module:function` for networks of your own: the module is imported (the
+            current directory is put on `sys.path`, as `python -m` does) and `function(sample_shape)` must return
+            (generator, critic), the generator with an integer attribute `latent_dim`.
+        sample_shape: Shape of one sample, without the batch dimension, such as `(3, 32, 32)`.
+        latent_dim: Length of the latent vector; None means the model's default. Only for names in `MODELS`.
+        width: The paper's DIM: units of the hidden layers, or channels at the largest image size; None means the
+            model's default. Only for names in `MODELS`.
+        init: One of `INITIALISATIONS`; see `initialise`.
+
+    Returns:
+        The generator, which takes `[N, latent_dim]`, and the critic, which takes `[N, *sample_shape]`.
+
+    Raises:
+        InputError: An argument is not usable, or the model does not make samples of this shape.
+    """
+    shape = tuple(sample_shape)
+    if not shape or any(not isinstance(side, int) or side < 1 for side in shape):
+        raise InputError(f"sample_shape must be positive integers, got {shape}")
+    for argument, value in (("latent_dim", latent_dim), ("width", width)):
+        if value is not None and value < 1:
+            raise InputError(f"{argument} must be at least 1, got {value}")
+    if ":" in name:
+        if latent_dim is not None or width is not None:
+            raise InputError(f"latent_dim and width are for built-in models; model {name!r} sets its own")
+        generator, critic = _build_own(name, shape)
+    else:
+        spec = MODELS.get(name)
+        if spec is None:
+            raise InputError(f"model must be one of {', '.join(MODELS)} or package.module:function, got {name!r}")
+        if not spec.makes(shape):
+            raise InputError(f"model {name!r} makes {spec.shapes}, not samples of shape {list(shape)}")
+        latent_dim = latent_dim or spec.latent_dim or math.prod(shape)
+        width = width or spec.width
+        generator, critic = spec.generator(shape, latent_dim, width), spec.critic(shape, width)
+    initialise(generator, init)
+    initialise(critic, init)
+    return generator, critic
+
+
+def _build_own(name: str, shape: _Shape) -> tuple[nn.Module, nn.Module]:
+    module_name, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:  # ValueError: an empty module name
+        raise InputError(f"model {name!r}: cannot import {module_name!r}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise InputError(f"model {name!r}: module {module_name!r} has no function {function_name!r}")
+    pair = function(shape)
+    if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(m, nn.Module) for m in pair)):
+        raise InputError(
+            f"model {name!r}: the function must return a pair of nn.Modules (generator, critic), "
+            f"got {type(pair).__name__}"
+        )
+    generator, critic = pair
+    if not isinstance(getattr(generator, "latent_dim", None), int):
+        raise InputError(f"model {name!r}: the generator needs an integer attribute latent_dim")
+    return generator, critic
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, scheme: str) -> None:
+    """Draw the weights of every linear, convolution and batch norm layer anew, in place, from the default generator.
+
+    Call it before `spectral_norm`: a parametrised weight is computed, not stored.
+
+    Args:
+        module: The network.
+        scheme: "pytorch" leaves the module as it is. "he": normal with variance 2 / fan-in (He et al. 2015,
+            arXiv:1502.01852), where the fan-in of a transposed convolution counts the inputs that reach one output.
+            "dcgan": normal with standard deviation 0.02, batch norm scales normal around 1 with the same deviation
+            (Radford et al. 2016, arXiv:1511.06434). "orthogonal" (Saxe et al. 2014, arXiv:1312.6120). The last three
+            set the biases of these layers to zero.
+
+    Raises:
+        InputError: The scheme is unknown.
+        ValueError: A weight is parametrised.
+    """
+    if scheme not in INITIALISATIONS:
+        raise InputError(f"init must be one of {', '.join(INITIALISATIONS)}, got {scheme!r}")
+    if scheme == "pytorch":
+        return
+    for name, layer in module.named_modules():
+        if isinstance(layer, _WEIGHTED):
+            if parametrize.is_parametrized(layer, "weight"):
+                raise ValueError(f"module.{name}.weight is parametrised: initialise before parametrising")
+            if scheme == "he":
+                nn.init.normal_(layer.weight, std=math.sqrt(2 / _fan_in(layer)))
+            elif scheme == "dcgan":
+                nn.init.normal_(layer.weight, std=0.02)
+            else:
+                nn.init.orthogonal_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, _BATCH_NORMS) and layer.affine:
+            if scheme == "dcgan":
+                nn.init.normal_(layer.weight, mean=1.0, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+
+def _fan_in(layer: nn.Module) -> float:
+    """Count the inputs that reach one output: torch.nn.init counts a transposed convolution's outputs instead."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(layer, _TRANSPOSED_CONVOLUTIONS):
+        kernel = math.prod(layer.kernel_size) / math.prod(layer.stride)
+        return layer.in_channels / layer.groups * kernel
+    return weight[0].numel()
+
+
+def spectral_norm(critic: nn.Module) -> nn.Module:
+    """Divide every linear and convolution weight by its largest singular value, in place.
+
+    The value is estimated by power iteration (Miyato et al. 2018, arXiv:1802.05957), one step per forward in
+    training mode, with `torch.nn.utils.parametrizations.spectral_norm`; a weight that has it already is left alone.
+
+    Args:
+        critic: The network to change.
+
+    Returns:
+        The same network.
+    """
+    for layer in list(critic.modules()):
+        if isinstance(layer, _WEIGHTED) and not parametrize.is_parametrized(layer, "weight"):
+            parametrizations.spectral_norm(layer)
+    return critic
