@@ -1,0 +1,5 @@
+"""``python -m wgan_fast`` is the command line."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,214 @@
+"""The command line: ``wgan-fast train | sample | evaluate | info``."""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from . import build_info
+from .errors import DivergenceError, InputError
+
+try:
+    import tyro
+
+    from . import plots
+    from .training import Run, TrainConfig, Trainer
+    from .training.checkpoint import write_atomically
+    from .training.run import Description
+except ImportError as missing:
+    sys.exit(f"wgan-fast: {missing}; the command line needs pip install 'wgan_fast[train]'")
+
+
+@dataclass(frozen=True)
+class Train(TrainConfig):
+    """Train a generator against a critic; leaves samples, curves, metrics and checkpoints in one folder.
+
+    Attributes:
+        resume: Folder of a run to go on with, from its newest whole checkpoint; its own settings are the defaults.
+    """
+
+    resume: Path | None = None
+
+    def run(self) -> None:
+        """Train and print the summary."""
+        if self.resume is not None and self.out != self.resume:
+            raise InputError(f"out is the resumed folder {self.resume}, got {self.out}: give --resume alone")
+        config = TrainConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)})
+        print(Trainer.from_config(config).fit(resume=self.resume is not None))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw samples from a trained run into a picture, and rate each with the critic.
+
+    Attributes:
+        folder: The run's folder.
+        grid: Rows x columns of the picture.
+        scores: Sort the picture by the critic's score, write the scores into it, and all of them into a CSV file.
+        seed: Seed of the noise.
+        out: Where to write the picture; RUN/samples/grid-ROWSxCOLUMNS.png by default. The CSV file lies beside it.
+        device: "cpu", "cuda", "cuda:1", or "auto".
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    grid: str = "12x12"
+    scores: bool = False
+    seed: int = 0
+    out: Path | None = None
+    device: str = "auto"
+
+    def run(self) -> None:
+        """Write the picture and print where it is."""
+        match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", self.grid)
+        if match is None:
+            raise InputError(f"grid must be ROWSxCOLUMNS, such as 12x12, got {self.grid!r}")
+        rows, columns = int(match[1]), int(match[2])
+        run = _load(self.folder, self.device)
+        samples = run.sample(rows * columns, seed=self.seed)
+        scores = run.score(samples) if self.scores else None
+        path = self.out or self.folder / "samples" / f"grid-{self.grid}.png"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            plots.save_grid(samples, path, columns=columns, scores=scores)
+            print(path)
+            if scores is not None:
+                table = path.with_suffix(".csv")
+                write_atomically(table, _csv(scores.tolist()).encode())
+                print(table)
+        except OSError as error:
+            raise InputError(f"out {path} cannot be written: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a trained run against data that it did not train on.
+
+    Attributes:
+        folder: The run's folder.
+        samples: Generated samples, and real ones where the data has that many.
+        seed: Seed of the noise and of the projections.
+        device: "cpu", "cuda", "cuda:1", or "auto".
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    samples: int = 2000
+    seed: int = 0
+    device: str = "auto"
+
+    def run(self) -> None:
+        """Print the report and write it to RUN/evaluation.json."""
+        if self.samples < 2:
+            raise InputError(f"samples must be at least 2, got {self.samples}")
+        report = _load(self.folder, self.device).evaluate(samples=self.samples, seed=self.seed)
+        path = self.folder / "evaluation.json"
+        write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+        _print_table({name.replace("_", " "): value for name, value in report.items()})
+        print(path)
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say what is active in this installation and, for what is not, why.
+
+    Attributes:
+        json: Print JSON.
+    """
+
+    json: bool = False
+
+    def run(self) -> None:
+        """Print the build information."""
+        info = build_info()
+        if self.json:
+            print(json.dumps(info, indent=2))
+        else:
+            _print_table(info)
+
+
+def _commands(arguments: list[str]) -> Any:
+    """The subcommands; where a run is resumed, its own settings are the defaults of ``train``."""
+    folder = _option(arguments, "--resume") if arguments[:1] == ["train"] else None
+    train = Train()
+    if folder is not None:
+        config = Description.read(Path(folder)).config
+        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
+        train = Train(**{**values, "out": Path(folder), "resume": Path(folder)})
+    return (
+        Annotated[Train, tyro.conf.subcommand("train", default=train)]
+        | Annotated[Sample, tyro.conf.subcommand("sample")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Info, tyro.conf.subcommand("info")]
+    )
+
+
+def _option(arguments: list[str], flag: str) -> str | None:
+    for argument, following in zip(arguments, [*arguments[1:], None]):
+        if argument == flag:
+            return following
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+    return None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: What follows the program's name; None means the process's own.
+
+    Exits with 2 and one line on standard error when the input is at fault, with 130 when interrupted.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Networks of one's own (module:function) lie where the command is run.
+    sys.path.insert(0, os.getcwd())
+    try:
+        command = tyro.cli(
+            _commands(arguments),
+            prog="wgan-fast",
+            description="Train, sample and evaluate WGAN-GP and its relatives.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        )
+        command.run()
+    except (InputError, DivergenceError) as error:
+        sys.exit(_fail(error, 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted; a run goes on with: wgan-fast train --resume RUN", 130))
+
+
+def _fail(error: object, status: int) -> int:
+    print(f"wgan-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def _load(folder: Path, device: str) -> Run:
+    run = Run.load(folder, device=device)
+    for skipped in run.skipped:
+        print(f"wgan-fast: passed over a damaged checkpoint: {skipped}; using step {run.step}", file=sys.stderr)
+    return run
+
+
+def _csv(scores: list[float]) -> str:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["rank", "sample", "score"])
+    order = sorted(range(len(scores)), key=lambda sample: -scores[sample])
+    writer.writerows([rank, sample, f"{scores[sample]:.6f}"] for rank, sample in enumerate(order, 1))
+    return table.getvalue()
+
+
+def _print_table(values: dict[str, Any], indent: int = 0) -> None:
+    width = max(len(name) for name in values)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            print(f"{'':{indent}}{name}")
+            _print_table(value, indent + 2)
+        else:
+            text = f"{value:.4f}" if isinstance(value, float) else value
+            print(f"{'':{indent}}{name:{width}}  {text}")

@@ -1,0 +1,197 @@
+"""Checkpoints that survive a kill at any instant: two files, written aside, hashed, renamed into place.
+
+``step-00000500.safetensors`` holds every tensor and, in its metadata, the JSON structure around them;
+``step-00000500.json`` holds its SHA-256 and is written last, so a checkpoint exists once that file does. No pickle.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+FORMAT = 1
+_TENSOR = "__tensor__"
+_FOLDER = "checkpoints"
+
+Tree = Any
+"""Nested dicts (string keys) and lists of tensors, numbers, strings, booleans and None."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint read back.
+
+    Attributes:
+        step: Generator steps taken when it was written.
+        state: The tree that was saved, tensors on the CPU.
+        path: The file that holds it.
+        skipped: For every newer checkpoint that was passed over, its name and what is wrong with it.
+    """
+
+    step: int
+    state: Tree
+    path: Path
+    skipped: tuple[str, ...] = ()
+
+
+def save_checkpoint(run: Path, step: int, state: Tree, *, keep: int) -> Path:
+    """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
+
+    Args:
+        run: The run's folder.
+        step: Generator steps taken.
+        state: What to save; tensors of any device, shape and dtype.
+        keep: Checkpoints to leave, at least 1.
+
+    Returns:
+        The path of the tensor file.
+
+    Raises:
+        OSError: The disk refused; earlier checkpoints are untouched.
+    """
+    folder = run / _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    structure = _pack(state, "", tensors)
+    metadata = {"format": str(FORMAT), "step": str(step), "structure": json.dumps(structure)}
+    body = save(tensors, metadata)
+    path = folder / f"step-{step:08d}.safetensors"
+    write_atomically(path, body)
+    digest = {"format": FORMAT, "step": step, "sha256": hashlib.sha256(body).hexdigest(), "bytes": len(body)}
+    write_atomically(path.with_suffix(".json"), json.dumps(digest).encode())
+    _prune(folder, keep)
+    return path
+
+
+def load_checkpoint(run: Path) -> Checkpoint | None:
+    """Read the newest checkpoint of a run that is whole.
+
+    Args:
+        run: The run's folder.
+
+    Returns:
+        The checkpoint; None if the run has not written any.
+
+    Raises:
+        InputError: There are checkpoints, and every one of them is damaged.
+    """
+    skipped: list[str] = []
+    for seal in sorted((run / _FOLDER).glob("step-*.json"), reverse=True):
+        try:
+            step, state = _read(seal)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            skipped.append(f"{seal.stem} ({error})")
+            continue
+        return Checkpoint(step, state, seal.with_suffix(".safetensors"), tuple(skipped))
+    if skipped:
+        raise InputError(f"every checkpoint in {run} is damaged: {'; '.join(skipped)}")
+    return None
+
+
+def load_module(module: nn.Module, state: dict[str, Tensor], name: str, source: Path) -> None:
+    """Load ``state`` into ``module``.
+
+    Raises:
+        InputError: The state belongs to another architecture; the message names the first difference.
+    """
+    own = module.state_dict()
+    for key in dict.fromkeys([*own, *state]):
+        if key not in state:
+            difference = f"{key} is missing"
+        elif key not in own:
+            difference = f"{key} is not in the model"
+        elif own[key].shape != state[key].shape:
+            difference = f"{key} has shape {list(state[key].shape)}, the model's is {list(own[key].shape)}"
+        else:
+            continue
+        raise InputError(f"{source} holds another architecture of the {name}: {difference}")
+    module.load_state_dict(state)
+
+
+def write_atomically(path: Path, body: bytes) -> None:
+    """Write a file so that at every instant either the old or the new content is there, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _read(seal: Path) -> tuple[int, Tree]:
+    path = seal.with_suffix(".safetensors")
+    digest = json.loads(seal.read_bytes())
+    if digest["format"] != FORMAT:
+        raise ValueError(f"its format is {digest['format']}, this version reads {FORMAT}")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest["sha256"]:
+            raise ValueError("its SHA-256 differs from the recorded one")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    if not int(metadata["step"]) == digest["step"] == int(seal.stem.removeprefix("step-")):
+        raise ValueError("its name, its seal and its content disagree about the step")
+    return digest["step"], _unpack(json.loads(metadata["structure"]), tensors)
+
+
+def _pack(tree: Tree, name: str, tensors: dict[str, Tensor]) -> Tree:
+    """Replace every tensor of ``tree`` by a reference to its name and collect it, copied to the CPU."""
+    if isinstance(tree, Tensor):
+        # A copy of its own for each: safetensors refuses tensors that share memory (tied weights).
+        tensors[name] = tree.detach().to("cpu", copy=True).contiguous()
+        return {_TENSOR: name}
+    if isinstance(tree, dict):
+        return {key: _pack(value, f"{name}.{key}" if name else key, tensors) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_pack(value, f"{name}.{index}", tensors) for index, value in enumerate(tree)]
+    return tree
+
+
+def _unpack(tree: Tree, tensors: dict[str, Tensor]) -> Tree:
+    if isinstance(tree, dict):
+        if tree.keys() == {_TENSOR}:
+            return tensors[tree[_TENSOR]]
+        return {key: _unpack(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_unpack(value, tensors) for value in tree]
+    return tree
+
+
+def _prune(folder: Path, keep: int) -> None:
+    seals = sorted(folder.glob("step-*.json"))
+    for seal in seals[:-keep]:
+        # The seal goes first: a checkpoint without its tensors would look damaged, one without a seal is none.
+        seal.unlink()
+    sealed = {seal.stem for seal in seals[-keep:]}
+    for path in [*folder.glob("step-*.safetensors"), *folder.glob(".step-*.tmp")]:
+        if path.stem not in sealed:
+            path.unlink()
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> Tree:
+    """An optimizer's state as a tree with string keys."""
+    state = optimizer.state_dict()
+    return {**state, "state": {str(index): values for index, values in state["state"].items()}}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Tree) -> None:
+    """Load what ``optimizer_state`` returned."""
+    optimizer.load_state_dict({**state, "state": {int(index): values for index, values in state["state"].items()}})

@@ -1,0 +1,273 @@
+"""What a run is: the methods with their papers' defaults, and the configuration that is also the command line."""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from ..errors import InputError
+from ..penalty import PenaltyConfig
+
+Method = Literal["wgan-gp", "wgan-lp", "wgan-clip", "r1", "dragan", "gan", "lsgan", "hinge"]
+Optimizer = Literal["adam", "rmsprop"]
+LearningRateSchedule = Literal["constant", "linear", "cosine"]
+Initialisation = Literal["pytorch", "he", "dcgan", "orthogonal"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method as its paper trains it.
+
+    Attributes:
+        source: The paper whose settings these are.
+        loss: Name of the adversarial loss.
+        penalty: The critic's penalty, or None.
+        optimizer: "adam" or "rmsprop".
+        learning_rate: Of both networks.
+        betas: Adam's decay rates; RMSprop takes the second as its smoothing constant.
+        n_critic: Critic steps per generator step.
+        batch_size: Samples per step.
+        clip: Bound c of the critic's weights after every step, or None.
+        spectral_norm: Whether the critic's layers are spectrally normalised.
+    """
+
+    source: str
+    loss: str
+    penalty: PenaltyConfig | None = None
+    optimizer: Optimizer = "adam"
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.5, 0.9)
+    n_critic: int = 1
+    batch_size: int = 64
+    clip: float | None = None
+    spectral_norm: bool = False
+
+
+_DCGAN_BETAS = (0.5, 0.999)
+
+RECIPES: dict[Method, Recipe] = {
+    "wgan-gp": Recipe("Gulrajani et al. 2017, arXiv:1704.00028", "wasserstein", PenaltyConfig.wgan_gp(), n_critic=5),
+    "wgan-lp": Recipe("Petzka et al. 2018, arXiv:1709.08894", "wasserstein", PenaltyConfig.wgan_lp(), n_critic=5),
+    "wgan-clip": Recipe(
+        "Arjovsky et al. 2017, arXiv:1701.07875",
+        "wasserstein",
+        optimizer="rmsprop",
+        learning_rate=5e-5,
+        betas=(0.0, 0.99),
+        n_critic=5,
+        clip=0.01,
+    ),
+    "r1": Recipe(
+        "Mescheder et al. 2018, arXiv:1801.04406",
+        "non_saturating",
+        PenaltyConfig.r1(),
+        optimizer="rmsprop",
+        betas=(0.0, 0.99),
+    ),
+    "dragan": Recipe(
+        "Kodali et al. 2017, arXiv:1705.07215",
+        "non_saturating",
+        PenaltyConfig.dragan(),
+        learning_rate=2e-4,
+        betas=_DCGAN_BETAS,
+    ),
+    "gan": Recipe(
+        "Goodfellow et al. 2014, arXiv:1406.2661, with the optimizer of Radford et al. 2016, arXiv:1511.06434",
+        "non_saturating",
+        learning_rate=2e-4,
+        betas=_DCGAN_BETAS,
+    ),
+    "lsgan": Recipe("Mao et al. 2017, arXiv:1611.04076", "least_squares", learning_rate=2e-4, betas=_DCGAN_BETAS),
+    "hinge": Recipe(
+        "Miyato et al. 2018, arXiv:1802.05957",
+        "hinge",
+        learning_rate=2e-4,
+        betas=(0.0, 0.9),
+        n_critic=5,
+        spectral_norm=True,
+    ),
+}
+
+TOY_PENALTY_WEIGHT = 0.1
+TOY_BATCH_SIZE = 256
+"""Gulrajani et al.'s settings for two-dimensional data (their gan_toy.py), where a weight of 10 slows the critic."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run; also the options of ``wgan-fast train``.
+
+    None stands for the method's own default, which ``resolved`` fills in from ``RECIPES``.
+
+    Attributes:
+        data: Name of a data set (mnist5k, digits, 8gaussians, 25gaussians, swissroll) or a path: IDX files, a folder
+            of images, .npy or .npz.
+        image_size: Height and width that the images of a folder are resized and cropped to.
+        channels: Colour channels that the images of a folder are converted to: 1 or 3.
+        holdout: Share of the data kept from training, for evaluation.
+        method: What is trained: loss, penalty and the settings of the paper behind it.
+        model: Name of a network pair, "auto" to choose by the shape of the data, or module:function of your own.
+        width: Channels (or units) of the networks' narrowest hidden layer; the model's own default.
+        latent_dim: Length of the noise vector; the model's own default.
+        init: How weights are initialised: pytorch (layer defaults), he, dcgan (normal 0.02), orthogonal.
+        spectral_norm: Whether the critic's layers are spectrally normalised.
+        steps: Generator steps.
+        batch_size: Samples per step.
+        n_critic: Critic steps per generator step.
+        optimizer: Optimizer of both networks.
+        learning_rate: Learning rate of both networks.
+        generator_learning_rate: Learning rate of the generator where it differs from the critic's.
+        beta1: Adam's first decay rate.
+        beta2: Adam's second decay rate; RMSprop's smoothing constant.
+        schedule: Course of the learning rates: constant, or falling to 0 linearly or as a cosine.
+        penalty_weight: Weight of the gradient penalty; 0 switches it off.
+        clip: Bound c that keeps every critic weight in [-c, c] (wgan-clip).
+        ema: Decay of the generator's moving average, which is what is sampled; 0 keeps none.
+        seed: Seed of initialisation, data order and noise.
+        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
+        engine: How the penalty is differentiated: auto, four_pass, autograd.
+        precision: fp32, or bf16 for bfloat16 autocast.
+        workers: Processes that decode streamed data.
+        out: Folder of the run; a new one under runs/ by default.
+        log_every: Steps between lines of metrics.
+        sample_every: Steps between sample grids.
+        checkpoint_every: Steps between checkpoints.
+        keep: Checkpoints kept, the newest ones.
+    """
+
+    data: str = "mnist5k"
+    image_size: int | None = None
+    channels: Literal[1, 3] | None = None
+    holdout: float = 0.1
+    method: Method = "wgan-gp"
+    model: str = "auto"
+    width: int | None = None
+    latent_dim: int | None = None
+    init: Initialisation = "pytorch"
+    spectral_norm: bool | None = None
+    steps: int = 2000
+    batch_size: int | None = None
+    n_critic: int | None = None
+    optimizer: Optimizer | None = None
+    learning_rate: float | None = None
+    generator_learning_rate: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    schedule: LearningRateSchedule = "constant"
+    penalty_weight: float | None = None
+    clip: float | None = None
+    ema: float = 0.999
+    seed: int = 0
+    device: str = "auto"
+    engine: Literal["auto", "four_pass", "autograd"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = 0
+    out: Path | None = None
+    log_every: int = 10
+    sample_every: int = 500
+    checkpoint_every: int = 500
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), _HINTS[field.name])
+        at_least = {
+            "image_size": 1, "width": 1, "latent_dim": 1, "steps": 1, "batch_size": 1, "n_critic": 1, "seed": 0,
+            "workers": 0, "log_every": 1, "sample_every": 1, "checkpoint_every": 1, "keep": 1,
+        }  # fmt: skip
+        for name, lowest in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise InputError(f"{name} must be at least {lowest}, got {value}")
+        for name in ("learning_rate", "generator_learning_rate", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name} must be finite and above 0, got {value}")
+        for name in ("holdout", "beta1", "beta2", "ema"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise InputError(f"{name} must be in [0, 1), got {value}")
+        if self.penalty_weight is not None and not (math.isfinite(self.penalty_weight) and self.penalty_weight >= 0):
+            raise InputError(f"penalty_weight must be finite and at least 0, got {self.penalty_weight}")
+
+    @property
+    def recipe(self) -> Recipe:
+        """The method's recipe."""
+        return RECIPES[self.method]
+
+    @property
+    def penalty(self) -> PenaltyConfig | None:
+        """The critic's penalty with this configuration's weight; None where there is none."""
+        penalty = self.recipe.penalty
+        if penalty is None or self.penalty_weight is None:
+            return penalty
+        return dataclasses.replace(penalty, weight=self.penalty_weight) if self.penalty_weight else None
+
+    def resolved(self, sample_shape: tuple[int, ...]) -> Self:
+        """Return this configuration with the method's default wherever a setting is None.
+
+        Args:
+            sample_shape: Shape of one sample; two-dimensional points take the paper's settings for toy data.
+
+        Raises:
+            InputError: A setting does not go with the method.
+        """
+        recipe = self.recipe
+        if self.penalty_weight is not None and recipe.penalty is None:
+            raise InputError(f"penalty_weight was given, but method {self.method} has no gradient penalty")
+        if self.clip is not None and recipe.clip is None:
+            raise InputError(f"clip was given, but method {self.method} does not clip weights: use wgan-clip")
+        toy = sample_shape == (2,)
+        penalty_weight = recipe.penalty.weight if recipe.penalty else None
+        if toy and self.method in ("wgan-gp", "wgan-lp"):
+            penalty_weight = TOY_PENALTY_WEIGHT
+        defaults = {
+            "batch_size": TOY_BATCH_SIZE if toy else recipe.batch_size,
+            "n_critic": recipe.n_critic,
+            "optimizer": recipe.optimizer,
+            "learning_rate": recipe.learning_rate,
+            "beta1": recipe.betas[0],
+            "beta2": recipe.betas[1],
+            "penalty_weight": penalty_weight,
+            "clip": recipe.clip,
+            "spectral_norm": recipe.spectral_norm,
+        }
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as plain JSON values."""
+        values = dataclasses.asdict(self)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Rebuild a configuration from ``to_json``'s values.
+
+        Raises:
+            InputError: A setting is unknown or out of range.
+        """
+        unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise InputError(f"the configuration has unknown settings: {', '.join(sorted(unknown))}")
+        out = values.get("out")
+        return cls(**{**values, "out": None if out is None else Path(out)})
+
+
+_HINTS = typing.get_type_hints(TrainConfig)
+
+
+def _check_type(name: str, value: object, hint: Any) -> None:
+    """Raise unless ``value`` is of the annotated type: the command line parses, Python callers must be told."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    choices = [choice for option in options for choice in typing.get_args(option)]
+    allowed = [option for option in options if isinstance(option, type)]
+    accepted = (*allowed, int) if float in allowed else tuple(allowed)
+    if isinstance(value, bool) and bool not in allowed:
+        accepted = ()
+    if not (value in choices or isinstance(value, accepted)):
+        names = [repr(choice) for choice in choices] + [option.__name__ for option in allowed]
+        raise InputError(f"{name} must be one of {', '.join(names)}, got {value!r}")

@@ -1,0 +1,143 @@
+"""What a run says while it trains: metrics on disk, and a progress line for people."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from .checkpoint import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+PLAIN_INTERVAL = 10.0
+"""Seconds between lines where the output is no terminal."""
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Read a run's metrics, one dict per line; a last line cut short by a kill is left out."""
+    path = run / METRICS_FILE
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class MetricsLog:
+    """Appends metrics to ``metrics.jsonl``, and to TensorBoard where it is installed.
+
+    Args:
+        run: The run's folder.
+        step: The step to continue after; later lines of an interrupted run are dropped.
+    """
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.records = [record for record in read_metrics(run) if record["step"] <= step]
+        path = run / METRICS_FILE
+        write_atomically(path, "".join(_line(record) for record in self.records).encode())
+        self._file: TextIO = path.open("a")
+        self._board = _summary_writer(run / "tensorboard", step)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The newest record; empty before the first."""
+        return self.records[-1] if self.records else {}
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record, which has a ``step``; figures that are not finite are written as null."""
+        record = {key: None if _not_finite(value) else value for key, value in record.items()}
+        self.records.append(record)
+        self._file.write(_line(record))
+        self._file.flush()
+        if self._board is not None:
+            for key, value in record.items():
+                if key != "step" and value is not None:
+                    self._board.add_scalar(key, value, record["step"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _summary_writer(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
+
+
+class ProgressLine:
+    """A live progress bar on a terminal, a line every few seconds elsewhere; both on standard error.
+
+    Args:
+        steps: Generator steps in all.
+        step: Steps taken already.
+    """
+
+    def __init__(self, steps: int, step: int) -> None:
+        self.steps = steps
+        self._console = Console(stderr=True)
+        self._live = Progress(
+            SpinnerColumn(),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._live.add_task("train", total=steps, completed=step, figures="")
+        self._printed = time.monotonic()
+        self._start = (step, time.monotonic())
+
+    def message(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def advance(self, step: int, figures: dict[str, Any]) -> None:
+        """Show that ``step`` is done, with the newest figures."""
+        text = ""
+        if figures:
+            text = f"{figures['images_per_second']:.0f} images/s  Wasserstein {_number(figures['wasserstein'])}"
+        self._live.update(self._task, completed=step, figures=text)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._printed >= PLAIN_INTERVAL:
+            self._printed = now
+            first, started = self._start
+            left = (now - started) / (step - first) * (self.steps - step)
+            self.message(f"step {step}/{self.steps}  {text}  {left:.0f} s left")
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+        sys.stderr.flush()
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

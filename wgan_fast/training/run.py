@@ -1,0 +1,242 @@
+"""A run's folder: what it records about itself, and its networks brought back for sampling and evaluation."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .. import metrics, models
+from ..data import load_data
+from ..errors import InputError
+from .checkpoint import load_checkpoint, load_module, write_atomically
+from .config import TrainConfig
+
+CONFIG_FILE = "config.json"
+FORMAT = 1
+OWN_MODEL = "custom"
+"""What a run records as its model when its networks were given as objects."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ``config.json`` holds.
+
+    Attributes:
+        config: The resolved configuration.
+        sample_shape: Shape of one sample.
+        kind: "images" or "vectors".
+    """
+
+    config: TrainConfig
+    sample_shape: tuple[int, ...]
+    kind: str
+
+    def write(self, folder: Path) -> None:
+        """Write ``config.json`` into a run's folder."""
+        values = {
+            "format": FORMAT,
+            "config": self.config.to_json(),
+            "sample_shape": list(self.sample_shape),
+            "kind": self.kind,
+        }
+        write_atomically(folder / CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the description of the run in ``folder``.
+
+        Raises:
+            InputError: There is no run, or its description is damaged.
+        """
+        path = folder / CONFIG_FILE
+        if not path.is_file():
+            raise InputError(f"{folder} holds no run: it has no {CONFIG_FILE}")
+        try:
+            values = json.loads(path.read_bytes())
+            if values["format"] != FORMAT:
+                raise ValueError(f"its format is {values['format']}, this version reads {FORMAT}")
+            config = TrainConfig.from_json(values["config"])
+            return cls(config, tuple(values["sample_shape"]), values["kind"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained pair of networks, read from a run's newest whole checkpoint.
+
+    Attributes:
+        folder: Where the run is.
+        description: What it trained.
+        step: The checkpoint's step.
+        generator: The moving average of the generator (the generator itself where the run keeps none), in eval mode.
+        critic: The critic, in eval mode.
+        latent_dim: Length of the generator's noise.
+        device: Where the networks are.
+        skipped: Damaged checkpoints that were passed over, with the reason.
+    """
+
+    folder: Path
+    description: Description
+    step: int
+    generator: nn.Module
+    critic: nn.Module
+    latent_dim: int
+    device: torch.device
+    skipped: tuple[str, ...]
+
+    @classmethod
+    def load(cls, folder: Path, *, device: str = "auto") -> Self:
+        """Rebuild a run's networks and load its newest whole checkpoint.
+
+        Raises:
+            InputError: There is no run, no whole checkpoint, or the checkpoint is of another architecture.
+        """
+        description = Description.read(folder)
+        checkpoint = load_checkpoint(folder)
+        if checkpoint is None:
+            raise InputError(f"{folder} has no checkpoint yet")
+        place = resolve_device(device)
+        generator, critic = build_networks(description.config, description.sample_shape)
+        state = checkpoint.state
+        load_module(generator, state["ema"] or state["generator"], "generator", checkpoint.path)
+        load_module(critic, state["critic"], "critic", checkpoint.path)
+        return cls(
+            folder=folder,
+            description=description,
+            step=checkpoint.step,
+            generator=generator.to(place).eval(),
+            critic=critic.to(place).eval(),
+            latent_dim=latent_dim(generator, description.config),
+            device=place,
+            skipped=checkpoint.skipped,
+        )
+
+    def sample(self, n: int, *, seed: int = 0) -> Tensor:
+        """Generate ``n`` samples ``[n, *sample_shape]`` on the CPU; the same for the same seed."""
+        noise = draw_noise(n, self.latent_dim, seed)
+        return generate(self.generator, noise.to(self.device)).cpu()
+
+    def score(self, samples: Tensor) -> Tensor:
+        """Rate samples ``[N, *sample_shape]`` with the critic; returns ``[N]`` float32 on the CPU."""
+        return generate(self.critic, samples.to(self.device)).reshape(-1).float().cpu()
+
+    def evaluate(self, *, samples: int = 2000, seed: int = 0) -> dict[str, Any]:
+        """Measure the run against data that it did not train on.
+
+        Args:
+            samples: Generated samples, and real ones where the data has that many.
+            seed: Of the noise and of the projections.
+
+        Returns:
+            The critic's Wasserstein estimate on held-out and on training data; the sliced Wasserstein distance of
+            generated samples to held-out ones and, as its floor, that between two disjoint real sets of the same
+            size; for toy mixtures the modes covered and the share of high-quality samples.
+
+        Raises:
+            InputError: The run's data cannot be loaded any more.
+        """
+        data = load_run_data(self.description.config)
+        if not len(data.held_out):
+            raise InputError("this run held no data out (holdout 0): there is nothing to evaluate against")
+        held_out = data.held_out.take(min(samples, len(data.held_out), len(data.train)), seed=seed)
+        train = data.train.take(held_out.shape[0], seed=seed)
+        fake = self.sample(held_out.shape[0], seed=seed)
+        report: dict[str, Any] = {
+            "step": self.step,
+            "samples": held_out.shape[0],
+            "wasserstein_held_out": metrics.wasserstein_estimate(self.critic, held_out, fake),
+            "wasserstein_train": metrics.wasserstein_estimate(self.critic, train, fake),
+            "sliced_wasserstein": metrics.sliced_wasserstein(fake, held_out, seed=seed),
+            "sliced_wasserstein_floor": metrics.sliced_wasserstein(train, held_out, seed=seed),
+        }
+        if data.modes is not None and data.mode_std is not None:
+            many = self.sample(max(samples, 100 * data.modes.shape[0]), seed=seed)
+            coverage = metrics.mode_coverage(many, data.modes, data.mode_std)
+            report |= {
+                "modes_covered": coverage.covered,
+                "modes": coverage.total,
+                "high_quality": coverage.high_quality,
+            }
+        return report
+
+
+def load_run_data(config: TrainConfig) -> Any:
+    """Load the data that a configuration names, with its split and image settings."""
+    return load_data(
+        config.data,
+        image_size=config.image_size,
+        channels=config.channels,
+        holdout=config.holdout,
+        seed=config.seed,
+    )
+
+
+def build_networks(config: TrainConfig, sample_shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
+    """Build the generator and the critic that a configuration names.
+
+    Raises:
+        InputError: The model is unknown, does not make such samples, or was given as objects.
+    """
+    if config.model == OWN_MODEL:
+        raise InputError(
+            "this run's networks were given as objects and cannot be rebuilt from its folder: "
+            "train with --model module:function"
+        )
+    name = models.default_model(sample_shape) if config.model == "auto" else config.model
+    generator, critic = models.build(
+        name, sample_shape, latent_dim=config.latent_dim, width=config.width, init=config.init
+    )
+    if config.spectral_norm:
+        models.spectral_norm(critic)
+    return generator, critic
+
+
+def latent_dim(generator: nn.Module, config: TrainConfig) -> int:
+    """Length of the generator's noise: its own attribute, or the configuration's, or 128."""
+    own = getattr(generator, "latent_dim", None)
+    return own if isinstance(own, int) else config.latent_dim or 128
+
+
+def draw_noise(n: int, length: int, seed: int) -> Tensor:
+    """Draw standard normal noise ``[n, length]`` on the CPU without touching the default generator."""
+    return torch.randn(n, length, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def generate(network: nn.Module, inputs: Tensor, batch_size: int = 256) -> Tensor:
+    """Run a network in eval mode over ``inputs`` ``[N, *D]`` in pieces, and leave its mode as it was."""
+    training = network.training
+    network.eval()
+    try:
+        return torch.cat([network(piece) for piece in torch.split(inputs, batch_size)])
+    finally:
+        network.train(training)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn a configuration's device into a torch device that is there.
+
+    Raises:
+        InputError: The name is no device, or that device is not available.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+            raise InputError(
+                f"device {name} is not available: torch {torch.__version__} has {built}, and no GPU is seen"
+            )
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise InputError(f"device {name} is not available: there are {torch.cuda.device_count()} GPUs")
+    elif device.type != "cpu":
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return device

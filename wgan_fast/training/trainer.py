@@ -1,0 +1,493 @@
+"""The training loop: from networks and data to samples, metrics, curves and checkpoints in one folder."""
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import plots
+from ..clipping import clip_weights_
+from ..critic_step import CriticStep, CriticStepResult
+from ..data import Data, Split, batches, load_data
+from ..errors import DivergenceError, InputError
+from ..losses import get_loss
+from ..metrics import wasserstein_estimate
+from ..penalty import check_scores
+from .checkpoint import (
+    Checkpoint,
+    Tree,
+    load_checkpoint,
+    load_module,
+    load_optimizer,
+    optimizer_state,
+    save_checkpoint,
+    write_atomically,
+)
+from .config import TrainConfig
+from .log import MetricsLog, ProgressLine
+from .run import (
+    CONFIG_FILE,
+    OWN_MODEL,
+    Description,
+    build_networks,
+    draw_noise,
+    generate,
+    latent_dim,
+    load_run_data,
+    resolve_device,
+)
+
+GRID = {"images": 64, "vectors": 2048}
+"""Samples in the pictures written during training."""
+
+HELD_OUT = 512
+"""Held-out samples behind the held-out Wasserstein estimate, taken whenever a picture is written."""
+
+CHANGEABLE = {"out", "steps", "device", "workers", "log_every", "sample_every", "checkpoint_every", "keep"}
+"""Settings that a resumed run may change."""
+
+
+class Summary(NamedTuple):
+    """What a finished run leaves behind.
+
+    Attributes:
+        out: The run's folder.
+        steps: Generator steps taken in all.
+        seconds: Time that this call trained.
+        images_per_second: Real samples that the critic saw per second in this call.
+        wasserstein: The last logged mean D(real) − mean D(fake).
+        checkpoint: The newest checkpoint.
+        grid: The newest picture of samples.
+        curves: The learning curves.
+    """
+
+    out: Path
+    steps: int
+    seconds: float
+    images_per_second: float
+    wasserstein: float | None
+    checkpoint: Path
+    grid: Path
+    curves: Path
+
+    def __str__(self) -> str:
+        wasserstein = "-" if self.wasserstein is None else f"{self.wasserstein:.4f}"
+        return "\n".join(
+            [
+                f"steps                 {self.steps}",
+                f"seconds               {self.seconds:.1f}",
+                f"images per second     {self.images_per_second:.0f}",
+                f"Wasserstein estimate  {wasserstein}",
+                f"samples               {self.grid}",
+                f"curves                {self.curves}",
+                f"checkpoint            {self.checkpoint}",
+            ]
+        )
+
+
+class Trainer:
+    """Trains a generator against a critic.
+
+    Args:
+        generator: Maps noise ``[N, latent_dim]`` to samples ``[N, *sample_shape]``. The noise's length is its
+            attribute ``latent_dim``, or the configuration's, or 128.
+        critic: Maps samples to one score each, ``[N]`` or ``[N, 1]``.
+        data: What ``load_data`` returns, or anything that it takes: a name, a path, an array, a Dataset.
+        config: The run's settings. Its ``data``, ``model``, ``width`` and ``init`` describe what is given here.
+
+    Raises:
+        InputError: Something does not fit: the message names it. Nothing has been written then.
+
+    >>> trainer = Trainer(generator, critic, images, TrainConfig(steps=1000))  # doctest: +SKIP
+    >>> print(trainer.fit())  # doctest: +SKIP
+    """
+
+    def __init__(self, generator: nn.Module, critic: nn.Module, data: Any, config: TrainConfig) -> None:
+        data = data if isinstance(data, Data) else load_data(data, holdout=config.holdout, seed=config.seed)
+        self._set_up(generator, critic, data, dataclasses.replace(config, data=data.name, model=OWN_MODEL))
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> Self:
+        """Build the networks and load the data that a configuration names.
+
+        Raises:
+            InputError: As the constructor.
+        """
+        resolve_device(config.device)
+        data = load_run_data(config)
+        config = config.resolved(data.sample_shape)
+        torch.manual_seed(config.seed)
+        generator, critic = build_networks(config, data.sample_shape)
+        trainer = cls.__new__(cls)
+        trainer._set_up(generator, critic, data, config)
+        return trainer
+
+    @classmethod
+    def from_run(cls, folder: Path, **changes: Any) -> Self:
+        """Rebuild the trainer of an earlier run, ready to ``fit(resume=True)``.
+
+        Args:
+            folder: The run's folder.
+            **changes: Settings to change, such as ``steps``.
+
+        Raises:
+            InputError: There is no run, or its networks were given as objects and cannot be rebuilt.
+        """
+        config = Description.read(folder).config
+        return cls.from_config(dataclasses.replace(config, **{**changes, "out": folder}))
+
+    def _set_up(self, generator: nn.Module, critic: nn.Module, data: Data, config: TrainConfig) -> None:
+        config = config.resolved(data.sample_shape)
+        if config.out is None:
+            config = dataclasses.replace(config, out=_new_folder(data.name, config.method))
+        self.config = config
+        self.data = data
+        self.out = Path(config.out or "")
+        self.device = resolve_device(config.device)
+        self.latent_dim = latent_dim(generator, config)
+        self.generator = generator.to(self.device)
+        self.critic = critic.to(self.device)
+        self._check_networks()
+        self.ema = copy.deepcopy(self.generator).requires_grad_(False).eval() if config.ema else None
+        self._trainable = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
+        self._generator_loss = get_loss(config.recipe.loss).generator
+        self._critic_step = CriticStep(
+            self.critic,
+            loss=config.recipe.loss,
+            penalty=config.penalty,
+            engine=config.engine,
+            precision=config.precision,
+        )
+        self._critic_optimizer = _optimizer(self._trainable, config, config.learning_rate)
+        self._generator_optimizer = _optimizer(
+            [parameter for parameter in self.generator.parameters() if parameter.requires_grad],
+            config,
+            config.generator_learning_rate or config.learning_rate,
+        )
+        self._fixed_noise = draw_noise(GRID[data.kind], self.latent_dim, config.seed).to(self.device)
+        self._held_out = _some(data.held_out, HELD_OUT, config.seed)
+        self.step = 0
+
+    def fit(self, *, resume: bool = False) -> Summary:
+        """Train to ``config.steps``. Seeds the default generators of torch, NumPy and Python.
+
+        Args:
+            resume: Continue the run in ``config.out`` from its newest whole checkpoint (from the start if it has
+                none yet); on the CPU the result equals an undisturbed run's bit for bit.
+
+        Returns:
+            What the run left behind.
+
+        Raises:
+            InputError: The folder holds another run, or none to resume.
+            DivergenceError: A loss or a parameter is not finite; the last good checkpoint is kept.
+        """
+        checkpoint = self._open_folder(resume)
+        torch.manual_seed(self.config.seed)
+        random.seed(self.config.seed)
+        np.random.seed(self.config.seed)  # noqa: NPY002 (user networks may draw from it)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.generator.train()
+        self.critic.train()
+        first, started = self.step, time.perf_counter()
+        with (
+            ProgressLine(self.config.steps, first) as progress,
+            MetricsLog(self.out, first) as log,
+        ):
+            for skipped in checkpoint.skipped if checkpoint else ():
+                progress.message(f"passed over a damaged checkpoint: {skipped}")
+            if checkpoint is not None:
+                progress.message(f"resuming after step {first} from {checkpoint.path}")
+            self._train(progress, log)
+            seconds = time.perf_counter() - started
+            curves = self.out / "curves.png"
+            plots.save_curves(log.records, curves, title=f"{self.config.method} on {self.data.name}")
+        images = (self.step - first) * (self.config.n_critic or 0) * (self.config.batch_size or 0)
+        summary = Summary(
+            out=self.out,
+            steps=self.step,
+            seconds=seconds,
+            images_per_second=images / seconds,
+            wasserstein=log.last.get("wasserstein"),
+            checkpoint=self._checkpoint_path,
+            grid=self._grid_path(self.step),
+            curves=curves,
+        )
+        write_atomically(self.out / "summary.txt", f"{summary}\n".encode())
+        return summary
+
+    def _train(self, progress: ProgressLine, log: MetricsLog) -> None:
+        config = self.config
+        n_critic, batch_size = config.n_critic or 0, config.batch_size or 0
+        reals = batches(
+            self.data.train,
+            batch_size,
+            seed=config.seed,
+            start=self.step * n_critic,
+            device=self.device,
+            workers=config.workers,
+        )
+        logged, since = self.step, time.perf_counter()
+        for step in range(self.step + 1, config.steps + 1):
+            result, generator_loss = self._iterate(step, itertools.islice(reals, n_critic))
+            self._check_losses(step, result, generator_loss)
+            self.step = step
+            last = step == config.steps
+            pictured = step % config.sample_every == 0 or last
+            if step % config.log_every == 0 or pictured:
+                now = time.perf_counter()
+                images = (step - logged) * n_critic * batch_size
+                logged, since, seconds = step, now, now - since
+                log.write(self._figures(result, generator_loss, images / seconds, held_out=pictured))
+            progress.advance(step, log.last)
+            if pictured:
+                self._save_picture()
+            if step % config.checkpoint_every == 0 or last:
+                self._save_checkpoint()
+
+    def _iterate(self, step: int, reals: Iterator[Tensor]) -> tuple[CriticStepResult, Tensor]:
+        """The critic's steps and the generator's step of one iteration; returns the last result and the loss."""
+        factor = learning_rate_factor(self.config.schedule, step, self.config.steps)
+        for optimizer in (self._critic_optimizer, self._generator_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+
+        for real in reals:
+            with torch.no_grad(), self._autocast():
+                fake = self.generator(self._noise()).to(real.dtype)
+            result = self._critic_step(real, fake)
+            self._critic_optimizer.step()
+            if self.config.clip is not None:
+                clip_weights_(self.critic, self.config.clip)
+
+        with _frozen(self._trainable), self._autocast():
+            generator_loss = self._generator_loss(self.critic(self.generator(self._noise())))
+            self._generator_optimizer.zero_grad(set_to_none=True)
+            generator_loss.backward()  # type: ignore[no-untyped-call]
+        self._generator_optimizer.step()
+        if self.ema is not None:
+            # A young average forgets faster, or the first networks would linger in it.
+            update_ema_(self.ema, self.generator, min(self.config.ema, step / (step + 10)))
+        return result, generator_loss.detach()
+
+    def _noise(self) -> Tensor:
+        return torch.randn(self.config.batch_size or 0, self.latent_dim, device=self.device)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _figures(
+        self, result: CriticStepResult, generator_loss: Tensor, images_per_second: float, *, held_out: bool
+    ) -> dict[str, Any]:
+        figures = {
+            "step": self.step,
+            "critic_loss": result.loss.item(),
+            "generator_loss": generator_loss.item(),
+            "wasserstein": result.wasserstein.item(),
+            "real_score": result.real_score.item(),
+            "fake_score": result.fake_score.item(),
+            "learning_rate": self._critic_optimizer.param_groups[0]["lr"],
+            "images_per_second": images_per_second,
+        }
+        if self.config.penalty is not None:
+            figures |= {"penalty": result.penalty.item(), "gradient_norm": result.gradient_norm.item()}
+        if held_out and self._held_out is not None:
+            noise = draw_noise(self._held_out.shape[0], self.latent_dim, self.config.seed)
+            fake = generate(self.generator, noise.to(self.device))
+            real = self._held_out.to(self.device)
+            figures["held_out_wasserstein"] = wasserstein_estimate(self.critic, real, fake)
+        return figures
+
+    def _check_losses(self, step: int, result: CriticStepResult, generator_loss: Tensor) -> None:
+        quantities = {
+            "the critic's loss": result.loss,
+            "the gradient penalty": result.penalty,
+            "the generator's loss": generator_loss,
+        }
+        if not torch.stack([value.float() for value in quantities.values()]).isfinite().all():
+            name, value = next((n, v.item()) for n, v in quantities.items() if not math.isfinite(v.item()))
+            raise self._diverged(f"{name} is {value}", step)
+
+    def _diverged(self, what: str, step: int) -> DivergenceError:
+        good = load_checkpoint(self.out)
+        kept = f"the last good checkpoint is {good.path}" if good else "no checkpoint was written yet"
+        return DivergenceError(f"training diverged at step {step}: {what}; {kept}")
+
+    def _save_picture(self) -> None:
+        path = self._grid_path(self.step)
+        path.parent.mkdir(exist_ok=True)
+        samples = generate(self.ema or self.generator, self._fixed_noise).float().cpu()
+        if self.data.kind == "vectors" and self.data.sample_shape == (2,):
+            real = _some(self.data.train, samples.shape[0], self.config.seed)
+            plots.save_scatter(samples, real, path, modes=self.data.modes)
+        elif self.data.kind == "images":
+            plots.save_grid(samples, path, columns=math.isqrt(samples.shape[0]))
+
+    def _grid_path(self, step: int) -> Path:
+        return self.out / "samples" / f"step-{step:08d}.png"
+
+    def _save_checkpoint(self) -> None:
+        for network, module in (("critic", self.critic), ("generator", self.generator)):
+            for name, parameter in module.named_parameters():
+                if not parameter.isfinite().all():
+                    raise self._diverged(f"the {network}'s {name} is not finite", self.step)
+        self._checkpoint_path = save_checkpoint(self.out, self.step, self._state(), keep=self.config.keep)
+
+    def _state(self) -> Tree:
+        return {
+            "generator": self.generator.state_dict(),
+            "critic": self.critic.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "generator_optimizer": optimizer_state(self._generator_optimizer),
+            "critic_optimizer": optimizer_state(self._critic_optimizer),
+            "critic_steps": self._critic_step.steps_taken,
+            "random": {
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+                "numpy": _json_numbers(np.random.get_state()),  # noqa: NPY002
+                "python": random.getstate(),
+            },
+        }
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state, source = checkpoint.state, checkpoint.path
+        if checkpoint.step > self.config.steps:
+            raise InputError(f"steps is {self.config.steps}, but {source} is at step {checkpoint.step} already")
+        load_module(self.generator, state["generator"], "generator", source)
+        load_module(self.critic, state["critic"], "critic", source)
+        if self.ema is not None:
+            load_module(self.ema, state["ema"], "generator", source)
+        load_optimizer(self._generator_optimizer, state["generator_optimizer"])
+        load_optimizer(self._critic_optimizer, state["critic_optimizer"])
+        self._critic_step.steps_taken = state["critic_steps"]
+        torch.set_rng_state(state["random"]["torch"])
+        if self.device.type == "cuda" and state["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        name, keys, *rest = state["random"]["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+        version, internal, gauss = state["random"]["python"]
+        random.setstate((version, tuple(internal), gauss))
+        self.step = checkpoint.step
+        self._checkpoint_path = source
+
+    def _open_folder(self, resume: bool) -> Checkpoint | None:
+        """Claim the folder of a new run, or find the checkpoint from which to go on."""
+        description = Description(self.config, self.data.sample_shape, self.data.kind)
+        if resume:
+            before = Description.read(self.out).config.to_json()
+            for name, value in self.config.to_json().items():
+                if value != before[name] and name not in CHANGEABLE:
+                    raise InputError(
+                        f"a resumed run keeps its settings: {name} was {before[name]!r}, got {value!r} "
+                        f"(what may change: {', '.join(sorted(CHANGEABLE))})"
+                    )
+        elif (self.out / CONFIG_FILE).exists():
+            raise InputError(
+                f"out {self.out} already holds a run: give another folder, or go on with --resume {self.out}"
+            )
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            description.write(self.out)
+        except OSError as error:
+            raise InputError(f"out {self.out} cannot be written: {error.strerror}") from error
+        return load_checkpoint(self.out) if resume else None
+
+    def _check_networks(self) -> None:
+        """Run both networks on two samples and raise unless the shapes fit."""
+        shape = [2, *self.data.sample_shape]
+        fake = self._try("generator", self.generator, torch.zeros(2, self.latent_dim, device=self.device))
+        if list(fake.shape) != shape:
+            raise InputError(
+                f"generator must make samples of the data's shape {shape} from noise [2, {self.latent_dim}], "
+                f"got {list(fake.shape)}"
+            )
+        scores = self._try("critic", self.critic, torch.zeros(shape, device=self.device))
+        try:
+            check_scores(scores, torch.empty(shape))
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from error
+
+    def _try(self, name: str, network: nn.Module, x: Tensor) -> Tensor:
+        try:
+            output = generate(network, x)
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{name} fails on an input of shape {list(x.shape)}: {reason}") from error
+        return output
+
+
+@contextlib.contextmanager
+def _frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Keep autograd from computing gradients for parameters that the generator's step does not use."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
+    """What the learning rate is multiplied with at ``step`` (from 1) of ``steps``.
+
+    "constant" stays at 1; "linear" and "cosine" fall from 1 at the first step towards 0 after the last.
+    """
+    done = (step - 1) / steps
+    if schedule == "linear":
+        return 1 - done
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * done)) / 2
+    return 1.0
+
+
+@torch.no_grad()
+def update_ema_(average: nn.Module, module: nn.Module, decay: float) -> None:
+    """Move ``average`` towards ``module``: θ̄ ← decay·θ̄ + (1 − decay)·θ for parameters, a copy for buffers."""
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
+    for mean, value in zip(average.buffers(), module.buffers()):
+        mean.copy_(value)
+
+
+def _some(split: Split, n: int, seed: int) -> Tensor | None:
+    """Up to ``n`` samples of a split on the CPU; None where it has none."""
+    n = min(n, len(split))
+    return split.take(n, seed=seed) if n else None
+
+
+def _optimizer(
+    parameters: list[nn.Parameter], config: TrainConfig, learning_rate: float | None
+) -> torch.optim.Optimizer:
+    rate, beta1, beta2 = learning_rate or 0.0, config.beta1 or 0.0, config.beta2 or 0.0
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "adam":
+        optimizer = torch.optim.Adam(parameters, lr=rate, betas=(beta1, beta2), fused=True)
+    else:
+        optimizer = torch.optim.RMSprop(parameters, lr=rate, alpha=beta2)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = rate
+    return optimizer
+
+
+def _new_folder(data: str, method: str) -> Path:
+    names = (
+        f"{Path(data).stem}-{method}{suffix}" for suffix in itertools.chain([""], map("-{}".format, itertools.count(2)))
+    )
+    return next(path for name in names if not (path := Path("runs") / name).exists())
+
+
+def _json_numbers(state: Any) -> list[Any]:
+    return [value.tolist() if isinstance(value, np.ndarray) else value for value in state]
