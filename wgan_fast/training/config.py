@@ -172,8 +172,8 @@ class TrainConfig:
     keep: int = 3
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), _HINTS[field.name])
+        for name, hint in typing.get_type_hints(type(self)).items():
+            _check_type(name, getattr(self, name), hint)
         at_least = {
             "image_size": 1, "width": 1, "latent_dim": 1, "steps": 1, "batch_size": 1, "n_critic": 1, "seed": 0,
             "workers": 0, "log_every": 1, "sample_every": 1, "checkpoint_every": 1, "keep": 1,
@@ -255,9 +255,6 @@ class TrainConfig:
             raise InputError(f"the configuration has unknown settings: {', '.join(sorted(unknown))}")
         out = values.get("out")
         return cls(**{**values, "out": None if out is None else Path(out)})
-
-
-_HINTS = typing.get_type_hints(TrainConfig)
 
 
 def _check_type(name: str, value: object, hint: Any) -> None:
