@@ -357,7 +357,7 @@ def test_networks_of_ones_own_are_built_from_the_current_directory():
         ("own_networks:nothing", "module 'own_networks' has no function 'nothing'"),
         ("own_networks:", "module 'own_networks' has no function ''"),
         ("own_networks:single", "must return a pair of nn.Modules .* got Linear"),
-        ("own_networks:no_latent_dim", "the generator needs an integer attribute latent_dim"),
+        ("own_networks:no_latent_dim", "give latent_dim, or the generator an integer attribute of that name"),
     ],
 )
 def test_wrong_networks_of_ones_own_are_refused_by_name(name, message):
@@ -372,9 +372,17 @@ def test_an_error_inside_ones_own_function_is_not_hidden():
 
 
 @pytest.mark.usefixtures("own_module")
-@pytest.mark.parametrize("option", ["latent_dim", "width"])
-def test_sizes_are_not_silently_ignored_for_networks_of_ones_own(option):
-    with pytest.raises(InputError, match="latent_dim and width are for built-in models"):
+def test_latent_dimension_can_be_given_for_a_generator_that_does_not_say_it():
+    assert models.build("own_networks:no_latent_dim", (2,), latent_dim=4)[0].latent_dim == 4
+    assert models.build("own_networks:pair", (2,), latent_dim=4)[0].latent_dim == 4
+
+
+@pytest.mark.usefixtures("own_module")
+@pytest.mark.parametrize(
+    ("option", "message"), [("latent_dim", "latent_dim is 3, but .* has 4"), ("width", "width is for built-in")]
+)
+def test_sizes_are_not_silently_ignored_for_networks_of_ones_own(option, message):
+    with pytest.raises(InputError, match=message):
         models.build("own_networks:pair", (2,), **{option: 3})
 
 

@@ -416,9 +416,10 @@ def build(
     Args:
         name: A key of `MODELS`, or `package.module:function` for networks of your own: the module is imported (the
             current directory is put on `sys.path`, as `python -m` does) and `function(sample_shape)` must return
-            (generator, critic), the generator with an integer attribute `latent_dim`.
+            (generator, critic).
         sample_shape: Shape of one sample, without the batch dimension, such as `(3, 32, 32)`.
-        latent_dim: Length of the latent vector; None means the model's default. Only for names in `MODELS`.
+        latent_dim: Length of the latent vector; None means the model's default. A generator of your own says it in
+            its attribute `latent_dim`; where it does not, the value given here becomes that attribute.
         width: The paper's DIM: units of the hidden layers, or channels at the largest image size; None means the
             model's default. Only for names in `MODELS`.
         init: One of `INITIALISATIONS`; see `initialise`.
@@ -436,9 +437,9 @@ def build(
         if value is not None and value < 1:
             raise InputError(f"{argument} must be at least 1, got {value}")
     if ":" in name:
-        if latent_dim is not None or width is not None:
-            raise InputError(f"latent_dim and width are for built-in models; model {name!r} sets its own")
-        generator, critic = _build_own(name, shape)
+        if width is not None:
+            raise InputError(f"width is for built-in models; {name!r} decides its own")
+        generator, critic = _build_own(name, shape, latent_dim)
     else:
         spec = MODELS.get(name)
         if spec is None:
@@ -453,7 +454,7 @@ def build(
     return generator, critic
 
 
-def _build_own(name: str, shape: _Shape) -> tuple[nn.Module, nn.Module]:
+def _build_own(name: str, shape: _Shape, latent_dim: int | None) -> tuple[nn.Module, nn.Module]:
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -471,8 +472,12 @@ def _build_own(name: str, shape: _Shape) -> tuple[nn.Module, nn.Module]:
             f"got {type(pair).__name__}"
         )
     generator, critic = pair
-    if not isinstance(getattr(generator, "latent_dim", None), int):
-        raise InputError(f"model {name!r}: the generator needs an integer attribute latent_dim")
+    own = getattr(generator, "latent_dim", latent_dim)
+    if not isinstance(own, int):
+        raise InputError(f"model {name!r}: give latent_dim, or the generator an integer attribute of that name")
+    if latent_dim not in (None, own):
+        raise InputError(f"latent_dim is {latent_dim}, but the generator of model {name!r} has {own}")
+    generator.latent_dim = own
     return generator, critic
 
 
