@@ -1,0 +1,385 @@
+"""Pictures of samples and of training: PNG files, drawn with Pillow and Matplotlib.
+
+Figures are drawn through Matplotlib's object interface: the caller's backend and pyplot state are never touched.
+Every file is written whole or not at all.
+"""
+
+import io
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from wgan_fast.errors import InputError
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    from PIL import Image, ImageDraw, ImageFont
+except ImportError as error:
+    raise ImportError("wgan_fast.plots needs Matplotlib and Pillow: pip install 'wgan_fast[train]'") from error
+
+_Samples = Tensor | ArrayLike
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+_CELL = 64  # pixels that a small image is enlarged towards
+_GAP = 4  # pixels between the images of a grid
+_CAPTION = 11  # pixels of a score's letters
+
+
+def _array(samples: _Samples) -> NDArray[np.float32]:
+    if isinstance(samples, Tensor):
+        samples = samples.detach().float().cpu().numpy()
+    return np.asarray(samples, dtype=np.float32)
+
+
+def _write(path: str | os.PathLike[str], png: bytes) -> None:
+    """Write through a temporary file in the same folder, so that a reader never sees half a picture."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(png)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _figure(width: float, height: float) -> Figure:
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
+    figure = Figure(figsize=(width, height), dpi=120, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    _write(path, buffer.getvalue())
+
+
+def save_grid(
+    samples: _Samples,
+    path: str | os.PathLike[str],
+    *,
+    columns: int,
+    scores: Tensor | ArrayLike | None = None,
+) -> None:
+    """Draw samples of any shape into one PNG file.
+
+    Images make a grid, row by row, small ones enlarged by a whole factor; points in the plane make a scatter plot;
+    other samples are flattened and make the rows of a heat map.
+
+    Args:
+        samples: Images `[N, C, H, W]` with values in [-1, 1] (three channels are colours, the channels of any other
+            number are drawn side by side in grey), points `[N, 2]`, or any other `[N, *D]`.
+        path: The file to write; its folder exists.
+        columns: Images per row of the grid.
+        scores: One critic score per sample, `[N]`: images and rows are sorted by it, highest first, and captioned
+            with it; points are coloured by it. None draws the samples in their order.
+
+    Raises:
+        InputError: There are no samples, columns is below 1, or scores are not one per sample.
+    """
+    values = _array(samples)
+    if values.ndim < 2 or values.size == 0:
+        raise InputError(f"samples must have shape [N, *D] with at least one value, got {list(values.shape)}")
+    if columns < 1:
+        raise InputError(f"columns must be at least 1, got {columns}")
+    marks = None if scores is None else _array(scores)
+    if marks is not None:
+        if marks.shape != (len(values),):
+            raise InputError(f"scores must be one per sample, [{len(values)}], got {list(marks.shape)}")
+        # Stable, and NaN last: negated, it still sorts to the end.
+        order = np.argsort(-marks, kind="stable")
+        values, marks = values[order], marks[order]
+    if values.ndim == 4:
+        _save_images(values, path, columns, marks)
+    elif values.shape[1:] == (2,):
+        _save_points(values, path, marks)
+    else:
+        _save_heat_map(values.reshape(len(values), -1), path, marks)
+
+
+def _captions(scores: NDArray[np.float32]) -> list[str]:
+    """Format scores with as many decimals as tell them apart, to three digits of their spread."""
+    finite = scores[np.isfinite(scores)]
+    spread = float(np.ptp(finite)) if len(finite) else 0.0
+    decimals = min(max(2 - math.floor(math.log10(spread)), 0), 4) if spread > 0 else 2
+    return [f"{score:.{decimals}f}".replace("-", "−") for score in scores.tolist()]
+
+
+def _save_images(
+    images: NDArray[np.float32],
+    path: str | os.PathLike[str],
+    columns: int,
+    scores: NDArray[np.float32] | None,
+) -> None:
+    if images.shape[1] == 3:
+        pixels = images.transpose(0, 2, 3, 1)
+    else:
+        pixels = np.concatenate(np.split(images, images.shape[1], axis=1), axis=3)[:, 0]
+    # NaN has no grey: draw it black rather than as whatever the cast makes of it.
+    pixels = np.nan_to_num((pixels + 1) * 127.5, nan=0.0).round().clip(0, 255).astype(np.uint8)
+    scale = max(1, round(_CELL / max(pixels.shape[1:3])))
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    height, width = pixels.shape[1:3]
+    captions = None if scores is None else _captions(scores)
+    pitch_x, pitch_y = width + _GAP, height + _GAP
+    if captions is not None:
+        font_file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+        font = ImageFont.truetype(str(font_file), _CAPTION)
+        pitch_x = max(pitch_x, _GAP + math.ceil(max(font.getlength(caption) for caption in captions)))
+        pitch_y += _CAPTION + _GAP
+    columns = min(columns, len(pixels))
+    rows = math.ceil(len(pixels) / columns)
+    canvas = Image.new("RGB", (_GAP + columns * pitch_x, _GAP + rows * pitch_y), "white")
+    draw = ImageDraw.Draw(canvas)
+    for index, cell in enumerate(pixels):
+        centre = _GAP + index % columns * pitch_x + (pitch_x - _GAP) // 2
+        top = _GAP + index // columns * pitch_y
+        canvas.paste(Image.fromarray(cell), (centre - width // 2, top))
+        if captions is not None:
+            draw.text((centre, top + height + 1), captions[index], fill="black", font=font, anchor="ma")
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="png")
+    _write(path, buffer.getvalue())
+
+
+def _save_points(points: NDArray[np.float32], path: str | os.PathLike[str], scores: NDArray[np.float32] | None) -> None:
+    figure = _figure(6.2 if scores is None else 7.2, 6)
+    axes = figure.add_subplot()
+    if scores is None:
+        axes.scatter(points[:, 0], points[:, 1], s=8, color=_BLUE, alpha=0.6, linewidths=0)
+    else:
+        marks = axes.scatter(points[:, 0], points[:, 1], s=8, c=scores, cmap="viridis", linewidths=0)
+        figure.colorbar(marks, ax=axes, label="critic score", shrink=0.8)
+    _dress_plane(axes, f"{len(points):,} generated samples")
+    _save(figure, path)
+
+
+def _dress_plane(axes: Axes, title: str) -> None:
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("first coordinate")
+    axes.set_ylabel("second coordinate")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save_heat_map(rows: NDArray[np.float32], path: str | os.PathLike[str], scores: NDArray[np.float32] | None) -> None:
+    figure = _figure(8, min(max(2.5, 1.2 + 0.16 * len(rows)), 14))
+    axes = figure.add_subplot()
+    picture = axes.imshow(rows, aspect="auto", interpolation="nearest", cmap="viridis")
+    figure.colorbar(picture, ax=axes, label="value")
+    axes.set_xlabel("component of the flattened sample")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if scores is None:
+        axes.set_ylabel("sample")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        labelled = np.unique(np.linspace(0, len(rows) - 1, 40).round().astype(int))
+        axes.set_yticks(labelled, _captions(scores[labelled]), fontsize=7)
+        axes.set_ylabel("critic score of the sample")
+    axes.set_title(f"{len(rows):,} generated samples", loc="left")
+    _save(figure, path)
+
+
+def save_scatter(fake: _Samples, real: _Samples, path: str | os.PathLike[str], modes: _Samples | None = None) -> None:
+    """Draw generated over real points in the plane into a PNG file.
+
+    The frame is a square around the real points; how many generated points lie outside is said in the title.
+
+    Args:
+        fake: Generated points, `[N, 2]`.
+        real: Real points, `[M, 2]`.
+        path: The file to write; its folder exists.
+        modes: Centres of the real distribution, `[K, 2]`, marked with crosses; None marks nothing.
+
+    Raises:
+        InputError: A set is empty or not of points in the plane.
+    """
+    sets = {"fake": _array(fake), "real": _array(real)}
+    if modes is not None:
+        sets["modes"] = _array(modes)
+    for name, points in sets.items():
+        if points.ndim != 2 or points.shape[1] != 2 or len(points) == 0:
+            raise InputError(f"{name} must be points of the plane, [N, 2], got shape {list(points.shape)}")
+    low, high = sets["real"].min(axis=0), sets["real"].max(axis=0)
+    reach = 0.65 * max(float((high - low).max()), 1e-6)  # half of the widest side, and a margin
+    centre = (low + high) / 2
+    outside = int((~(np.abs(sets["fake"] - centre) <= reach).all(axis=1)).sum())
+
+    figure = _figure(6.2, 6.6)
+    axes = figure.add_subplot()
+    styles: dict[str, dict[str, Any]] = {
+        "real": {"s": 6, "color": _GREY, "alpha": 0.5, "linewidths": 0, "label": "real"},
+        "fake": {"s": 6, "color": _ORANGE, "alpha": 0.6, "linewidths": 0, "label": "generated"},
+        "modes": {"s": 40, "color": "black", "marker": "+", "linewidths": 1, "label": "mode"},
+    }
+    for name, style in styles.items():
+        if name in sets:
+            axes.scatter(sets[name][:, 0], sets[name][:, 1], **style)
+    beyond = f", {outside:,} of them outside the frame" if outside else ""
+    _dress_plane(axes, f"{len(sets['fake']):,} generated samples{beyond}")
+    axes.set_aspect("equal", adjustable="box")
+    axes.set_xlim(centre[0] - reach, centre[0] + reach)
+    axes.set_ylim(centre[1] - reach, centre[1] + reach)
+    figure.legend(loc="outside lower center", ncols=len(sets), frameon=False, markerscale=2)
+    _save(figure, path)
+
+
+class _Curve(NamedTuple):
+    key: str
+    label: str
+    colour: str
+
+
+class _Panel(NamedTuple):
+    title: str
+    unit: str
+    curves: tuple[_Curve, ...]
+    from_zero: bool = False
+
+
+_PANELS = (
+    _Panel(
+        "Wasserstein estimate",
+        "D(real) − D(generated)",
+        (_Curve("wasserstein", "training", _BLUE), _Curve("held_out_wasserstein", "held out", _ORANGE)),
+    ),
+    _Panel(
+        "Losses",
+        "loss",
+        (_Curve("critic_loss", "critic", _BLUE), _Curve("generator_loss", "generator", _ORANGE)),
+    ),
+    _Panel(
+        "Critic scores",
+        "mean score",
+        (_Curve("real_score", "real", _BLUE), _Curve("fake_score", "generated", _ORANGE)),
+    ),
+    _Panel("Gradient norm of the critic", "mean norm", (_Curve("gradient_norm", "norm", _GREEN),)),
+    _Panel("Gradient penalty", "penalty, weight included", (_Curve("penalty", "penalty", _GREEN),)),
+    _Panel("Learning rate", "learning rate", (_Curve("learning_rate", "learning rate", _GREY),)),
+    _Panel("Speed", "images per second", (_Curve("images_per_second", "speed", _GREY),), from_zero=True),
+)
+
+
+def save_curves(
+    records: Iterable[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    target: float | None = None,
+) -> None:
+    """Draw the curves of a training run into a PNG file: raw values light, their moving median over them.
+
+    Args:
+        records: The lines of metrics.jsonl as mappings: `step` (generator steps) and any of `wasserstein`,
+            `held_out_wasserstein`, `critic_loss`, `generator_loss`, `real_score`, `fake_score`, `gradient_norm`,
+            `penalty`, `learning_rate` and `images_per_second`. A panel is drawn for what occurs; missing and
+            non-finite values are left out.
+        path: The file to write; its folder exists.
+        title: Title of the whole picture; None for none.
+        target: The gradient norm that the penalty asks for, drawn as a line; None draws none.
+
+    Raises:
+        InputError: No record has a step and a value to draw.
+    """
+    records = [record for record in records if "step" in record]
+    panels = []
+    for panel in _PANELS:
+        series = [(curve, *_series(records, curve.key)) for curve in panel.curves]
+        series = [entry for entry in series if len(entry[1])]
+        if series:
+            panels.append((panel, series))
+    if not panels:
+        raise InputError("records must hold at least one step with a finite value to draw")
+
+    # The first panel is the one to look at: it gets a row of its own where the others fill the rows below.
+    wide = len(panels) % 2
+    rows = (len(panels) + 1) // 2
+    every_step = np.concatenate([steps for _, series in panels for _, steps, _ in series])
+    first, last = every_step.min(), every_step.max()
+    margin = 0.02 * (last - first) or 1.0
+    frame = first - margin, last + margin
+    figure = _figure(11, 0.4 + 2.7 * rows)
+    grid = figure.add_gridspec(rows, 2)
+    for index, (panel, series) in enumerate(panels):
+        place = grid[0, :] if wide and index == 0 else grid[divmod(index + wide, 2)]
+        axes = figure.add_subplot(place)
+        _draw_panel(axes, panel, series, target if panel.curves[0].key == "gradient_norm" else None)
+        axes.set_xlim(*frame)
+    if title is not None:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13)
+    _save(figure, path)
+
+
+def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps and values of the records in which `key` has a finite value, in the order of the steps."""
+    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
+    order = np.argsort(steps, kind="stable")
+    order = order[np.isfinite(values[order])]
+    return steps[order], values[order]
+
+
+def _moving_median(
+    steps: NDArray[np.float64], values: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Median over a thirtieth of the values around each of at most 300 of them; fewer at the ends."""
+    centres = np.linspace(0, len(values) - 1, min(len(values), 300)).round().astype(int)
+    half = len(values) // 60
+    # A mean would smear the spike of the first steps over the whole window.
+    return steps[centres], np.array([np.median(values[max(c - half, 0) : c + half + 1]) for c in centres])
+
+
+def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Frame the values, cutting off the few of the first steps that may be a thousand times the rest."""
+    low, high = np.quantile(values, [0.02, 0.98])
+    reach = 0.25 * (high - low)
+    return max(float(values.min()), low - reach), min(float(values.max()), high + reach)
+
+
+def _draw_panel(
+    axes: Axes,
+    panel: _Panel,
+    series: list[tuple[_Curve, NDArray[np.float64], NDArray[np.float64]]],
+    target: float | None,
+) -> None:
+    for curve, steps, values in series:
+        if len(values) < 60:
+            axes.plot(steps, values, color=curve.colour, linewidth=1.3, marker=".", label=curve.label)
+        else:
+            axes.plot(steps, values, color=curve.colour, linewidth=0.6, alpha=0.3)
+            axes.plot(*_moving_median(steps, values), color=curve.colour, linewidth=1.6, label=curve.label)
+    limits = [limit for _, _, values in series for limit in _limits(values)]
+    if panel.from_zero:
+        limits.append(0.0)
+    if target is not None:
+        axes.axhline(target, color="black", linewidth=1, linestyle="--", label=f"target {target:g}")
+        limits.append(target)
+    low, high = min(limits), max(limits)
+    margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+    axes.set_ylim(low if panel.from_zero else low - margin, high + margin)
+    axes.set_title(panel.title, loc="left", fontsize=11)
+    axes.set_ylabel(panel.unit, fontsize=9)
+    axes.set_xlabel("generator step", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    labels = axes.get_legend_handles_labels()[1]
+    if len(labels) > 1:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=len(labels), frameon=False, fontsize=9)
