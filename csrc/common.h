@@ -1,0 +1,166 @@
+// What every operator shares: the range that values are clipped to, and a tensor list as flat memory.
+//
+// LibTorch's stable ABI only, so that one build serves every torch from the targeted version on.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/macros/Macros.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace wgan_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// torch.clamp for low <= high: NaN compares false with both bounds and so stays as it is, payload included.
+template <typename T>
+struct Clip {
+  using value_type = T;
+
+  T low, high;
+
+  C10_HOST_DEVICE T operator()(T value) const { return value < low ? low : value > high ? high : value; }
+};
+
+// The same for 16-bit floats on their bit patterns: integers compare twice as many lanes as a conversion to
+// float would, and need no F16C or AVX512-BF16.
+struct Clip16 {
+  using value_type = int16_t;
+
+  int16_t low, high;          // what is stored
+  int16_t low_key, high_key;  // what is compared
+  int16_t infinity;           // a greater magnitude is NaN
+
+  Clip16(uint16_t low_bits, uint16_t high_bits, uint16_t infinity_bits)
+      : low(static_cast<int16_t>(low_bits)),
+        high(static_cast<int16_t>(high_bits)),
+        // A zero is in range whatever its sign, so the bound moves to the zero that includes both.
+        low_key(low == 0 ? key(INT16_MIN) : key(low)),
+        high_key(high == INT16_MIN ? key(0) : key(high)),
+        infinity(static_cast<int16_t>(infinity_bits)) {}
+
+  // Sign-magnitude to two's complement: orders the patterns as the floats they are, -0 just below +0.
+  C10_HOST_DEVICE static int16_t key(int16_t bits) {
+    return static_cast<int16_t>(bits ^ ((bits >> 15) & INT16_MAX));
+  }
+
+  C10_HOST_DEVICE int16_t operator()(int16_t bits) const {
+    const int16_t at = key(bits);
+    const int16_t clipped = at < low_key ? low : at > high_key ? high : bits;
+    return static_cast<int16_t>(bits & INT16_MAX) > infinity ? bits : clipped;
+  }
+};
+
+// The bounds rounded to every supported dtype, as torch.clamp rounds them.
+struct ClipRange {
+  Clip<double> float64;
+  Clip<float> float32;
+  Clip16 float16;
+  Clip16 bfloat16;
+
+  ClipRange(double low, double high)
+      : float64{low, high},
+        float32{static_cast<float>(low), static_cast<float>(high)},
+        float16(torch::headeronly::Half(float32.low).x, torch::headeronly::Half(float32.high).x, 0x7C00),
+        bfloat16(torch::headeronly::BFloat16(float32.low).x, torch::headeronly::BFloat16(float32.high).x,
+                 0x7F80) {
+    STD_TORCH_CHECK(low <= high, "low must be at most high, got low=", low, " and high=", high);
+  }
+};
+
+// One tensor's memory as a line of elements.
+struct Span {
+  void* data;
+  int64_t numel;
+  int64_t element_size;
+  ScalarType dtype;
+};
+
+inline Span span_of(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), tensor.numel(), static_cast<int64_t>(tensor.element_size()),
+          tensor.scalar_type()};
+}
+
+enum class Memory { kDense, kGaps, kOverlapping };
+
+// Whether a tensor covers its stretch of memory exactly once, skips some of it, or may cover some of it
+// twice.
+inline Memory memory_of(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return Memory::kDense;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (sizes[i] != 1) dims.emplace_back(strides[i], sizes[i]);
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 1;  // elements from the first to the last of the dims so far
+  Memory memory = Memory::kDense;
+  for (const auto& [stride, size] : dims) {
+    if (stride < extent) return Memory::kOverlapping;
+    if (stride > extent) memory = Memory::kGaps;
+    extent += stride * (size - 1);
+  }
+  return memory;
+}
+
+// The stable ABI does not reach the version counter. Copying a tensor to itself returns before it touches
+// data, but on its way it passes the dispatcher's in-place bookkeeping, which counts the write.
+inline void bump_version(const Tensor& tensor) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(tensor.get(), tensor.get(), /*non_blocking=*/0));
+}
+
+class NoGradGuard {
+ public:
+  NoGradGuard() { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGradGuard() { aoti_torch_grad_mode_set_enabled(enabled_); }
+  NoGradGuard(const NoGradGuard&) = delete;
+  NoGradGuard& operator=(const NoGradGuard&) = delete;
+
+ private:
+  const bool enabled_ = aoti_torch_grad_mode_is_enabled();
+};
+
+// Calls `write(spans)`, which overwrites the elements of every tensor, in any order.
+//
+// A dense tensor is written where it lies, whatever its strides; one with gaps through a copy. Every tensor
+// is checked before any is touched.
+template <typename Write>
+void overwrite(const std::vector<Tensor>& tensors, const Write& write) {
+  for (const auto& tensor : tensors) {
+    const auto dtype = tensor.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
+                        dtype == ScalarType::BFloat16,
+                    "expected float64, float32, float16 or bfloat16 tensors");
+    STD_TORCH_CHECK(tensor.device() == tensors[0].device(), "expected all tensors on one device");
+    STD_TORCH_CHECK(tensor.numel() == 0 || memory_of(tensor) != Memory::kOverlapping,
+                    "expected tensors whose elements do not overlap in memory");
+  }
+  const NoGradGuard no_grad;
+  std::vector<Span> spans;
+  spans.reserve(tensors.size());
+  std::vector<std::pair<Tensor, Tensor>> copies;  // (view, its contiguous copy)
+  for (const auto& tensor : tensors) {
+    if (tensor.numel() == 0) continue;
+    if (memory_of(tensor) == Memory::kDense) {
+      bump_version(tensor);
+      spans.push_back(span_of(tensor));
+    } else {
+      copies.emplace_back(tensor, torch::stable::contiguous(tensor));
+      spans.push_back(span_of(copies.back().second));
+    }
+  }
+  if (!spans.empty()) write(spans);
+  for (auto& [view, copy] : copies) torch::stable::copy_(view, copy);
+}
+
+}  // namespace wgan_fast

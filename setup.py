@@ -1,0 +1,197 @@
+"""Builds the compiled extension and its record; the metadata is in pyproject.toml.
+
+The extension is optional: without torch in the build environment (``--no-build-isolation`` gives it the installed
+one) or without a working compiler the install goes on without it, and ``wgan_fast.build_info()`` says why.
+
+Environment:
+    WGAN_FAST_REQUIRE_EXT=1: fail instead of installing without the extension, or without CUDA where torch has it.
+    TORCH_CUDA_ARCH_LIST: the GPU architectures, as for any torch extension; by default 8.0, 9.0 and 10.0 with PTX.
+    CXX, CUDA_HOME: the compiler and the CUDA toolkit, as for any torch extension.
+
+``python setup.py cuda_compile`` checks the CUDA sources, also where torch has no CUDA.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+from setuptools import Command, Extension, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+REQUIRED = os.environ.get("WGAN_FAST_REQUIRE_EXT") == "1"
+PACKAGES = ["wgan_fast", "wgan_fast.double_backprop", "wgan_fast.kernels", "wgan_fast.training"]
+
+CPU_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp"))
+CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
+HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h"))
+
+# The stable ABI of torch 2.11, the oldest that is supported.
+TORCH_ABI = ("TORCH_TARGET_VERSION", "0x020B000000000000")
+# -g0 undoes the interpreter's own -g: debug information would be most of the library.
+CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3"]
+ARCHITECTURES = ["8.0", "9.0", "10.0"]
+
+missing: dict[str, str | None] = {"extension": None, "cuda": None}
+"""Why a part is not built, for build_info(); None for a part that is."""
+
+
+def cuda_home() -> str | None:
+    """The CUDA toolkit: CUDA_HOME, or the one that the nvcc on PATH belongs to, or the usual place."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        return named
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        # Asked, because the nvcc on PATH may be a script outside its toolkit.
+        answer = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+        top = re.search(r"^#\$ TOP=(.+)$", answer.stderr, re.MULTILINE)
+        return os.path.realpath(top[1]) if top else None
+    return "/usr/local/cuda" if os.path.exists("/usr/local/cuda/bin/nvcc") else None
+
+
+CUDA_HOME = cuda_home()
+if CUDA_HOME:
+    os.environ["CUDA_HOME"] = CUDA_HOME
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(ARCHITECTURES) + "+PTX")
+
+try:
+    # After the environment: torch reads it when it is imported.
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    reason = f"torch was not there to build against ({error}); install with --no-build-isolation"
+    missing.update(extension=reason, cuda=reason)
+    if REQUIRED:
+        sys.exit(f"WGAN_FAST_REQUIRE_EXT=1, but {reason}")
+
+
+def cuda_missing() -> str | None:
+    """Why the extension is built without CUDA, or None where it is built with it."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if CUDA_HOME is None:
+        return "no CUDA toolkit was found; put nvcc on PATH or set CUDA_HOME"
+    answer = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True)
+    release = re.search(r"release ([\d.]+)", answer.stdout)
+    toolkit = release[1] if release else "of an unknown version"
+    if toolkit.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"the CUDA toolkit is {toolkit}, but torch {torch.__version__} is built for {torch.version.cuda}"
+    return None
+
+
+def write_record(folder: Path) -> None:
+    """Leave ``missing`` for build_info()."""
+    if missing["extension"]:
+        warnings.warn(f"wgan_fast is installed without its extension: {missing['extension']}", stacklevel=1)
+    (folder / "_build.json").write_text(json.dumps(missing, indent=2) + "\n")
+
+
+class BuildPython(build_py):
+    """The Python files and the record, without what an earlier build may have left."""
+
+    def run(self) -> None:
+        """Copy the packages."""
+        super().run()
+        folder = ROOT / "wgan_fast" if self.editable_mode else Path(self.build_lib, "wgan_fast")
+        (folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+        write_record(folder)
+
+
+class CompileCuda(Command):
+    """Compile the CUDA sources for every default architecture, without linking; fail where registers spill."""
+
+    description = "check the CUDA sources; needs nvcc, but neither a GPU nor a CUDA build of torch"
+    user_options: ClassVar = []
+
+    def initialize_options(self) -> None:
+        """No options."""
+
+    def finalize_options(self) -> None:
+        """No options."""
+
+    def run(self) -> None:
+        """Compile and report."""
+        if CUDA_HOME is None:
+            print("cuda_compile: SKIPPED: no nvcc, so the CUDA sources were NOT compiled", file=sys.stderr)
+            return
+        if missing["extension"]:
+            sys.exit(f"cuda_compile: {missing['extension']}")
+        flags = ["-std=c++20", "-Xptxas=-v", "-DUSE_CUDA", f"-D{'='.join(TORCH_ABI)}", *NVCC_FLAGS]
+        flags += [f"-I{path}" for path in cpp_extension.include_paths()]
+        with tempfile.TemporaryDirectory() as folder:
+            for source in CUDA_SOURCES:
+                for architecture in (name.replace(".", "") for name in ARCHITECTURES):
+                    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+                    command = [f"{CUDA_HOME}/bin/nvcc", *flags, target, "-c", source, "-o", f"{folder}/object.o"]
+                    answer = subprocess.run(command, capture_output=True, text=True)
+                    print(f"{source} for sm_{architecture}\n{answer.stdout}{answer.stderr}")
+                    spills = set(re.findall(r"(\d+) bytes spill", answer.stderr))
+                    if answer.returncode != 0 or spills != {"0"}:
+                        problem = "does not compile" if answer.returncode else "spills registers"
+                        sys.exit(f"cuda_compile: {source} {problem} for sm_{architecture}")
+
+
+def extension_build() -> tuple[list[Extension], dict[str, type[Command]]]:
+    """The extension and the command that builds it; neither where there is no torch to build against."""
+    if missing["extension"]:
+        return [], {}
+    missing["cuda"] = cuda_missing()
+    with_cuda = missing["cuda"] is None
+    if REQUIRED and not with_cuda and torch.version.cuda:
+        sys.exit(f"WGAN_FAST_REQUIRE_EXT=1, but {missing['cuda']}")
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        """Compile; where that fails, install without the extension."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, use_ninja=cpp_extension.is_ninja_available(), **options)
+
+        def build_extensions(self) -> None:
+            """Compile, or note the reason why not."""
+            try:
+                super().build_extensions()
+            except Exception as error:  # setuptools, ninja, torch and the toolkit each raise their own
+                if REQUIRED:
+                    raise
+                reason = f"it did not compile: {' '.join(str(error).split())}"
+                missing.update(extension=reason, cuda=reason)
+                self.extensions = []
+
+        def run(self) -> None:
+            """Build and write the record."""
+            super().run()
+            write_record(ROOT / "wgan_fast" if self.inplace else Path(self.build_lib, "wgan_fast"))
+
+    macros = [
+        TORCH_ABI,
+        ("WGAN_FAST_FLAGS", f'"{" ".join(CXX_FLAGS)}"'),
+        ("WGAN_FAST_CUDA_ARCHITECTURES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'),
+    ]
+    build = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    extension = build(
+        "wgan_fast._C",
+        CPU_SOURCES + (CUDA_SOURCES if with_cuda else []),
+        depends=HEADERS,
+        define_macros=[*macros, ("USE_CUDA", None)] if with_cuda else macros,
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+    )
+    return [extension], {"build_ext": BuildExtension}
+
+
+extensions, build_ext = extension_build()
+setup(
+    packages=PACKAGES,
+    package_dir={"wgan_fast": "wgan_fast", "wgan_fast.kernels": "kernels"},
+    ext_modules=extensions,
+    cmdclass={"build_py": BuildPython, "cuda_compile": CompileCuda, **build_ext},
+)

@@ -1,0 +1,96 @@
+"""Weight clipping, the Lipschitz constraint of the original WGAN."""
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import ops as ops
+
+Weights = TypeVar("Weights", bound=nn.Module | Tensor | Iterable[Tensor])
+
+_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+
+
+def clip_weights_(module_or_tensors: Weights, bound: float | tuple[float, float] = 0.01) -> Weights:
+    """Clip weights to a range, in place: the critic's constraint of Arjovsky et al. 2017 (Algorithm 1, line 7).
+
+    One pass over memory and, on a GPU, one launch for the whole list. Values are those of :func:`torch.clamp`: a NaN
+    stays NaN and an infinity moves to the bound; a bound is rounded to each tensor's dtype. Not differentiable: it
+    runs as under ``torch.no_grad()``, and autograd sees that the tensors were modified.
+
+    Args:
+        module_or_tensors: A module, for all its parameters, or one tensor or an iterable of them, of any shapes,
+            strides and devices; float64, float32, float16 or bfloat16. Views with gaps are allowed, tensors whose
+            elements overlap in memory are not.
+        bound: A number c > 0 for [-c, c], or a pair (low, high) with low <= high. An infinite bound does not clip.
+
+    Returns:
+        The first argument.
+
+    Raises:
+        TypeError: If something is not a tensor, or a tensor is sparse or of another dtype.
+        ValueError: If the bound is not positive, not ordered or NaN, or a tensor's elements overlap in memory.
+            Nothing was changed when either is raised.
+
+    Example:
+        >>> critic = torch.nn.Linear(3, 1)
+        >>> all(p.abs().max() <= 0.01 for p in clip_weights_(critic, 0.01).parameters())
+        True
+    """
+    low, high = _range(bound)
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for at, tensor in enumerate(_tensors(module_or_tensors)):
+        _check(at, tensor)
+        by_device.setdefault(tensor.device, []).append(tensor)
+    with torch.no_grad():
+        for tensors in by_device.values():
+            torch.ops.wgan_fast.clip_weights_(tensors, low, high)
+    return module_or_tensors
+
+
+def _range(bound: float | tuple[float, float]) -> tuple[float, float]:
+    if isinstance(bound, tuple):
+        if len(bound) != 2 or not bound[0] <= bound[1]:
+            raise ValueError(f"bound must be a pair (low, high) with low <= high, got {bound}")
+        return float(bound[0]), float(bound[1])
+    if not bound > 0:
+        raise ValueError(f"bound must be greater than 0, got {bound}")
+    return -float(bound), float(bound)
+
+
+def _tensors(module_or_tensors: nn.Module | Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+    if isinstance(module_or_tensors, nn.Module):
+        return module_or_tensors.parameters()
+    if isinstance(module_or_tensors, Tensor):
+        return (module_or_tensors,)
+    if isinstance(module_or_tensors, Iterable):
+        return module_or_tensors
+    kind = type(module_or_tensors).__name__
+    raise TypeError(f"module_or_tensors must be a module, a tensor or an iterable of tensors, got {kind}")
+
+
+def _check(at: int, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"module_or_tensors[{at}] must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
+        raise TypeError(
+            f"module_or_tensors[{at}] must be a dense float64, float32, float16 or bfloat16 tensor, "
+            f"got {tensor.dtype} with layout {tensor.layout}"
+        )
+    if not tensor.is_contiguous() and _may_overlap(tensor):
+        raise ValueError(
+            f"module_or_tensors[{at}] must not overlap itself in memory (clone an expanded tensor first), "
+            f"got shape {list(tensor.shape)} with strides {list(tensor.stride())}"
+        )
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Whether a dimension steps by less than the smaller-stride dimensions span together."""
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size != 1 and stride < extent:
+            return True
+        extent += stride * (size - 1)
+    return False
