@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
         )
         command.run()
-    except (InputError, DivergenceError) as error:
+    except (InputError, DivergenceError, OSError) as error:
         sys.exit(_fail(error, 2))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; a run goes on with: wgan-fast train --resume RUN", 130))

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ..errors import InputError
 
 FORMAT = 1
+CHECKPOINTS = "checkpoints"
+"""The subfolder of a run that holds them."""
 _TENSOR = "__tensor__"
-_FOLDER = "checkpoints"
 
 Tree = Any
 """Nested dicts (string keys) and lists of tensors, numbers, strings, booleans and None."""
@@ -44,7 +45,9 @@ class Checkpoint:
 
 
 def save_checkpoint(run: Path, step: int, state: Tree, *, keep: int) -> Path:
-    """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
+    """Write the checkpoint of ``step`` and remove all but the newest ``keep`` up to it.
+
+    A later one can only be a damaged one that was passed over when the run was resumed: it is removed too.
 
     Args:
         run: The run's folder.
@@ -58,7 +61,7 @@ def save_checkpoint(run: Path, step: int, state: Tree, *, keep: int) -> Path:
     Raises:
         OSError: The disk refused; earlier checkpoints are untouched.
     """
-    folder = run / _FOLDER
+    folder = run / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     structure = _pack(state, "", tensors)
@@ -68,7 +71,7 @@ def save_checkpoint(run: Path, step: int, state: Tree, *, keep: int) -> Path:
     write_atomically(path, body)
     digest = {"format": FORMAT, "step": step, "sha256": hashlib.sha256(body).hexdigest(), "bytes": len(body)}
     write_atomically(path.with_suffix(".json"), json.dumps(digest).encode())
-    _prune(folder, keep)
+    _prune(folder, step, keep)
     return path
 
 
@@ -85,7 +88,7 @@ def load_checkpoint(run: Path) -> Checkpoint | None:
         InputError: There are checkpoints, and every one of them is damaged.
     """
     skipped: list[str] = []
-    for seal in sorted((run / _FOLDER).glob("step-*.json"), reverse=True):
+    for seal in sorted((run / CHECKPOINTS).glob("step-*.json"), reverse=True):
         try:
             step, state = _read(seal)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -175,12 +178,14 @@ def _unpack(tree: Tree, tensors: dict[str, Tensor]) -> Tree:
     return tree
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, step: int, keep: int) -> None:
     seals = sorted(folder.glob("step-*.json"))
-    for seal in seals[:-keep]:
+    kept = [seal for seal in seals if seal.stem <= f"step-{step:08d}"][-keep:]
+    for seal in seals:
         # The seal goes first: a checkpoint without its tensors would look damaged, one without a seal is none.
-        seal.unlink()
-    sealed = {seal.stem for seal in seals[-keep:]}
+        if seal not in kept:
+            seal.unlink()
+    sealed = {seal.stem for seal in kept}
     for path in [*folder.glob("step-*.safetensors"), *folder.glob(".step-*.tmp")]:
         if path.stem not in sealed:
             path.unlink()

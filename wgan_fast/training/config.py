@@ -91,6 +91,9 @@ RECIPES: dict[Method, Recipe] = {
     ),
 }
 
+MAX_SEED = 2**32 - 1
+"""NumPy's global generator takes no larger one."""
+
 TOY_PENALTY_WEIGHT = 0.1
 TOY_BATCH_SIZE = 256
 """Gulrajani et al.'s settings for two-dimensional data (their gan_toy.py), where a weight of 10 slows the critic."""
@@ -190,6 +193,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise InputError(f"{name} must be in [0, 1), got {value}")
+        if self.seed > MAX_SEED:
+            raise InputError(f"seed must be at most {MAX_SEED}, got {self.seed}")
         if self.penalty_weight is not None and not (math.isfinite(self.penalty_weight) and self.penalty_weight >= 0):
             raise InputError(f"penalty_weight must be finite and at least 0, got {self.penalty_weight}")
 

@@ -60,7 +60,7 @@ class Description:
                 raise ValueError(f"its format is {values['format']}, this version reads {FORMAT}")
             config = TrainConfig.from_json(values["config"])
             return cls(config, tuple(values["sample_shape"]), values["kind"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
 
 

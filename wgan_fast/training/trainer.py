@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import plots
+from .. import models, plots
 from ..clipping import clip_weights_
 from ..critic_step import CriticStep, CriticStepResult
 from ..data import Data, Split, batches, load_data
@@ -24,6 +24,7 @@ from ..losses import get_loss
 from ..metrics import wasserstein_estimate
 from ..penalty import check_scores
 from .checkpoint import (
+    CHECKPOINTS,
     Checkpoint,
     Tree,
     load_checkpoint,
@@ -103,7 +104,8 @@ class Trainer:
             attribute ``latent_dim``, or the configuration's, or 128.
         critic: Maps samples to one score each, ``[N]`` or ``[N, 1]``.
         data: What ``load_data`` returns, or anything that it takes: a name, a path, an array, a Dataset.
-        config: The run's settings. Its ``data``, ``model``, ``width`` and ``init`` describe what is given here.
+        config: The run's settings. Its ``model``, ``width`` and ``init`` describe what is given here; with
+            ``spectral_norm``, which hinge has by default, the critic is normalised in place.
 
     Raises:
         InputError: Something does not fit: the message names it. Nothing has been written then.
@@ -113,8 +115,18 @@ class Trainer:
     """
 
     def __init__(self, generator: nn.Module, critic: nn.Module, data: Any, config: TrainConfig) -> None:
-        data = data if isinstance(data, Data) else load_data(data, holdout=config.holdout, seed=config.seed)
-        self._set_up(generator, critic, data, dataclasses.replace(config, data=data.name, model=OWN_MODEL))
+        if not isinstance(data, Data):
+            data = load_data(
+                data,
+                image_size=config.image_size,
+                channels=config.channels,
+                holdout=config.holdout,
+                seed=config.seed,
+            )
+        config = dataclasses.replace(config, data=data.name, model=OWN_MODEL).resolved(data.sample_shape)
+        if config.spectral_norm:
+            models.spectral_norm(critic)
+        self._set_up(generator, critic, data, config)
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Self:
@@ -126,7 +138,7 @@ class Trainer:
         resolve_device(config.device)
         data = load_run_data(config)
         config = config.resolved(data.sample_shape)
-        torch.manual_seed(config.seed)
+        _seed_everything(config.seed)
         generator, critic = build_networks(config, data.sample_shape)
         trainer = cls.__new__(cls)
         trainer._set_up(generator, critic, data, config)
@@ -147,9 +159,11 @@ class Trainer:
         return cls.from_config(dataclasses.replace(config, **{**changes, "out": folder}))
 
     def _set_up(self, generator: nn.Module, critic: nn.Module, data: Data, config: TrainConfig) -> None:
-        config = config.resolved(data.sample_shape)
         if config.out is None:
             config = dataclasses.replace(config, out=_new_folder(data.name, config.method))
+        if (config.batch_size or 0) > len(data.train):
+            n = len(data.train)
+            raise InputError(f"batch_size must be at most the {n} samples to train on, got {config.batch_size}")
         self.config = config
         self.data = data
         self.out = Path(config.out or "")
@@ -159,7 +173,7 @@ class Trainer:
         self.critic = critic.to(self.device)
         self._check_networks()
         self.ema = copy.deepcopy(self.generator).requires_grad_(False).eval() if config.ema else None
-        self._trainable = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
+        self._trainable = _trainable("critic", self.critic)
         self._generator_loss = get_loss(config.recipe.loss).generator
         self._critic_step = CriticStep(
             self.critic,
@@ -170,7 +184,7 @@ class Trainer:
         )
         self._critic_optimizer = _optimizer(self._trainable, config, config.learning_rate)
         self._generator_optimizer = _optimizer(
-            [parameter for parameter in self.generator.parameters() if parameter.requires_grad],
+            _trainable("generator", self.generator),
             config,
             config.generator_learning_rate or config.learning_rate,
         )
@@ -192,12 +206,12 @@ class Trainer:
             InputError: The folder holds another run, or none to resume.
             DivergenceError: A loss or a parameter is not finite; the last good checkpoint is kept.
         """
-        checkpoint = self._open_folder(resume)
-        torch.manual_seed(self.config.seed)
-        random.seed(self.config.seed)
-        np.random.seed(self.config.seed)  # noqa: NPY002 (user networks may draw from it)
+        self._check_folder(resume)
+        checkpoint = load_checkpoint(self.out) if resume else None
+        _seed_everything(self.config.seed)
         if checkpoint is not None:
             self._restore(checkpoint)
+        self._claim_folder()
         self.generator.train()
         self.critic.train()
         first, started = self.step, time.perf_counter()
@@ -269,7 +283,7 @@ class Trainer:
             result = self._critic_step(real, fake)
             self._critic_optimizer.step()
             if self.config.clip is not None:
-                clip_weights_(self.critic, self.config.clip)
+                clip_weights_(self._trainable, self.config.clip)
 
         with _frozen(self._trainable), self._autocast():
             generator_loss = self._generator_loss(self.critic(self.generator(self._noise())))
@@ -331,9 +345,9 @@ class Trainer:
         path.parent.mkdir(exist_ok=True)
         samples = generate(self.ema or self.generator, self._fixed_noise).float().cpu()
         if self.data.kind == "vectors" and self.data.sample_shape == (2,):
-            real = _some(self.data.train, samples.shape[0], self.config.seed)
+            real = self.data.train.take(min(samples.shape[0], len(self.data.train)), seed=self.config.seed)
             plots.save_scatter(samples, real, path, modes=self.data.modes)
-        elif self.data.kind == "images":
+        else:
             plots.save_grid(samples, path, columns=math.isqrt(samples.shape[0]))
 
     def _grid_path(self, step: int) -> Path:
@@ -383,9 +397,8 @@ class Trainer:
         self.step = checkpoint.step
         self._checkpoint_path = source
 
-    def _open_folder(self, resume: bool) -> Checkpoint | None:
-        """Claim the folder of a new run, or find the checkpoint from which to go on."""
-        description = Description(self.config, self.data.sample_shape, self.data.kind)
+    def _check_folder(self, resume: bool) -> None:
+        """Raise unless the folder is free for a new run, or holds the run to go on with."""
         if resume:
             before = Description.read(self.out).config.to_json()
             for name, value in self.config.to_json().items():
@@ -394,25 +407,28 @@ class Trainer:
                         f"a resumed run keeps its settings: {name} was {before[name]!r}, got {value!r} "
                         f"(what may change: {', '.join(sorted(CHANGEABLE))})"
                     )
-        elif (self.out / CONFIG_FILE).exists():
+        elif any((self.out / name).exists() for name in (CONFIG_FILE, CHECKPOINTS)):
             raise InputError(
                 f"out {self.out} already holds a run: give another folder, or go on with --resume {self.out}"
             )
+
+    def _claim_folder(self) -> None:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            description.write(self.out)
+            Description(self.config, self.data.sample_shape, self.data.kind).write(self.out)
         except OSError as error:
             raise InputError(f"out {self.out} cannot be written: {error.strerror}") from error
-        return load_checkpoint(self.out) if resume else None
 
     def _check_networks(self) -> None:
-        """Run both networks on two samples and raise unless the shapes fit."""
-        shape = [2, *self.data.sample_shape]
-        fake = self._try("generator", self.generator, torch.zeros(2, self.latent_dim, device=self.device))
-        if list(fake.shape) != shape:
+        """Run both networks on two samples (one where a batch has one) and raise unless the shapes fit."""
+        n = min(2, self.config.batch_size or 0)
+        shape = [n, *self.data.sample_shape]
+        fake = self._try("generator", self.generator, torch.zeros(n, self.latent_dim, device=self.device))
+        if not isinstance(fake, Tensor) or list(fake.shape) != shape:
+            got = list(fake.shape) if isinstance(fake, Tensor) else type(fake).__name__
             raise InputError(
-                f"generator must make samples of the data's shape {shape} from noise [2, {self.latent_dim}], "
-                f"got {list(fake.shape)}"
+                f"generator must make samples of the data's shape {shape} from noise [{n}, {self.latent_dim}], "
+                f"got {got}"
             )
         scores = self._try("critic", self.critic, torch.zeros(shape, device=self.device))
         try:
@@ -420,13 +436,30 @@ class Trainer:
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
 
-    def _try(self, name: str, network: nn.Module, x: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _try(self, name: str, network: nn.Module, x: Tensor) -> Any:
+        """What the network returns in training mode; its buffers stay as they were."""
+        before = copy.deepcopy(network.state_dict())
         try:
-            output = generate(network, x)
-        except (RuntimeError, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+            return network.train()(x)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            reason = str(error).partition("\n")[0]
             raise InputError(f"{name} fails on an input of shape {list(x.shape)}: {reason}") from error
-        return output
+        finally:
+            network.load_state_dict(before)
+
+
+def _trainable(name: str, network: nn.Module) -> list[nn.Parameter]:
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise InputError(f"{name} has no trainable parameters")
+    return parameters
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (user networks may draw from it)
 
 
 @contextlib.contextmanager
