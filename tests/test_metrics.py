@@ -117,9 +117,9 @@ MODES = [[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]]
 
 def test_mode_coverage_counts_samples_within_three_deviations_of_the_nearest_mode():
     samples = [
-        [0.0, 1.49],  # 2.98 deviations from the first mode
+        [0.0, 1.4999],  # 2.9998 deviations from the first mode
         [0.9, -1.2],  # 3 exactly, up to rounding, taken in below by a hair
-        [0.0, 1.51],  # 3.02
+        [0.0, 1.5001],  # 3.0002
         [10.0, 1.0],  # the second mode
         [0.0, 8.0],  # 4 from the third, which stays uncovered
     ]
