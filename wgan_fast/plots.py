@@ -35,6 +35,7 @@ _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 _CELL = 64  # pixels that a small image is enlarged towards
 _GAP = 4  # pixels between the images of a grid
 _CAPTION = 11  # pixels of a score's letters
+_MANY = 200  # values from which a curve is drawn smoothed
 
 
 def _array(samples: _Samples) -> NDArray[np.float32]:
@@ -267,8 +268,8 @@ _PANELS = (
         (_Curve("real_score", "real", _BLUE), _Curve("fake_score", "generated", _ORANGE)),
     ),
     _Panel("Gradient norm of the critic", "mean norm", (_Curve("gradient_norm", "norm", _GREEN),)),
-    _Panel("Gradient penalty", "penalty, weight included", (_Curve("penalty", "penalty", _GREEN),)),
-    _Panel("Learning rate", "learning rate", (_Curve("learning_rate", "learning rate", _GREY),)),
+    _Panel("Gradient penalty", "penalty, weight included", (_Curve("penalty", "penalty", _GREEN),), from_zero=True),
+    _Panel("Learning rate", "learning rate", (_Curve("learning_rate", "learning rate", _GREY),), from_zero=True),
     _Panel("Speed", "images per second", (_Curve("images_per_second", "speed", _GREY),), from_zero=True),
 )
 
@@ -280,7 +281,7 @@ def save_curves(
     title: str | None = None,
     target: float | None = None,
 ) -> None:
-    """Draw the curves of a training run into a PNG file: raw values light, their moving median over them.
+    """Draw the curves of a training run into a PNG file: long ones light, with a smoothed line over them.
 
     Args:
         records: The lines of metrics.jsonl as mappings: `step` (generator steps) and any of `wasserstein`,
@@ -332,14 +333,17 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.
     return steps[order], values[order]
 
 
-def _moving_median(
-    steps: NDArray[np.float64], values: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Median over a thirtieth of the values around each of at most 300 of them; fewer at the ends."""
+def _smooth(steps: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Moving mean of the middle half of a twentieth of the values, at no more than 300 of the steps."""
     centres = np.linspace(0, len(values) - 1, min(len(values), 300)).round().astype(int)
-    half = len(values) // 60
-    # A mean would smear the spike of the first steps over the whole window.
-    return steps[centres], np.array([np.median(values[max(c - half, 0) : c + half + 1]) for c in centres])
+    half = len(values) // 40
+    means = []
+    for centre in centres:
+        window = np.sort(values[max(centre - half, 0) : centre + half + 1])
+        # A plain mean would smear the spike of the first steps over the whole window.
+        quarter = len(window) // 4
+        means.append(window[quarter : len(window) - quarter].mean())
+    return steps[centres], np.array(means)
 
 
 def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
@@ -356,11 +360,11 @@ def _draw_panel(
     target: float | None,
 ) -> None:
     for curve, steps, values in series:
-        if len(values) < 60:
-            axes.plot(steps, values, color=curve.colour, linewidth=1.3, marker=".", label=curve.label)
+        if len(values) < _MANY:
+            axes.plot(steps, values, color=curve.colour, linewidth=1.3, marker=".", markersize=4, label=curve.label)
         else:
             axes.plot(steps, values, color=curve.colour, linewidth=0.6, alpha=0.3)
-            axes.plot(*_moving_median(steps, values), color=curve.colour, linewidth=1.6, label=curve.label)
+            axes.plot(*_smooth(steps, values), color=curve.colour, linewidth=1.6, label=curve.label)
     limits = [limit for _, _, values in series for limit in _limits(values)]
     if panel.from_zero:
         limits.append(0.0)
