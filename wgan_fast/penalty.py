@@ -178,6 +178,7 @@ class GradientPenalty:
         if not callable(critic):
             raise TypeError(f"critic must be callable, got {type(critic).__name__}")
         check_engine(engine)
+        check_critic_arguments(critic_args, critic_kwargs)
         self.critic = critic
         self.config = PenaltyConfig(weight, target, one_sided, at, group_size)
         self.generator = generator
@@ -206,9 +207,10 @@ class GradientPenalty:
         Returns:
             The penalty, 0-dim, weight included.
         """
-        points = penalty_points(self.config, real, fake, alpha, self.generator)
         args = self.critic_args if critic_args is None else critic_args
         kwargs = self.critic_kwargs if critic_kwargs is None else critic_kwargs
+        check_critic_arguments(args, kwargs)
+        points = penalty_points(self.config, real, fake, alpha, self.generator)
         penalty, _ = penalty_at(self.critic, points, self.config, args, kwargs)
         return penalty
 
@@ -288,9 +290,11 @@ def interpolate(
             [0.2500, 0.2500, 0.2500]])
     """
     check_samples(real, fake)
+    _check_generator(generator, real)
     alpha = draw_alpha(real, generator) if alpha is None else check_alpha(alpha, real)
     if out is not None:
-        _check_out(out, real)
+        _check_matches("out", out, real)
+        real, fake, alpha = real.detach(), fake.detach(), alpha.detach()
     compute = accumulation_dtype(real.dtype)
     alpha = reference.per_sample(alpha.to(compute), real)
     if real.dtype == compute:
@@ -338,6 +342,7 @@ def penalty_points(
         ValueError: As ``gradient_penalty``.
     """
     check_samples(real, fake, config.group_size)
+    _check_generator(generator, real)
     real, fake = real.detach(), fake.detach()
     if alpha is not None:
         alpha = check_alpha(alpha, real, config.group_size)
@@ -352,15 +357,22 @@ def penalty_points(
     with torch.no_grad():
         if config.at == "interpolates":
             return [interpolate(real, fake, alpha)]
-        noise = torch.rand(real.shape, dtype=alpha.dtype, device=real.device, generator=generator)
+        noise = _draw_uniform(real.shape, real, generator)
         return [reference.perturb(real, alpha, noise)]
 
 
 def draw_alpha(real: Tensor, generator: Generator | None = None, group_size: int = 1) -> Tensor:
     """Draw α ~ U[0, 1] once per group of consecutive samples of ``real`` ``[N, *D]``; returns ``[N]``."""
-    groups = real.shape[0] // group_size
-    alpha = torch.rand(groups, dtype=accumulation_dtype(real.dtype), device=real.device, generator=generator)
+    alpha = _draw_uniform((real.shape[0] // group_size,), real, generator)
     return alpha.repeat_interleave(group_size) if group_size > 1 else alpha
+
+
+def _draw_uniform(shape: tuple[int, ...], real: Tensor, generator: Generator | None) -> Tensor:
+    dtype = accumulation_dtype(real.dtype)
+    # torch.rand with a generator, even None, takes no symbolic sizes: torch.compile fails once the batch is dynamic.
+    if generator is None:
+        return torch.rand(shape, dtype=dtype, device=real.device)
+    return torch.rand(shape, dtype=dtype, device=real.device, generator=generator)
 
 
 def check_alpha(alpha: Tensor, real: Tensor, group_size: int = 1) -> Tensor:
@@ -378,13 +390,7 @@ def check_alpha(alpha: Tensor, real: Tensor, group_size: int = 1) -> Tensor:
 def check_samples(real: Tensor, fake: Tensor, group_size: int = 1) -> None:
     """Raise unless real and fake are a usable pair of batches."""
     _check_floating("real", real)
-    _check_floating("fake", fake)
-    if fake.shape != real.shape:
-        raise ValueError(f"fake must have the shape of real, got {list(fake.shape)} and {list(real.shape)}")
-    if fake.dtype != real.dtype:
-        raise TypeError(f"fake must have the dtype of real, got {fake.dtype} and {real.dtype}")
-    if fake.device != real.device:
-        raise ValueError(f"fake is on {fake.device}, real on {real.device}: they must be on one device")
+    _check_matches("fake", fake, real)
     _check_batch("real", real)
     if real.shape[0] % group_size:
         raise ValueError(f"group_size {group_size} does not divide the batch of {real.shape[0]} samples")
@@ -406,6 +412,15 @@ def check_scores(scores: object, x: Tensor, group_size: int = 1) -> Tensor:
     return scores
 
 
+def check_critic_arguments(critic_args: object, critic_kwargs: object) -> None:
+    """Raise unless a critic can be called with ``*critic_args, **critic_kwargs``."""
+    # Not any iterable: a tensor of labels would arrive as one argument per sample.
+    if not isinstance(critic_args, tuple):
+        raise TypeError(f"critic_args must be a tuple, got {type(critic_args).__name__}")
+    if critic_kwargs is not None and not isinstance(critic_kwargs, Mapping):
+        raise TypeError(f"critic_kwargs must be a mapping or None, got {type(critic_kwargs).__name__}")
+
+
 def check_engine(engine: str) -> None:
     """Raise unless ``engine`` names an engine that this version has."""
     if engine not in get_args(Engine):
@@ -424,10 +439,20 @@ def _check_batch(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be a non-empty batch [N, ...], got shape {list(tensor.shape)}")
 
 
-def _check_out(out: Tensor, real: Tensor) -> None:
-    _check_floating("out", out)
-    if (out.shape, out.dtype, out.device) != (real.shape, real.dtype, real.device):
-        raise ValueError(
-            f"out must match real: {list(real.shape)} {real.dtype} on {real.device}, "
-            f"got {list(out.shape)} {out.dtype} on {out.device}"
-        )
+def _check_generator(generator: object, real: Tensor) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if generator.device.type != real.device.type:
+        raise ValueError(f"generator is on {generator.device}, real on {real.device}: they must be on one device")
+
+
+def _check_matches(name: str, tensor: Tensor, real: Tensor) -> None:
+    _check_floating(name, tensor)
+    if tensor.shape != real.shape:
+        raise ValueError(f"{name} must have the shape of real, got {list(tensor.shape)} and {list(real.shape)}")
+    if tensor.dtype != real.dtype:
+        raise TypeError(f"{name} must have the dtype of real, got {tensor.dtype} and {real.dtype}")
+    if tensor.device != real.device:
+        raise ValueError(f"{name} is on {tensor.device}, real on {real.device}: they must be on one device")

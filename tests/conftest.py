@@ -1,0 +1,29 @@
+"""Settings that every test shares."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from textbook import CASES, Case
+
+# The tensors of the tests are small: threads only cost, and results stay the same from machine to machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _global_settings_survive() -> Iterator[None]:
+    """Fail a test that leaves autograd, the default dtype or autocast changed behind it."""
+    yield
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
