@@ -1,5 +1,6 @@
 """The command line: ``wgan-fast train | sample | evaluate | info``."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -147,6 +148,25 @@ def _commands(arguments: list[str]) -> Any:
     )
 
 
+def _parse(arguments: list[str]) -> Any:
+    framed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(framed):
+            return tyro.cli(
+                _commands(arguments),
+                prog="wgan-fast",
+                description="Train, sample and evaluate WGAN-GP and its relatives.",
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        # tyro writes a title, a rule, the message, a rule and a hint: every error here is one line.
+        title, *rest = re.split(r"-{5,}", framed.getvalue())
+        raise InputError((rest or [title])[0].strip().removeprefix("Error parsing Train: ")) from None
+
+
 def _option(arguments: list[str], flag: str) -> str | None:
     for argument, following in zip(arguments, [*arguments[1:], None]):
         if argument == flag:
@@ -168,14 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Networks of one's own (module:function) lie where the command is run.
     sys.path.insert(0, os.getcwd())
     try:
-        command = tyro.cli(
-            _commands(arguments),
-            prog="wgan-fast",
-            description="Train, sample and evaluate WGAN-GP and its relatives.",
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-        )
-        command.run()
+        _parse(arguments).run()
     except (InputError, DivergenceError, OSError) as error:
         sys.exit(_fail(error, 2))
     except KeyboardInterrupt:
