@@ -87,11 +87,6 @@ struct Span {
   ScalarType dtype;
 };
 
-inline Span span_of(const Tensor& tensor) {
-  return {tensor.mutable_data_ptr(), tensor.numel(), static_cast<int64_t>(tensor.element_size()),
-          tensor.scalar_type()};
-}
-
 enum class Memory { kDense, kGaps, kOverlapping };
 
 // Whether a tensor covers its stretch of memory exactly once, skips some of it, or may cover some of it
@@ -132,34 +127,35 @@ class NoGradGuard {
 
 // Calls `write(spans)`, which overwrites the elements of every tensor, in any order.
 //
-// A dense tensor is written where it lies, whatever its strides; one with gaps through a copy. Every tensor
-// is checked before any is touched.
+// A dense tensor is written where it lies, whatever its strides, and one with gaps through a copy. Every
+// tensor is checked before any is touched.
 template <typename Write>
 void overwrite(const std::vector<Tensor>& tensors, const Write& write) {
+  std::vector<Span> spans;
+  spans.reserve(tensors.size());
+  std::vector<std::pair<Tensor, Tensor>> copies;  // (view, its contiguous copy)
+  const bool on_gpu = tensors[0].is_cuda();
+  const int32_t device = tensors[0].get_device_index();
   for (const auto& tensor : tensors) {
     const auto dtype = tensor.scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
                         dtype == ScalarType::BFloat16,
                     "expected float64, float32, float16 or bfloat16 tensors");
-    STD_TORCH_CHECK(tensor.device() == tensors[0].device(), "expected all tensors on one device");
-    STD_TORCH_CHECK(tensor.numel() == 0 || memory_of(tensor) != Memory::kOverlapping,
-                    "expected tensors whose elements do not overlap in memory");
-  }
-  const NoGradGuard no_grad;
-  std::vector<Span> spans;
-  spans.reserve(tensors.size());
-  std::vector<std::pair<Tensor, Tensor>> copies;  // (view, its contiguous copy)
-  for (const auto& tensor : tensors) {
+    STD_TORCH_CHECK(tensor.is_cuda() == on_gpu && tensor.get_device_index() == device,
+                    "expected all tensors on one device");
     if (tensor.numel() == 0) continue;
-    if (memory_of(tensor) == Memory::kDense) {
-      bump_version(tensor);
-      spans.push_back(span_of(tensor));
-    } else {
-      copies.emplace_back(tensor, torch::stable::contiguous(tensor));
-      spans.push_back(span_of(copies.back().second));
-    }
+    const auto memory = memory_of(tensor);
+    STD_TORCH_CHECK(memory != Memory::kOverlapping,
+                    "expected tensors that do not overlap themselves in memory");
+    if (memory == Memory::kGaps) copies.emplace_back(tensor, torch::stable::contiguous(tensor));
+    const auto& target = memory == Memory::kGaps ? copies.back().second : tensor;
+    const int64_t element_size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+    spans.push_back({target.mutable_data_ptr(), target.numel(), element_size, dtype});
   }
-  if (!spans.empty()) write(spans);
+  if (spans.empty()) return;
+  const NoGradGuard no_grad;
+  for (const auto& tensor : tensors) bump_version(tensor);
+  write(spans);
   for (auto& [view, copy] : copies) torch::stable::copy_(view, copy);
 }
 

@@ -6,10 +6,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import ops as ops
+from . import ops as ops  # defines the operator
 
 Weights = TypeVar("Weights", bound=nn.Module | Tensor | Iterable[Tensor])
 
+_clip_weights_ = torch.ops.wgan_fast.clip_weights_.default
 _DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
@@ -40,13 +41,23 @@ def clip_weights_(module_or_tensors: Weights, bound: float | tuple[float, float]
         True
     """
     low, high = _range(bound)
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for at, tensor in enumerate(_tensors(module_or_tensors)):
-        _check(at, tensor)
-        by_device.setdefault(tensor.device, []).append(tensor)
+    tensors = list(_tensors(module_or_tensors))
+    for at, tensor in enumerate(tensors):
+        if getattr(tensor, "layout", None) is not torch.strided or tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"module_or_tensors[{at}] must be a dense float64, float32, float16 or bfloat16 tensor, "
+                f"got {_describe(tensor)}"
+            )
+        if not tensor.is_contiguous() and _may_overlap(tensor):
+            raise ValueError(
+                f"module_or_tensors[{at}] must not overlap itself in memory (clone an expanded tensor first), "
+                f"got shape {list(tensor.shape)} with strides {list(tensor.stride())}"
+            )
+    devices = {tensor.device for tensor in tensors}
     with torch.no_grad():
-        for tensors in by_device.values():
-            torch.ops.wgan_fast.clip_weights_(tensors, low, high)
+        for device in devices:
+            on_device = tensors if len(devices) == 1 else [t for t in tensors if t.device == device]
+            _clip_weights_(on_device, low, high)
     return module_or_tensors
 
 
@@ -71,19 +82,10 @@ def _tensors(module_or_tensors: nn.Module | Tensor | Iterable[Tensor]) -> Iterab
     raise TypeError(f"module_or_tensors must be a module, a tensor or an iterable of tensors, got {kind}")
 
 
-def _check(at: int, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"module_or_tensors[{at}] must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
-        raise TypeError(
-            f"module_or_tensors[{at}] must be a dense float64, float32, float16 or bfloat16 tensor, "
-            f"got {tensor.dtype} with layout {tensor.layout}"
-        )
-    if not tensor.is_contiguous() and _may_overlap(tensor):
-        raise ValueError(
-            f"module_or_tensors[{at}] must not overlap itself in memory (clone an expanded tensor first), "
-            f"got shape {list(tensor.shape)} with strides {list(tensor.stride())}"
-        )
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} with layout {value.layout}"
+    return type(value).__name__
 
 
 def _may_overlap(tensor: Tensor) -> bool:

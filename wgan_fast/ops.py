@@ -11,9 +11,11 @@ from torch import Tensor
 from . import build as build
 
 # What the dispatcher registers lasts as long as this object.
-_library = torch.library.Library("wgan_fast", "FRAGMENT")
+_library = torch.library.Library("wgan_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
 
-_library.define("clip_weights_(Tensor(a!)[] tensors, float low, float high) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(  # type: ignore[no-untyped-call]
+    "clip_weights_(Tensor(a!)[] tensors, float low, float high) -> ()", tags=(torch.Tag.pt2_compliant_tag,)
+)
 
 
 @torch.library.impl(_library, "clip_weights_", "CompositeExplicitAutograd")
