@@ -14,13 +14,13 @@ from typing import Annotated, Any
 
 from . import build_info
 from .errors import DivergenceError, InputError
+from .files import write_atomically
 
 try:
     import tyro
 
     from . import plots
     from .training import Run, TrainConfig, Trainer
-    from .training.checkpoint import write_atomically
     from .training.run import Description
 except ImportError as missing:
     sys.exit(f"wgan-fast: {missing}; the command line needs pip install 'wgan_fast[train]'")

@@ -44,7 +44,7 @@ def sliced_wasserstein(a: _Samples, b: _Samples, *, projections: int = 512, seed
 
     Returns:
         The distance, in the units of the samples. Between samples of the same distribution it is not 0 but shrinks
-        with their number: compare it with the floor of `sliced_wasserstein_report`.
+        with their number: compare it with that between two real sets of the same size.
 
     Raises:
         InputError: The samples are empty, not finite or of different sizes, or projections is below 1.
@@ -59,61 +59,6 @@ def sliced_wasserstein(a: _Samples, b: _Samples, *, projections: int = 512, seed
     except ImportError as error:
         raise ImportError("sliced_wasserstein needs POT: pip install 'wgan_fast[train]'") from error
     return float(ot.sliced_wasserstein_distance(rows_a, rows_b, n_projections=projections, seed=seed))
-
-
-@dataclass(frozen=True)
-class SlicedWasserstein:
-    """A sliced Wasserstein distance beside the one that perfect samples would have.
-
-    Attributes:
-        distance: Between generated and real samples.
-        floor: Between real and other real samples, as many of each: what remains for a perfect generator.
-        samples: Number of samples on each side of both distances.
-        projections: Number of random directions, the same for both distances.
-    """
-
-    distance: float
-    floor: float
-    samples: int
-    projections: int
-
-
-def sliced_wasserstein_report(
-    fake: _Samples, real: _Samples, *, projections: int = 512, seed: int = 0
-) -> SlicedWasserstein:
-    """Measure generated against real samples, and real against real.
-
-    The real samples are shuffled and cut into two disjoint halves; one half is compared with the other and with as
-    many generated samples, so that both distances have the same bias from the number of samples. With fewer
-    generated samples than that, each half is cut down to their number.
-
-    Args:
-        fake: Generated samples, `[N, *D]`.
-        real: Real samples, `[M, *D]`, at least 2; best held out from training.
-        projections: Number of random directions.
-        seed: Seed of the shuffle and the directions.
-
-    Returns:
-        Both distances.
-
-    Raises:
-        InputError: The samples are empty, not finite, of different sizes or fewer than 2 real ones.
-        ImportError: POT is not installed.
-    """
-    rows_fake, rows_real = _rows(fake, "fake"), _rows(real, "real")
-    if len(rows_real) < 2:
-        raise InputError("real must hold at least 2 samples to be cut into halves, got 1")
-    _same_dimension(rows_fake, rows_real, "fake and real")
-    n = min(len(rows_fake), len(rows_real) // 2)
-    # Data sets are often sorted by class: halves in order would differ.
-    rng = np.random.default_rng(seed)
-    reference, other = np.split(rng.permutation(rows_real)[: 2 * n], 2)
-    return SlicedWasserstein(
-        distance=sliced_wasserstein(rng.permutation(rows_fake)[:n], reference, projections=projections, seed=seed),
-        floor=sliced_wasserstein(other, reference, projections=projections, seed=seed),
-        samples=n,
-        projections=projections,
-    )
 
 
 @dataclass(frozen=True)

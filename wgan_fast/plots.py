@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from wgan_fast.errors import InputError
+from wgan_fast.files import write_atomically
 
 try:
     import matplotlib
@@ -44,17 +45,6 @@ def _array(samples: _Samples) -> NDArray[np.float32]:
     return np.asarray(samples, dtype=np.float32)
 
 
-def _write(path: str | os.PathLike[str], png: bytes) -> None:
-    """Write through a temporary file in the same folder, so that a reader never sees half a picture."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(png)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _figure(width: float, height: float) -> Figure:
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
     figure = Figure(figsize=(width, height), dpi=120, layout=layout)
@@ -65,7 +55,7 @@ def _figure(width: float, height: float) -> Figure:
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    _write(path, buffer.getvalue())
+    write_atomically(Path(path), buffer.getvalue())
 
 
 def save_grid(
@@ -153,7 +143,7 @@ def _save_images(
             draw.text((centre, top + height + 1), captions[index], fill="black", font=font, anchor="ma")
     buffer = io.BytesIO()
     canvas.save(buffer, format="png")
-    _write(path, buffer.getvalue())
+    write_atomically(Path(path), buffer.getvalue())
 
 
 def _save_points(points: NDArray[np.float32], path: str | os.PathLike[str], scores: NDArray[np.float32] | None) -> None:

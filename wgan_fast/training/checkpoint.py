@@ -6,17 +6,17 @@
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..files import write_atomically
 
 FORMAT = 1
 CHECKPOINTS = "checkpoints"
@@ -120,36 +120,17 @@ def load_module(module: nn.Module, state: dict[str, Tensor], name: str, source: 
     module.load_state_dict(state)
 
 
-def write_atomically(path: Path, body: bytes) -> None:
-    """Write a file so that at every instant either the old or the new content is there, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _read(seal: Path) -> tuple[int, Tree]:
     path = seal.with_suffix(".safetensors")
     digest = json.loads(seal.read_bytes())
     if digest["format"] != FORMAT:
         raise ValueError(f"its format is {digest['format']}, this version reads {FORMAT}")
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest["sha256"]:
-            raise ValueError("its SHA-256 differs from the recorded one")
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    # Read once, into memory: the bytes used are the bytes hashed, and no tensor is a view of a file that may change.
+    body = path.read_bytes()
+    if hashlib.sha256(body).hexdigest() != digest["sha256"]:
+        raise ValueError("its SHA-256 differs from the recorded one")
+    tensors = load(body)
+    metadata = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])["__metadata__"]
     if not int(metadata["step"]) == digest["step"] == int(seal.stem.removeprefix("step-")):
         raise ValueError("its name, its seal and its content disagree about the step")
     return digest["step"], _unpack(json.loads(metadata["structure"]), tensors)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .. import metrics, models
 from ..data import load_data
 from ..errors import InputError
-from .checkpoint import load_checkpoint, load_module, write_atomically
+from ..files import write_atomically
+from .checkpoint import load_checkpoint, load_module
 from .config import TrainConfig
 
 CONFIG_FILE = "config.json"

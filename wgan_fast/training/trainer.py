@@ -20,6 +20,7 @@ from ..clipping import clip_weights_
 from ..critic_step import CriticStep, CriticStepResult
 from ..data import Data, Split, batches, load_data
 from ..errors import DivergenceError, InputError
+from ..files import write_atomically
 from ..losses import get_loss
 from ..metrics import wasserstein_estimate
 from ..penalty import check_scores
@@ -32,7 +33,6 @@ from .checkpoint import (
     load_optimizer,
     optimizer_state,
     save_checkpoint,
-    write_atomically,
 )
 from .config import TrainConfig
 from .log import MetricsLog, ProgressLine
@@ -226,7 +226,8 @@ class Trainer:
             self._train(progress, log)
             seconds = time.perf_counter() - started
             curves = self.out / "curves.png"
-            plots.save_curves(log.records, curves, title=f"{self.config.method} on {self.data.name}")
+            target = self.config.penalty.target if self.config.penalty else None
+            plots.save_curves(log.records, curves, title=f"{self.config.method} on {self.data.name}", target=target)
         images = (self.step - first) * (self.config.n_critic or 0) * (self.config.batch_size or 0)
         summary = Summary(
             out=self.out,
