@@ -1,7 +1,7 @@
 """Adversarial losses as pairs of functions of the critic's raw scores: ``loss.critic`` and ``loss.generator``.
 
 A score is the critic's output before any sigmoid, shape ``[N]`` or ``[N, 1]``. Every loss is a mean over
-samples, taken in float32 for half-precision scores, and differentiable to any order where its formula is.
+samples, computed in float32 for half-precision scores, and differentiable to any order where its formula is.
 """
 
 from collections.abc import Callable
@@ -28,36 +28,38 @@ class AdversarialLoss:
     generator: Callable[[Tensor], Tensor]
 
 
-def _mean(scores: Tensor) -> Tensor:
-    return scores.mean(dtype=accumulation_dtype(scores.dtype))
+def _wide(scores: Tensor) -> Tensor:
+    # Before the formula, not only before the mean: in float16 a score of 256 overflows when squared.
+    return scores.to(accumulation_dtype(scores.dtype))
 
 
 def _wasserstein_critic(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    return _mean(fake_scores) - _mean(real_scores)
+    return _wide(fake_scores).mean() - _wide(real_scores).mean()
 
 
 def _wasserstein_generator(fake_scores: Tensor) -> Tensor:
-    return -_mean(fake_scores)
+    return -_wide(fake_scores).mean()
 
 
 def _non_saturating_critic(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    return _mean(F.softplus(-real_scores)) + _mean(F.softplus(fake_scores))
+    # softplus(-s) = -logsigmoid(s), but PyTorch's softplus is the identity above 20: 1e-9 off in the gradient.
+    return -F.logsigmoid(_wide(real_scores)).mean() - F.logsigmoid(-_wide(fake_scores)).mean()
 
 
 def _non_saturating_generator(fake_scores: Tensor) -> Tensor:
-    return _mean(F.softplus(-fake_scores))
+    return -F.logsigmoid(_wide(fake_scores)).mean()
 
 
 def _least_squares_critic(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    return 0.5 * (_mean((real_scores - 1).square()) + _mean(fake_scores.square()))
+    return 0.5 * ((_wide(real_scores) - 1).square().mean() + _wide(fake_scores).square().mean())
 
 
 def _least_squares_generator(fake_scores: Tensor) -> Tensor:
-    return 0.5 * _mean((fake_scores - 1).square())
+    return 0.5 * (_wide(fake_scores) - 1).square().mean()
 
 
 def _hinge_critic(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
-    return _mean(F.relu(1 - real_scores)) + _mean(F.relu(1 + fake_scores))
+    return F.relu(1 - _wide(real_scores)).mean() + F.relu(1 + _wide(fake_scores)).mean()
 
 
 wasserstein = AdversarialLoss("wasserstein", _wasserstein_critic, _wasserstein_generator)
