@@ -12,6 +12,8 @@ from .losses import AdversarialLoss, get_loss
 from .penalty import (
     Engine,
     PenaltyConfig,
+    check_alpha,
+    check_critic_arguments,
     check_engine,
     check_samples,
     check_scores,
@@ -119,12 +121,15 @@ class CriticStep:
             TypeError: As ``gradient_penalty``.
             ValueError: As ``gradient_penalty``; no gradient has been touched then.
         """
+        check_critic_arguments(critic_args, critic_kwargs)
         penalty = self._penalty_now()
         group_size = self.penalty.group_size if self.penalty else 1
         if penalty:
             points = penalty_points(penalty, real, fake, alpha, None)
         else:
             check_samples(real, fake, group_size)
+            if alpha is not None:
+                check_alpha(alpha, real, group_size)
 
         def scores(x: Tensor) -> Tensor:
             out = check_scores(self.critic(x, *critic_args, **(critic_kwargs or {})), x, group_size)
@@ -132,12 +137,18 @@ class CriticStep:
 
         with torch.enable_grad(), self._autocast(real.device.type):
             real_scores, fake_scores = scores(real.detach()), scores(fake.detach())
-            loss = self.loss.critic(real_scores, fake_scores)
+            loss = _check_loss(self.loss.critic(real_scores, fake_scores))
             if penalty:
                 penalty_value, norm = penalty_at(self.critic, points, penalty, critic_args, critic_kwargs)
                 loss = loss + penalty_value
             else:
                 penalty_value, norm = torch.zeros_like(loss), torch.full_like(loss, torch.nan)
+        # The loss alone does not tell: through the penalty it may depend on the interpolates only.
+        if not (real_scores.requires_grad and loss.requires_grad):
+            raise ValueError(
+                "critic's loss reaches no trainable parameter: its scores were detached or computed under "
+                "torch.no_grad(), or every parameter is frozen"
+            )
         if not accumulate:
             self.critic.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -163,3 +174,11 @@ class CriticStep:
         if self.precision == "bf16":
             return torch.autocast(device_type, torch.bfloat16)
         return nullcontext()
+
+
+def _check_loss(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss must return a tensor, got {type(loss).__name__}")
+    if loss.dim() != 0:
+        raise ValueError(f"loss must return a 0-dim tensor, got shape {list(loss.shape)}")
+    return loss

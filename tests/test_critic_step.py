@@ -1,0 +1,436 @@
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import textbook
+import torch
+from bad_arguments import CRITIC_ERRORS, SAMPLE_ERRORS, Row, assert_says, rows
+from textbook import CASES, CRITIC_LOSSES, Case, assert_equal_gradients, distance, gradients, random_pair
+from torch import Tensor, nn
+
+from wgan_fast import CriticStep, CriticStepResult, PenaltyConfig, losses, reference
+
+PENALTIES = {
+    "wgan_gp": PenaltyConfig.wgan_gp(),
+    "wgan_lp": PenaltyConfig(weight=3.5, target=0.25, one_sided=True),
+    "r1": PenaltyConfig.r1(),
+    "r2": PenaltyConfig.r2(),
+    "both": PenaltyConfig(weight=0.5, target=0.0, at="both"),
+    "dragan": PenaltyConfig.dragan(),
+    "none": None,
+}
+
+
+def dense_critic(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 9), nn.LeakyReLU(0.2), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 1)).to(dtype)
+
+
+def points_of(config: PenaltyConfig, real: Tensor, fake: Tensor, alpha: Tensor) -> list[Tensor]:
+    """The points as the textbook has them, with DRAGAN's noise drawn as the step will draw it from the same state."""
+    state = torch.get_rng_state()
+    noise = torch.rand(real.shape, dtype=alpha.dtype)
+    torch.set_rng_state(state)
+    return textbook.points_at(config.at, real, fake, alpha, noise)
+
+
+def textbook_step(
+    critic: nn.Module,
+    real: Tensor,
+    fake: Tensor,
+    alpha: Tensor,
+    *,
+    loss: str = "wasserstein",
+    config: PenaltyConfig | None = PENALTIES["wgan_gp"],
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    """The figures of one step, as a training script computes them; "loss" has a graph."""
+    real_scores, fake_scores = critic(real, *args, **(kwargs or {})), critic(fake.detach(), *args, **(kwargs or {}))
+    value = CRITIC_LOSSES[loss](real_scores, fake_scores)
+    penalty, norm = torch.zeros_like(value), torch.full_like(value, torch.nan)
+    if config is not None:
+        points = points_of(config, real, fake, alpha)
+        options = {"group_size": config.group_size, "args": args, "kwargs": kwargs}
+        penalty = textbook.penalty(
+            critic, points, weight=config.weight, target=config.target, one_sided=config.one_sided, **options
+        )
+        norm = torch.cat([textbook.gradient_norms(critic, x, **options) for x in points]).mean()
+    return {
+        "loss": value + penalty,
+        "penalty": penalty,
+        "wasserstein": real_scores.mean() - fake_scores.mean(),
+        "real_score": real_scores.mean(),
+        "fake_score": fake_scores.mean(),
+        "gradient_norm": norm,
+    }
+
+
+def assert_equal_figures(result: CriticStepResult, expected: dict[str, Tensor], rtol: float = 1e-10) -> None:
+    # Scores are of order 1 and their means may cancel: an absolute slack of 4 units in the last place of 1.
+    for name in CriticStepResult._fields:
+        actual = getattr(result, name)
+        assert actual.shape == ()
+        assert not actual.requires_grad
+        torch.testing.assert_close(actual, expected[name].detach(), rtol=rtol, atol=1e-15, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("loss", CRITIC_LOSSES)
+def test_equals_the_textbook_step_and_the_reference(loss: str, penalty: str) -> None:
+    critic, config = dense_critic(), PENALTIES[penalty]
+    real, fake = random_pair(7, 6)
+    alpha = torch.rand(7, dtype=torch.float64)
+    expected = textbook_step(critic, real, fake, alpha, loss=loss, config=config)
+    expected_gradients = gradients(expected["loss"], critic)
+    if config is not None:
+        truth = reference.critic_step(
+            critic,
+            real,
+            fake,
+            points_of(config, real, fake, alpha),
+            loss=getattr(losses, loss).critic,
+            weight=config.weight,
+            target=config.target,
+            one_sided=config.one_sided,
+        )
+        torch.testing.assert_close(truth.loss, expected["loss"].detach(), rtol=1e-10, atol=0)
+    critic.zero_grad()
+    result = CriticStep(critic, loss=loss, penalty=config, engine="autograd")(real, fake, alpha)
+    assert isinstance(result, CriticStepResult)
+    assert_equal_figures(result, expected)
+    assert_equal_gradients(textbook.gradients_left_in(critic), expected_gradients)
+    if config is not None:
+        names = [name for name, _ in critic.named_parameters()]
+        assert_equal_gradients(textbook.gradients_left_in(critic), dict(zip(names, truth.gradients)))
+        for name, value in (("penalty", truth.penalty), ("gradient_norm", truth.gradient_norm)):
+            torch.testing.assert_close(getattr(result, name), value, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("penalty", ["wgan_lp", "both"])
+def test_every_critic(case: Case, penalty: str) -> None:
+    critic, (real, fake), alpha = case.critic(), case.samples(), case.alpha()
+    config = replace(PENALTIES[penalty], group_size=case.group_size)
+    expected = textbook_step(critic, real, fake, alpha, config=config, args=case.args, kwargs=case.kwargs)
+    expected_gradients = gradients(expected["loss"], critic)
+    step = CriticStep(critic, penalty=config, engine="autograd")
+    result = step(real, fake, alpha, critic_args=case.args, critic_kwargs=case.kwargs)
+    assert_equal_figures(result, expected)
+    assert_equal_gradients(textbook.gradients_left_in(critic), expected_gradients)
+
+
+def test_defaults_are_wgan_gp_and_fresh_gradients() -> None:
+    critic = dense_critic()
+    real, fake = random_pair(7, 6)
+    alpha = torch.rand(7, dtype=torch.float64)
+    expected = textbook_step(critic, real, fake, alpha)
+    expected_gradients = gradients(expected["loss"], critic)
+    for parameter in critic.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)  # left over: replaced, not added to
+    result = CriticStep(critic)(real, fake, alpha)
+    assert_equal_figures(result, expected)
+    assert_equal_gradients(textbook.gradients_left_in(critic), expected_gradients)
+
+
+def test_accumulate_adds_to_the_gradients_that_are_there() -> None:
+    critic = dense_critic()
+    step = CriticStep(critic, engine="autograd")
+    batches = [(*random_pair(7, 6), torch.rand(7, dtype=torch.float64)) for _ in range(3)]
+    total = sum(textbook_step(critic, *batch)["loss"] for batch in batches)
+    expected = gradients(total, critic)
+    step(*batches[0], accumulate=False)
+    step(*batches[1], accumulate=True)
+    step(*batches[2], True)
+    assert_equal_gradients(textbook.gradients_left_in(critic), expected)
+
+
+def test_parameters_are_read_as_they_are_at_each_call() -> None:
+    critic = dense_critic()
+    step = CriticStep(critic, engine="autograd")
+    optimizer = torch.optim.SGD(critic.parameters(), lr=0.1)
+    for _ in range(3):
+        real, fake = random_pair(7, 6)
+        alpha = torch.rand(7, dtype=torch.float64)
+        expected = textbook_step(critic, real, fake, alpha)
+        expected_gradients = gradients(expected["loss"], critic)
+        assert_equal_figures(step(real, fake, alpha), expected)
+        assert_equal_gradients(textbook.gradients_left_in(critic), expected_gradients)
+        optimizer.step()
+
+
+def test_a_lazy_penalty_has_k_times_the_weight_at_every_kth_call() -> None:
+    critic = dense_critic()
+    config = PenaltyConfig(weight=2.0, every=3)
+    step = CriticStep(critic, penalty=config, engine="autograd")
+    for call in range(7):
+        assert step.steps_taken == call
+        real, fake = random_pair(7, 6)
+        alpha = torch.rand(7, dtype=torch.float64)
+        now = PenaltyConfig(weight=6.0) if call % 3 == 0 else None
+        expected = textbook_step(critic, real, fake, alpha, config=now)
+        expected_gradients = gradients(expected["loss"], critic)
+        result = step(real, fake, alpha)
+        assert (result.penalty > 0) == (call % 3 == 0)
+        assert result.gradient_norm.isnan() == (call % 3 != 0)
+        assert_equal_figures(result, expected)
+        assert_equal_gradients(textbook.gradients_left_in(critic), expected_gradients)
+    assert step.penalty == config
+
+
+def test_a_lazy_penalty_resumes_where_it_was() -> None:
+    step = CriticStep(dense_critic(), penalty=PenaltyConfig(every=3), engine="autograd")
+    step.steps_taken = 5
+    real, fake = random_pair(7, 6)
+    penalties = [step(real, fake).penalty.item() for _ in range(3)]
+    assert [penalty > 0 for penalty in penalties] == [False, True, False]
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_the_default_generator_is_drawn_from_before_the_critic_runs(penalty: str) -> None:
+    config, states = PENALTIES[penalty], []
+
+    class Recording(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            states.append(torch.get_rng_state())
+            return super().forward(x)
+
+    critic = Recording(6, 1).double()
+    real, fake = random_pair(7, 6)
+    torch.manual_seed(3)
+    CriticStep(critic, penalty=config, engine="autograd")(real, fake)
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    if config is not None and config.at in ("interpolates", "perturbed"):
+        torch.rand(7, dtype=torch.float64)
+        if config.at == "perturbed":
+            torch.rand(7, 6, dtype=torch.float64)
+    assert states
+    assert all(torch.equal(state, torch.get_rng_state()) for state in [*states, after])
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    critic = dense_critic()
+    real, fake = random_pair(7, 6)
+    alpha = torch.rand(7, dtype=torch.float64)
+    critic[2].requires_grad_(False)
+    expected = gradients(textbook_step(critic, real, fake, alpha)["loss"], critic)
+    CriticStep(critic, engine="autograd")(real, fake, alpha)
+    assert critic[2].weight.grad is None
+    assert critic[2].bias.grad is None
+    assert_equal_gradients(textbook.gradients_left_in(critic), expected)
+
+
+@pytest.mark.parametrize("loss", CRITIC_LOSSES)
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_no_gradient_reaches_the_samples_or_the_generator(loss: str, penalty: str) -> None:
+    critic, source = dense_critic(), nn.Linear(4, 6).double()
+    real = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    alpha = torch.rand(7, dtype=torch.float64, requires_grad=True)
+    fake = source(torch.randn(7, 4, dtype=torch.float64))
+    kept = [tensor.detach().clone() for tensor in (real, fake, alpha)]
+    CriticStep(critic, loss=loss, penalty=PENALTIES[penalty], engine="autograd")(real, fake, alpha)
+    assert real.grad is None
+    assert alpha.grad is None
+    assert all(parameter.grad is None for parameter in source.parameters())
+    assert all(torch.equal(tensor, before) for tensor, before in zip((real, fake, alpha), kept))
+    fake.sum().backward()  # the generator's graph is still there for its own step
+
+
+def test_gradients_are_computed_under_no_grad_too() -> None:
+    critic = dense_critic()
+    real, fake = random_pair(7, 6)
+    alpha = torch.rand(7, dtype=torch.float64)
+    expected = gradients(textbook_step(critic, real, fake, alpha)["loss"], critic)
+    with torch.no_grad():
+        CriticStep(critic, engine="autograd")(real, fake, alpha)
+    assert_equal_gradients(textbook.gradients_left_in(critic), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 63])
+def test_any_batch_size(batch: int) -> None:
+    critic = dense_critic()
+    real, fake = random_pair(batch, 6)
+    alpha = torch.rand(batch, dtype=torch.float64)
+    expected = textbook_step(critic, real, fake, alpha)
+    expected_gradients = gradients(expected["loss"], critic)
+    assert_equal_figures(CriticStep(critic, engine="autograd")(real, fake, alpha), expected)
+    assert_equal_gradients(textbook.gradients_left_in(critic), expected_gradients)
+
+
+def test_nan_samples_show_in_the_loss_and_the_gradients() -> None:
+    critic = dense_critic()
+    real, fake = random_pair(7, 6)
+    real[3, 2] = torch.nan
+    result = CriticStep(critic, engine="autograd")(real, fake)
+    assert result.loss.isnan()
+    assert result.real_score.isnan()
+    assert result.fake_score.isfinite()
+    assert critic[4].weight.grad.isnan().any()
+
+
+@pytest.mark.parametrize("loss", CRITIC_LOSSES)
+def test_bf16_error_is_at_most_twice_that_of_the_textbook_under_autocast(loss: str) -> None:
+    critic = dense_critic(torch.float32)
+    exact_critic = copy.deepcopy(critic).double()
+    step = CriticStep(critic, loss=loss, precision="bf16", engine="autograd")
+    errors: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
+    for _ in range(8):  # root-mean-square over several batches: one can be lucky
+        real, fake = random_pair(63, 6, dtype=torch.float32)
+        alpha = torch.rand(63)
+        exact = textbook_step(exact_critic, real.double(), fake.double(), alpha.double(), loss=loss)
+        truth = gradients(exact["loss"], exact_critic)
+        with torch.autocast("cpu", torch.bfloat16):
+            usual = textbook_step(critic, real, fake, alpha, loss=loss)
+        usual_gradients = gradients(usual["loss"], critic)
+        result = step(real, fake, alpha)
+        for figure in result:
+            assert figure.dtype == torch.float32
+            assert figure.isfinite()
+        ours = textbook.gradients_left_in(critic)
+        assert all(gradient.dtype == torch.float32 for gradient in ours.values())
+        for name, value, grads in (("ours", result.loss, ours), ("theirs", usual["loss"], usual_gradients)):
+            errors[name].append((abs(value.double() - exact["loss"]).item(), distance(grads, truth)))
+    ours_rms, theirs_rms = (torch.tensor(errors[name]).square().mean(dim=0).sqrt() for name in ("ours", "theirs"))
+    assert (ours_rms <= 2 * theirs_rms).all()
+    assert ours_rms[1] > 1e-4 * textbook.distance(truth, {n: torch.zeros_like(g) for n, g in truth.items()})
+
+
+def test_fp32_means_the_dtype_of_the_critic() -> None:
+    critic = dense_critic(torch.float32)
+    real, fake = random_pair(7, 6, dtype=torch.float32)
+    alpha = torch.rand(7)
+    expected = textbook_step(critic, real, fake, alpha)
+    result = CriticStep(critic, precision="fp32", engine="autograd")(real, fake, alpha)
+    for name in CriticStepResult._fields:
+        # 100 roundings of float32, far from bfloat16's 2⁻⁹
+        torch.testing.assert_close(getattr(result, name), expected[name].detach(), rtol=100 * 2**-24, atol=1e-6)
+
+
+def test_a_half_precision_critic_reports_in_float32() -> None:
+    critic = dense_critic(torch.bfloat16)
+    result = CriticStep(critic, engine="autograd")(*random_pair(63, 6, dtype=torch.bfloat16))
+    assert {figure.dtype for figure in result} == {torch.float32}
+    assert all(parameter.grad.dtype == torch.bfloat16 for parameter in critic.parameters())
+
+
+def test_a_loss_of_ones_own() -> None:
+    def logistic(real: Tensor, fake: Tensor) -> Tensor:
+        return (real - fake).exp().log1p().mean()
+
+    critic = dense_critic()
+    real, fake = random_pair(7, 6)
+    own = losses.AdversarialLoss("logistic", logistic, lambda fake: fake.mean())
+    expected = gradients(logistic(critic(real), critic(fake)), critic)
+    CriticStep(critic, loss=own, penalty=None, engine="autograd")(real, fake)
+    assert_equal_gradients(textbook.gradients_left_in(critic), expected)
+
+
+# Errors
+
+CONSTRUCTION_ERRORS: list[Row] = [
+    ("critic is a function", {"critic": lambda x: x.sum(1)}, TypeError, ("critic", "function")),
+    ("loss is unknown", {"loss": "wassertein"}, ValueError, ("loss", "'wassertein'", "wasserstein")),
+    ("loss is a function", {"loss": lambda real, fake: real.mean()}, TypeError, ("loss", "function")),
+    ("penalty is a weight", {"penalty": 10.0}, TypeError, ("penalty", "float")),
+    ("engine is unknown", {"engine": "warp"}, ValueError, ("engine", "'warp'", "autograd")),
+    ("precision is unknown", {"precision": "fp16"}, ValueError, ("precision", "'fp16'", "bf16")),
+    ("precision is a dtype", {"precision": torch.bfloat16}, ValueError, ("precision", "torch.bfloat16", "bf16")),
+    ("schedule is unknown", {"schedule": "fast"}, ValueError, ("schedule", "'fast'", "batched")),
+]
+
+
+@pytest.mark.parametrize(("wrong", "exception", "words"), rows(CONSTRUCTION_ERRORS))
+def test_bad_settings_raise(wrong: dict[str, Any], exception: type[Exception], words: tuple[str, ...]) -> None:
+    arguments = {"critic": dense_critic(), **wrong}
+    with pytest.raises(exception) as caught:
+        CriticStep(arguments.pop("critic"), **arguments)
+    assert_says(str(caught.value), words)
+
+
+class Wrapped(nn.Module):
+    """A critic with parameters that returns what ``function`` makes of its input."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.function(x * self.weight)
+
+
+def flat_loss(real: Tensor, fake: Tensor) -> Tensor:
+    return (fake - real).flatten()
+
+
+STEP_ERRORS: list[Row] = [
+    ("critic_args is a tensor", {"critic_args": torch.zeros(0)}, TypeError, ("critic_args", "Tensor")),
+    ("critic_kwargs is a tuple", {"critic_kwargs": ()}, TypeError, ("critic_kwargs", "tuple")),
+    ("loss is not a mean", {"loss": losses.AdversarialLoss("flat", flat_loss, flat_loss)}, ValueError, ("loss", "[4]")),
+    (
+        "loss is a number",
+        {"loss": losses.AdversarialLoss("number", lambda *scores: 1.0, flat_loss)},
+        TypeError,
+        ("loss", "float"),
+    ),
+]
+
+
+# Without a penalty nothing is packed, and scores need not depend on the input.
+PENALTY_ONLY = [row for row in CRITIC_ERRORS if "group_size" in row[1] or "input" in row[3]]
+ANY_STEP = [row for row in CRITIC_ERRORS if row not in PENALTY_ONLY]
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(
+    ("penalty", "wrong", "exception", "words"),
+    [
+        *rows([(f"{p}, {row[0]}", p, *row[1:]) for p in PENALTIES for row in SAMPLE_ERRORS + ANY_STEP + STEP_ERRORS]),
+        *rows([(f"{p}, {row[0]}", p, *row[1:]) for p in PENALTIES if p != "none" for row in PENALTY_ONLY]),
+    ],
+)
+def test_bad_batches_raise_and_touch_no_gradient(
+    penalty: str, wrong: dict[str, Any], exception: type[Exception], words: tuple[str, ...], accumulate: bool
+) -> None:
+    arguments = {"real": torch.ones(4, 6), "fake": torch.zeros(4, 6), "alpha": torch.rand(4), **wrong}
+    config = PENALTIES[penalty]
+    if "group_size" in wrong:
+        config = replace(config, group_size=arguments.pop("group_size"))
+        arguments["alpha"] = None
+    critic = Wrapped(arguments.pop("critic")) if "critic" in wrong else dense_critic(torch.float32)
+    for parameter in critic.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    step = CriticStep(critic, loss=arguments.pop("loss", "wasserstein"), penalty=config, engine="autograd")
+    with pytest.raises(exception) as caught:
+        step(**arguments, accumulate=accumulate)
+    assert_says(str(caught.value), words)
+    assert type(caught.value) is exception
+    assert all(torch.equal(p.grad, torch.full_like(p, 7.0)) for p in critic.parameters())
+    assert step.steps_taken == 0
+
+
+@pytest.mark.parametrize("penalty", ["wgan_gp", "none"])
+def test_a_critic_with_nothing_to_train_is_refused(penalty: str) -> None:
+    critic = dense_critic()
+    for parameter in critic.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    critic.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"critic.*frozen"):
+        CriticStep(critic, penalty=PENALTIES[penalty], engine="autograd")(*random_pair(4, 6))
+    assert all(torch.equal(p.grad, torch.full_like(p, 7.0)) for p in critic.parameters())
+
+
+def test_a_bad_alpha_is_refused_at_the_calls_without_a_penalty_too() -> None:
+    step = CriticStep(dense_critic(), penalty=PenaltyConfig(every=2), engine="autograd")
+    real, fake = random_pair(4, 6)
+    step(real, fake, torch.rand(4))
+    with pytest.raises(ValueError, match=r"alpha.*\[4\].*\[3\]"):
+        step(real, fake, torch.rand(3))
+
+
+def test_packing_is_that_of_the_penalty() -> None:
+    case = CASES["packed"]
+    critic, (real, fake) = case.critic(), case.samples()
+    with pytest.raises(ValueError, match=r"critic.*\[15\].*\[5, 1\]"):
+        CriticStep(critic, engine="autograd")(real, fake)
