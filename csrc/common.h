@@ -111,7 +111,8 @@ inline Memory memory_of(const Tensor& tensor) {
 // The stable ABI does not reach the version counter. Copying a tensor to itself returns before it touches
 // data, but on its way it passes the dispatcher's in-place bookkeeping, which counts the write.
 inline void bump_version(const Tensor& tensor) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(tensor.get(), tensor.get(), /*non_blocking=*/0));
+  STD_TORCH_CHECK(aoti_torch_copy_(tensor.get(), tensor.get(), /*non_blocking=*/0) == TORCH_SUCCESS,
+                  "a tensor may not be modified in place here: an inference tensor outside inference mode?");
 }
 
 class NoGradGuard {

@@ -1,7 +1,6 @@
 """What this installation is made of: the compiled extension, its CUDA kernels, Triton, and why a part is missing."""
 
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -92,12 +91,12 @@ def _cuda_info() -> dict[str, Any]:
 
 def _triton_info() -> dict[str, Any]:
     try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return _part("not installed", version=None)
+        version = importlib.import_module("triton").__version__
+    except ImportError as error:
+        return _part(f"it does not import: {error}", version=None)
     if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
         return _part(None, version=version)
-    return _part("no GPU that it compiles for", version=version)
+    return _part("torch finds no GPU to compile for", version=version)
 
 
 def _compiler_info() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Weight clipping, the Lipschitz constraint of the original WGAN."""
 
 from collections.abc import Iterable
+from numbers import Real
 from typing import TypeVar
 
 import torch
@@ -31,7 +32,7 @@ def clip_weights_(module_or_tensors: Weights, bound: float | tuple[float, float]
         The first argument.
 
     Raises:
-        TypeError: If something is not a tensor, or a tensor is sparse or of another dtype.
+        TypeError: If something is not a tensor, a tensor is sparse or of another dtype, or the bound is no number.
         ValueError: If the bound is not positive, not ordered or NaN, or a tensor's elements overlap in memory.
             Nothing was changed when either is raised.
 
@@ -62,13 +63,16 @@ def clip_weights_(module_or_tensors: Weights, bound: float | tuple[float, float]
 
 
 def _range(bound: float | tuple[float, float]) -> tuple[float, float]:
-    if isinstance(bound, tuple):
-        if len(bound) != 2 or not bound[0] <= bound[1]:
-            raise ValueError(f"bound must be a pair (low, high) with low <= high, got {bound}")
-        return float(bound[0]), float(bound[1])
-    if not bound > 0:
-        raise ValueError(f"bound must be greater than 0, got {bound}")
-    return -float(bound), float(bound)
+    if isinstance(bound, Real):
+        if not bound > 0:
+            raise ValueError(f"bound must be greater than 0, got {bound}")
+        return -float(bound), float(bound)
+    if not (isinstance(bound, tuple) and len(bound) == 2 and all(isinstance(end, Real) for end in bound)):
+        raise TypeError(f"bound must be a number or a pair (low, high) of numbers, got {bound!r}")
+    low, high = bound
+    if not low <= high:
+        raise ValueError(f"bound must be a pair (low, high) with low <= high, got {bound}")
+    return float(low), float(high)
 
 
 def _tensors(module_or_tensors: nn.Module | Tensor | Iterable[Tensor]) -> Iterable[Tensor]:

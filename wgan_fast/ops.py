@@ -19,7 +19,7 @@ _library.define(  # type: ignore[no-untyped-call]
 
 
 @torch.library.impl(_library, "clip_weights_", "CompositeExplicitAutograd")
-def _clip_weights_(tensors: list[Tensor], low: float, high: float) -> None:
+def _clip_weights_foreach_(tensors: list[Tensor], low: float, high: float) -> None:
     if not low <= high:
         raise ValueError(f"low must be at most high, got low={low} and high={high}")
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
