@@ -163,7 +163,7 @@ def extension_build() -> tuple[list[Extension], dict[str, type[Command]]]:
             except Exception as error:  # setuptools, ninja, torch and the toolkit each raise their own
                 if REQUIRED:
                     raise
-                reason = f"it did not compile: {' '.join(str(error).split())}"
+                reason = f"it did not compile (pip install -v shows more): {' '.join(str(error).split())}"
                 missing.update(extension=reason, cuda=reason)
                 self.extensions = []
 

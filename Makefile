@@ -1,0 +1,52 @@
+# Every target builds the environment that it needs: `make demo` works in a fresh checkout.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
+
+.PHONY: help demo test test-slow check bench wheel-test cuda-compile clean
+.DELETE_ON_ERROR:
+
+help:  ## This list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+# The environment, then the package in it, so that an edit of csrc/ rebuilds only the extension.
+$(VENV)/environment: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch setuptools wheel ninja
+	touch $@
+
+$(VENV)/package: $(VENV)/environment setup.py $(SOURCES)
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,data,bench,dev]'
+	touch $@
+
+demo: $(VENV)/package  ## Train on 5000 MNIST digits, draw samples with the critic's scores
+	$(BIN)/wgan-fast train --data mnist5k --method wgan-gp --model mnist-dcgan --out runs/demo
+	$(BIN)/wgan-fast sample runs/demo --grid 12x12 --scores
+
+test: $(VENV)/package  ## The tests that take seconds each
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(VENV)/package  ## The exhaustive tests
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/package  ## Lint, formatting, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+bench: $(VENV)/package  ## Benchmarks against the alternatives
+	$(BIN)/python -m pytest benchmarks
+
+wheel-test: $(VENV)/package  ## Wheels with and without the extension, each used outside the checkout
+	$(BIN)/python tests/check_wheel.py
+
+cuda-compile: $(VENV)/package  ## The CUDA sources for sm_80, sm_90 and sm_100; needs nvcc, no GPU
+	$(BIN)/python setup.py --quiet cuda_compile
+
+clean:  ## Remove everything that the targets made, except runs/
+	rm -rf $(VENV) build dist *.egg-info wgan_fast/_C.*.so wgan_fast/_build.json
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
