@@ -35,7 +35,7 @@ CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cu
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h"))
 
 # The stable ABI of torch 2.11, the oldest that is supported.
-TORCH_ABI = ("TORCH_TARGET_VERSION", "0x020B000000000000")
+TORCH_ABI = ("WGAN_FAST_TORCH_ABI", "0x020B000000000000")
 # -g0 undoes the interpreter's own -g: debug information would be most of the library.
 CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3"]

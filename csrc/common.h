@@ -3,8 +3,12 @@
 // LibTorch's stable ABI only, so that one build serves every torch from the targeted version on.
 #pragma once
 
+// Here rather than on the command line: torch's copy of pybind11 refuses to be included where it is defined.
+#define TORCH_TARGET_VERSION WGAN_FAST_TORCH_ABI
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -12,6 +16,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <cstdint>

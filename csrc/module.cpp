@@ -28,7 +28,7 @@ py::dict build_config() {
   config["compiler"] = kCompiler;
   config["flags"] = WGAN_FAST_FLAGS;
   config["torch"] = TORCH_VERSION;
-  config["torch_abi"] = version(TORCH_TARGET_VERSION);
+  config["torch_abi"] = version(WGAN_FAST_TORCH_ABI);
 #ifdef USE_CUDA
   config["cuda"] = std::to_string(CUDA_VERSION / 1000) + "." + std::to_string(CUDA_VERSION % 1000 / 10);
   config["cuda_architectures"] = WGAN_FAST_CUDA_ARCHITECTURES;

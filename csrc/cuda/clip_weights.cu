@@ -98,7 +98,7 @@ void clip_weights_(std::vector<Tensor> tensors, double low, double high) {
     const int32_t device = tensors[0].get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
 
     Chunk chunk;
     chunk.count = 0;
