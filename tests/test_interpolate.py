@@ -171,6 +171,7 @@ def test_compiles_into_one_graph(backend: str) -> None:
     def mix(real: Tensor, fake: Tensor, alpha: Tensor | None) -> Tensor:
         return interpolate(real, fake, alpha) * 2
 
+    torch.compiler.reset()  # the compiled forms of one function are limited in number
     compiled = torch.compile(mix, fullgraph=True, backend=backend)
     for dtype in (torch.float32, torch.bfloat16):
         for batch in (7, 9):

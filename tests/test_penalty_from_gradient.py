@@ -134,6 +134,7 @@ def test_compiles_into_one_graph(one_sided: bool, backend: str) -> None:
     def penalise(gradient: Tensor) -> Tensor:
         return 2 * penalty_from_gradient(gradient, weight=3.5, target=0.5, one_sided=one_sided)
 
+    torch.compiler.reset()  # the compiled forms of one function are limited in number
     compiled = torch.compile(penalise, fullgraph=True, backend=backend)
     for batch in (7, 9):
         gradient = torch.randn(batch, 5, dtype=torch.float64)
