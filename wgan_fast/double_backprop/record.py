@@ -1,0 +1,123 @@
+"""Writes down every ATen operator that runs under it, as one flat FX graph.
+
+The passes are ordinary Python over tensors; running them on fake tensors under a ``Recorder`` turns them into a
+graph that needs neither the passes nor autograd. Equal calls are recorded once.
+"""
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+_ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
+"""Operators that return their argument: what they return is the argument's node."""
+
+
+class Recorder(TorchDispatchMode):
+    """A dispatch mode that appends to ``graph`` what it sees.
+
+    Attributes:
+        graph: The graph being written.
+        constants: Tensors that the recorded code closes over, by attribute name.
+        label: Name given to the nodes recorded from here on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode()
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        self.label = ""
+        # Fake tensors own no memory; holding them keeps their ids from being reused.
+        self._seen: dict[int, tuple[Tensor, fx.Node]] = {}
+        self._calls: dict[Hashable, fx.Node] = {}
+
+    def input(self, name: str, example: Tensor) -> Tensor:
+        """Add a graph input that looks like ``example``; returns its stand-in."""
+        fake = self.fake.from_tensor(example, static_shapes=True).detach()
+        self._bind(fake, self.graph.placeholder(name))
+        return fake
+
+    def constant(self, name: str, value: Tensor) -> Tensor:
+        """Add a tensor that the graph owns; returns its stand-in."""
+        name = f"constant_{name}".replace(".", "_")
+        fake = self.fake.from_tensor(value, static_shapes=True).detach()
+        self.constants[name] = value
+        self._bind(fake, self.graph.get_attr(name))
+        return fake
+
+    def output(self, values: Any) -> None:
+        """Close the graph: ``values`` is a nest of tensors and None."""
+        self.graph.output(tree_map_only(Tensor, self.node, values))
+
+    def node(self, tensor: Tensor) -> fx.Node:
+        """Return the node that computes ``tensor``."""
+        if id(tensor) not in self._seen:
+            if self.fake.is_our_fake(tensor):
+                raise RuntimeError(f"a tensor of shape {list(tensor.shape)} was made outside the recording")
+            self._bind(tensor, self._lift(tensor))
+        return self._seen[id(tensor)][1]
+
+    @contextmanager
+    def labelled(self, label: str) -> Iterator[None]:
+        """Name the nodes recorded inside the block."""
+        before, self.label = self.label, label
+        try:
+            yield
+        finally:
+            self.label = before
+
+    def _bind(self, tensor: Tensor, node: fx.Node) -> None:
+        node.meta.setdefault("val", tensor)
+        self._seen[id(tensor)] = (tensor, node)
+
+    def _lift(self, tensor: Tensor) -> fx.Node:
+        name = f"constant_{len(self.constants)}"
+        self.constants[name] = tensor
+        return self.graph.get_attr(name)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` on the fake tensors and record it."""
+        kwargs = kwargs or {}
+        if func in _ALIASES:
+            out = func(*args, **kwargs)
+            self._bind(out, self.node(args[0]))
+            return out
+        node_args, node_kwargs = tree_map_only(Tensor, self.node, (args, kwargs))
+        out = func(*args, **kwargs)
+        leaves, _ = tree_flatten(out)
+        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+            return out
+        mutable = func._schema.is_mutable
+        repeatable = not mutable and torch.Tag.nondeterministic_seeded not in func.tags
+        key = (func, repr((node_args, node_kwargs)))
+        node = self._calls.get(key) if repeatable else None
+        if node is None:
+            name = self.label or None
+            node = self.graph.create_node("call_function", func, node_args, node_kwargs, name=name)
+            if repeatable:
+                self._calls[key] = node
+        if isinstance(out, Tensor):
+            if mutable:
+                self._seen.pop(id(out), None)
+            self._bind(out, node)
+        else:
+            for i, leaf in enumerate(out):
+                if isinstance(leaf, Tensor):
+                    self._bind(leaf, self._element(node, i))
+        return out
+
+    def _element(self, node: fx.Node, i: int) -> fx.Node:
+        key = (node, i)
+        if key not in self._calls:
+            import operator
+
+            self._calls[key] = self.graph.create_node(
+                "call_function", operator.getitem, (node, i), name=f"{node.name}_{i}"
+            )
+        return self._calls[key]
