@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+
+from .record import functional_form
 
 STOPS_GRADIENT = "stops_gradient"
 """Key in ``node.meta``: autograd does not see this node."""
@@ -118,12 +120,11 @@ def _export(critic: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         per_sample = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows
         return {0: torch.export.Dim.AUTO} if per_sample else None
 
-    leaves, spec = tree_flatten((args, kwargs))
     shapes: Any = None
     if dynamic:
-        shapes_args, shapes_kwargs = spec.unflatten([shape(leaf) for leaf in leaves])
-        names = list(inspect.signature(critic.forward).parameters)[: len(args)]
-        shapes = dict(zip(names, shapes_args)) | shapes_kwargs if kwargs else tuple(shapes_args)
+        shapes_args, shapes_kwargs = tree_map(shape, (args, kwargs))
+        shapes = dict(inspect.signature(critic.forward).bind(*shapes_args, **shapes_kwargs).arguments)
+        shapes |= shapes.pop("kwargs", {}) if "kwargs" not in kwargs else {}
     detached = tree_map_only(Tensor, lambda t: t.detach(), (args, kwargs))
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
@@ -191,12 +192,10 @@ def _is_argument(placeholder: fx.Node) -> bool:
 
 
 def _functional(node: fx.Node) -> Any:
-    """The operator that computes what the in-place operator of ``node`` writes."""
-    name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname  # type: ignore[union-attr]
-    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-    if not name.endswith("_") or packet is None or overload not in packet.overloads():
+    functional = functional_form(node.target)
+    if functional is None:
         raise CaptureError(f"{where(node)} writes to an activation and has no functional form")
-    return getattr(packet, overload)
+    return functional
 
 
 def _aliases(mutated: fx.Node, writer: fx.Node, graph: fx.Graph) -> list[fx.Node]:

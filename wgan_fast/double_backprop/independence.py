@@ -6,6 +6,7 @@ shown makes the critic batch-coupled, which is a matter of schedule and never of
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,8 +44,11 @@ def batch_dims(
         value = small[node] if node in small else None
         if node.op == "placeholder" and isinstance(value, Tensor) and value.shape != large[node].shape:
             dims[node] = 0
+        if node.target is operator.getitem and node.args[0] in dims:
+            dims[node] = dims[node.args[0]]  # type: ignore[index]
+            continue
         if node not in calls or not _moved(small[node], large[node]):
-            if node in calls and any(source in dims for source in node.all_input_nodes):
+            if isinstance(value, Tensor) and node in calls and any(source in dims for source in node.all_input_nodes):
                 raise Coupled(f"{where(node)} mixes samples")
             continue
         dim = _batch_dim(node, calls[node], dims, small, large)
@@ -88,6 +92,8 @@ def _propagate(
     if torch.Tag.pointwise in op.tags or name in _POINTWISE:
         aligned = {out.dim() - len(shape) + dim for dim, shape in zip(given, shapes) if dim is not None}
         return aligned.pop() if len(aligned) == 1 else None
+    if name == "einsum":
+        return _einsum(call.argument("equation"), given)
     if name in _FACTORIES:
         return changed
     if name in _JOINS:
@@ -204,7 +210,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(["view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "view_as"], _view),
     **dict.fromkeys(["transpose", "t", "swapaxes"], _transpose),
     **dict.fromkeys(["mean", "sum", "amax", "amin", "prod", "var", "std", "linalg_vector_norm", "norm", "logsumexp"], _reduce),
-    **dict.fromkeys(["softmax", "log_softmax", "slice", "narrow", "split", "split_with_sizes", "chunk", "cumsum"], _along),
+    **dict.fromkeys(["softmax", "log_softmax", "slice", "narrow", "split", "split_with_sizes", "chunk", "cumsum", "glu"], _along),
     **dict.fromkeys(["flip", "roll"], lambda c, d, s, o, n: None if d in {a % len(s) for a in c.argument("dims")} or not c.argument("dims") else d),
     **dict.fromkeys(["select", "unbind"], _select),
     "permute": _permute,
@@ -238,6 +244,19 @@ def _attention(call: Call, given: list[int | None], shapes: list[torch.Size], ou
     dims = set(given)
     dim = dims.pop()
     return dim if not dims and dim is not None and dim < out.dim() - 2 else None
+
+
+def _einsum(equation: str, given: list[int | None]) -> int | None:
+    """Samples along one letter that the output keeps."""
+    inputs, _, result = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if "." in equation or len(terms) != len(given):
+        return None
+    letters = {term[dim] for term, dim in zip(terms, given) if dim is not None}
+    if len(letters) != 1 or any(letters & set(term) for term, dim in zip(terms, given) if dim is None):
+        return None
+    letter = letters.pop()
+    return result.index(letter) if letter in result and all(term.count(letter) < 2 for term in terms) else None
 
 
 _PRODUCTS: dict[str, Callable[[Call, list[int | None], list[torch.Size], Tensor], int | None]] = {

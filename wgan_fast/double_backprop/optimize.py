@@ -53,12 +53,21 @@ def _fold_constants(recorder: Recorder) -> None:
 
 def _order_by_first_use(graph: fx.Graph) -> None:
     """Move views and slices down to their first use, so that nothing is held for their sake."""
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and node.target in _VIEWS and node.users:
-            first = min(node.users, key=position.__getitem__)
-            first.prepend(node)
-            position[node] = position[first] - 0.5  # type: ignore[assignment]
+    order: dict[fx.Node, None] = {}
+
+    def place(node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if source not in order:
+                place(source)
+        order[node] = None
+
+    for node in graph.nodes:
+        if node.target not in _VIEWS and node not in order:
+            place(node)
+    end = graph.output_node()
+    for node in order:
+        if node is not end:
+            end.prepend(node)
 
 
 _VIEWS = {aten.slice.Tensor, aten.t.default, aten.view.default, aten.narrow.default, aten.transpose.int}

@@ -75,7 +75,7 @@ class Run:
                 continue
             call = self.calls[node] = self.call(node, sampled)
             with self.label(node.name), explained(node):
-                call.output = self.values[node] = rule_for(call.op).forward(call)
+                call.output = self.values[node] = rule_for(node.target).forward(call)
 
     def call(self, node: fx.Node, sampled: set[fx.Node]) -> Call:
         """Bind the operator of ``node`` to the values of its arguments."""
@@ -156,6 +156,9 @@ class Rows(Run):
     def _call(self, node: fx.Node) -> Call:
         whole = self._run.calls[node]
         call = self.call(node, {s for s, flag in zip(self._run.operands(node), whole.sampled) if flag})
+        if call.op is not whole.op:
+            # The rule chose another form of the operator.
+            call.op, call.args, call.kwargs = whole.op, whole.args, whole.kwargs
         call.operands = [self.take(source, x) for source, x in zip(self._run.operands(node), whole.operands)]
         call.output = self.values[node]
         call.saved = {name: self.take(node, tensor) for name, tensor in whole.saved.items()}
@@ -293,7 +296,7 @@ class FourPasses:
         wanted = [i for i, s in enumerate(operands) if s in self.roles.sampled and chosen(s)]
         if wanted:
             with run.label(f"delta_{node.name}"), explained(node):
-                gradients = rule_for(call.op).vjp(call, cotangent, wanted)
+                gradients = rule_for(node.target).vjp(call, cotangent, wanted)
             into.pull(run, node, [operands[i] for i in wanted], gradients)
 
     @staticmethod
@@ -319,7 +322,7 @@ class FourPasses:
             if all(t is None for t in tangents):
                 continue
             with points.label(f"tangent_{node.name}"), explained(node):
-                tangent = rule_for(call.op).jvp(call, tangents)
+                tangent = rule_for(node.target).jvp(call, tangents)
             self.tangent[node] = tree_map_only(Tensor, lambda t: t, tangent)
 
     def _tangents_of(self, points: Rows, node: fx.Node, call: Call) -> list[Tensor | None]:
@@ -357,7 +360,7 @@ class FourPasses:
         points = self.block.points
         assert points is not None
         call = points.calls[node]
-        rule = rule_for(call.op)
+        rule = rule_for(node.target)
         sources = [operands[i] for i in inner]
         tangents = self._tangents_of(points, node, call)
         delta = self._point(node)
@@ -369,7 +372,7 @@ class FourPasses:
     def _weights(
         self, node: fx.Node, call: Call, operands: list[fx.Node], weights: list[int], beta: Any
     ) -> None:
-        points, loss, rule = self.block.points, self.block.loss, rule_for(call.op)
+        points, loss, rule = self.block.points, self.block.loss, rule_for(node.target)
         delta = self.delta.get(node)
 
         def pull(gradients: Sequence[Tensor | None], chosen: Sequence[int]) -> None:
@@ -420,7 +423,7 @@ def shared_gradients(run: Run, nodes: Iterator[fx.Node], learned: set[fx.Node], 
         call, operands = run.calls[node], run.operands(node)
         wanted = [i for i, source in enumerate(operands) if source in learned]
         with run.label(f"grad_{node.name}"), explained(node):
-            gradients = rule_for(call.op).vjp(call, into.get(node), wanted)
+            gradients = rule_for(node.target).vjp(call, into.get(node), wanted)
         into.pull(run, node, [operands[i] for i in wanted], gradients)
 
 

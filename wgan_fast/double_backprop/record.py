@@ -4,6 +4,7 @@ The passes are ordinary Python over tensors; running them on fake tensors under 
 graph that needs neither the passes nor autograd. Equal calls are recorded once.
 """
 
+import operator
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,7 @@ class Recorder(TorchDispatchMode):
         # Fake tensors own no memory; holding them keeps their ids from being reused.
         self._seen: dict[int, tuple[Tensor, fx.Node]] = {}
         self._calls: dict[Hashable, fx.Node] = {}
+        self._owners: dict[int, set[fx.Node]] = {}
 
     def input(self, name: str, example: Tensor) -> Tensor:
         """Add a graph input that looks like ``example``; returns its stand-in."""
@@ -74,6 +76,7 @@ class Recorder(TorchDispatchMode):
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
         node.meta.setdefault("val", tensor)
+        self._owners.setdefault(tensor.untyped_storage()._cdata, set()).add(node)
         self._seen[id(tensor)] = (tensor, node)
 
     def _lift(self, tensor: Tensor) -> fx.Node:
@@ -93,31 +96,56 @@ class Recorder(TorchDispatchMode):
         leaves, _ = tree_flatten(out)
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             return out
-        mutable = func._schema.is_mutable
-        repeatable = not mutable and torch.Tag.nondeterministic_seeded not in func.tags
+        if func._schema.is_mutable:
+            return self._mutate(func, args, out, node_args, node_kwargs)
+        repeatable = torch.Tag.nondeterministic_seeded not in func.tags
         key = (func, repr((node_args, node_kwargs)))
         node = self._calls.get(key) if repeatable else None
         if node is None:
-            name = self.label or None
-            node = self.graph.create_node("call_function", func, node_args, node_kwargs, name=name)
+            node = self.graph.create_node("call_function", func, node_args, node_kwargs, name=self.label or None)
             if repeatable:
                 self._calls[key] = node
-        if isinstance(out, Tensor):
-            if mutable:
-                self._seen.pop(id(out), None)
-            self._bind(out, node)
-        else:
-            for i, leaf in enumerate(out):
-                if isinstance(leaf, Tensor):
-                    self._bind(leaf, self._element(node, i))
+        self._bind_all(out, node)
         return out
+
+    def _mutate(self, func: Any, args: Any, out: Any, node_args: Any, node_kwargs: Any) -> Any:
+        """Record an in-place operator: in its functional form where nothing else shares the memory."""
+        target = args[0]
+        functional = functional_form(func)
+        storage = target.untyped_storage()._cdata
+        private = target._base is None and self._owners.get(storage, set()) <= {self.node(target)}
+        if functional is not None and private and self.node(target).op == "call_function":
+            node = self.graph.create_node("call_function", functional, node_args, node_kwargs, name=self.label or None)
+            self._owners[storage] = set()
+        else:
+            node = self.graph.create_node("call_function", func, node_args, node_kwargs, name=self.label or None)
+            stale = self._owners.get(storage, set())
+            for key in [key for key, made in self._calls.items() if made in stale or stale & set(made.all_input_nodes)]:
+                del self._calls[key]
+        self._bind_all(out, node)
+        return out
+
+    def _bind_all(self, out: Any, node: fx.Node) -> None:
+        if isinstance(out, Tensor):
+            self._bind(out, node)
+            return
+        for i, leaf in enumerate(out):
+            if isinstance(leaf, Tensor):
+                self._bind(leaf, self._element(node, i))
 
     def _element(self, node: fx.Node, i: int) -> fx.Node:
         key = (node, i)
         if key not in self._calls:
-            import operator
-
             self._calls[key] = self.graph.create_node(
                 "call_function", operator.getitem, (node, i), name=f"{node.name}_{i}"
             )
         return self._calls[key]
+
+
+def functional_form(func: Any) -> Any:
+    """Return the operator that computes what an in-place one writes; None where there is none."""
+    name = func._schema.name.removeprefix("aten::")
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+    if not name.endswith("_") or packet is None or func._overloadname not in packet.overloads():
+        return None
+    return getattr(packet, func._overloadname)

@@ -115,3 +115,22 @@ class Convolution(Affine):
         return [
             each("stride"), each("padding"), each("dilation"), transposed, output_padding, call.argument("groups")
         ]  # fmt: skip
+
+
+@register("scaled_dot_product_attention")
+class Attention(Rule):
+    """Attention in plain matrix products: the fused kernels have no double backward."""
+
+    def forward(self, call: Call) -> Output:
+        """Run the composite form from here on."""
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        call.args = tuple(call.argument(name) for name in names)
+        call.kwargs = {"scale": call.argument("scale"), "enable_gqa": call.argument("enable_gqa")}
+        call.op = _attention
+        return call.run()
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    if args[4]:
+        raise NotImplementedError("attention with dropout has no rule: its mask would be drawn twice")
+    return aten._scaled_dot_product_attention_math(*args[:4], 0.0, args[5], **kwargs)[0]

@@ -10,14 +10,13 @@ from .base import Call, Derivatives, Output, PiecewiseLinear, register
 aten = torch.ops.aten
 
 
-@register("max_pool2d", "max_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d")
+@register("max_pool2d", "max_pool3d")
 class MaxPool(PiecewiseLinear):
     """Max pooling over two or three dimensions."""
 
     def forward(self, call: Call) -> Output:
         """Pool and keep the indices."""
-        name = call.op._schema.name.removeprefix("aten::")
-        op = getattr(aten, name if name.startswith("adaptive") else f"{name}_with_indices").default
+        op = getattr(aten, f"{call.op._schema.name.removeprefix('aten::')}_with_indices").default
         output, call.saved["indices"] = op(*[call.operands[0], *call.args[1:]], **call.kwargs)
         return output
 
@@ -53,3 +52,22 @@ class MaxPool1d(MaxPool):
         )
         call.saved["indices"] = indices.squeeze(-2)
         return output.squeeze(-2)
+
+
+@register("adaptive_max_pool2d", "adaptive_max_pool3d")
+class AdaptiveMaxPool(MaxPool):
+    """Adaptive max pooling, which returns the indices itself."""
+
+    def forward(self, call: Call) -> Output:
+        """Pool and keep the indices."""
+        output = call.run()
+        call.saved["indices"] = output[1]
+        return output
+
+    def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
+        """Scatter to the indices."""
+        return super().vjp(call, cotangent[0], wanted)
+
+    def jvp(self, call: Call, tangents: Sequence[Tensor | None]) -> Output:
+        """Gather from the indices, which have no tangent themselves."""
+        return [super().jvp(call, tangents), None]
