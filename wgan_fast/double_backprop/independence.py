@@ -172,6 +172,11 @@ def _along(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -
     return None if dim in _axes(call, dim, shape) else dim
 
 
+def _slice(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+    """A slice of the rows keeps samples apart only where it takes them all."""
+    return dim if out.shape[dim] == shape[dim] or dim not in _axes(call, dim, shape) else None
+
+
 def _select(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
     axis = call.argument("dim") % len(shape)
     return None if axis == dim else dim - (axis < dim)
@@ -210,10 +215,11 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(["view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "view_as"], _view),
     **dict.fromkeys(["transpose", "t", "swapaxes"], _transpose),
     **dict.fromkeys(["mean", "sum", "amax", "amin", "prod", "var", "std", "linalg_vector_norm", "norm", "logsumexp"], _reduce),
-    **dict.fromkeys(["softmax", "log_softmax", "slice", "narrow", "split", "split_with_sizes", "chunk", "cumsum", "glu"], _along),
+    **dict.fromkeys(["softmax", "log_softmax", "narrow", "split", "split_with_sizes", "chunk", "cumsum", "glu"], _along),
     **dict.fromkeys(["flip", "roll"], lambda c, d, s, o, n: None if d in {a % len(s) for a in c.argument("dims")} or not c.argument("dims") else d),
     **dict.fromkeys(["select", "unbind"], _select),
     "permute": _permute,
+    "slice": _slice,
     "unsqueeze": _unsqueeze,
     "expand": _expand,
     "repeat": _repeat,

@@ -1,10 +1,10 @@
 """Rewrites of the recorded graph that change when memory is used and how often, and nothing that it computes."""
 
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map_only
 
 from .record import Recorder
 
@@ -16,8 +16,8 @@ def finish(recorder: Recorder) -> fx.GraphModule:
     graph = recorder.graph
     graph.eliminate_dead_code()
     _fold_constants(recorder)
-    _order_by_first_use(graph)
     graph.eliminate_dead_code()
+    _order_by_first_use(graph)
     used = {node.target for node in graph.nodes if node.op == "get_attr"}
     root = torch.nn.Module()
     for name, value in recorder.constants.items():
@@ -34,6 +34,10 @@ def _fold_constants(recorder: Recorder) -> None:
     for node in graph.nodes:
         if node.op == "get_attr":
             known[node] = recorder.constants[node.target]
+        if node.target in _FILLED and node.meta["val"].numel() > 0:
+            val = node.meta["val"]
+            known[node] = torch.full(val.shape, _FILLED[node.target], dtype=val.dtype, device=val.device)
+            continue
         if node.op != "call_function" or not all(source in known for source in node.all_input_nodes):
             continue
         schema = getattr(node.target, "_schema", None)
@@ -49,6 +53,9 @@ def _fold_constants(recorder: Recorder) -> None:
             recorder.constants[name] = value.contiguous()
             with graph.inserting_before(node):
                 node.replace_all_uses_with(graph.get_attr(name), lambda user: user not in known)
+
+
+_FILLED = {aten.ones_like.default: 1, aten.zeros_like.default: 0}
 
 
 def _order_by_first_use(graph: fx.Graph) -> None:
@@ -73,47 +80,125 @@ def _order_by_first_use(graph: fx.Graph) -> None:
 _VIEWS = {aten.slice.Tensor, aten.t.default, aten.view.default, aten.narrow.default, aten.transpose.int}
 
 
-def write_over(graph: fx.Graph) -> None:
+def save_memory(graph: fx.Graph) -> None:
+    """Let operators write where nobody reads any more, for eager execution; a compiler does this by itself."""
+    _fuse_relu(graph)
+    _write_tangents(graph)
+    _write_in_place(graph)
+    graph.eliminate_dead_code()
+
+
+def _positions(graph: fx.Graph) -> dict[fx.Node, int]:
+    return {node: i for i, node in enumerate(graph.nodes)}
+
+
+def _fuse_relu(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        source = node.args[0] if node.target is aten.relu.default else None
+        if source is not None and source.target is aten.addmm.default and len(source.users) == 1:
+            node.target, node.args, node.kwargs = aten._addmm_activation.default, source.args, source.kwargs
+
+
+def _write_tangents(graph: fx.Graph) -> None:
     """Put a tangent into the rows of a buffer that nothing else reads, instead of concatenating a new one.
 
-    Turns ``cat([a[:k], t])``, where a is an activation without another later use, into ``a[k:].copy_(t)``.
+    Turns ``cat([a[:k], t])``, where a is an activation without another later use, into ``a[k:].copy_(t)``, and has
+    the operator that makes t write there directly where it can.
     """
-    position = {node: i for i, node in enumerate(graph.nodes)}
+    position = _positions(graph)
     for node in list(graph.nodes):
         if node.target is not aten.cat.default or len(node.args[0]) != 2:
             continue
         dim = node.args[1] if len(node.args) > 1 else 0
         head, tail = node.args[0]
-        if head.target not in (aten.slice.Tensor, aten.narrow.default) or not isinstance(dim, int):
+        if head.target is not aten.slice.Tensor or head.args[1:3] != (dim, 0) or list(head.users) != [node]:
             continue
         whole = head.args[0]
-        if not isinstance(whole, fx.Node) or not _overwritable(whole, head, node, position):
-            continue
         val, new = whole.meta["val"], node.meta["val"]
-        if (val.shape, val.dtype, val.stride()) != (new.shape, new.dtype, new.stride()) or head.args[1] != dim:
+        if (val.shape, val.dtype, val.stride()) != (new.shape, new.dtype, new.stride()):
             continue
-        if head.args[2] != 0:
+        readers = _readers(whole)
+        if not _owned(whole) or any(position.get(r, -1) > position[node] for r in readers):
             continue
-        with graph.inserting_before(node):
-            rows = graph.call_function(aten.slice.Tensor, (whole, dim, head.meta["val"].shape[dim], val.shape[dim]))
-            graph.call_function(aten.copy_.default, (rows, tail))
+        start = head.meta["val"].shape[dim]
+        rows = graph.create_node("call_function", aten.slice.Tensor, (whole, dim, start, val.shape[dim]))
+        rows.meta["val"] = tail.meta["val"]
+        later = {r for r in readers if position.get(r, -1) > position.get(tail, 1 << 60)} - {head, node}
+        if tail.target in _OUT and tail.meta["val"].dtype == val.dtype and not later:
+            tail.prepend(rows)
+            overload, name = _OUT[tail.target]
+            tail.target, tail.kwargs = overload, {**tail.kwargs, name: rows}
+        else:
+            node.prepend(rows)
+            with graph.inserting_before(node):
+                graph.call_function(aten.copy_.default, (rows, tail))
         node.replace_all_uses_with(whole)
         graph.erase_node(node)
-        if not head.users:
-            graph.erase_node(head)
+        graph.erase_node(head)
 
 
-def _overwritable(whole: fx.Node, head: fx.Node, node: fx.Node, position: dict[fx.Node, int]) -> bool:
-    if whole.op != "call_function" or _returns_view(whole):
+def _write_in_place(graph: fx.Graph) -> None:
+    """Let elementwise operators overwrite an argument that they are the last to read."""
+    position = _positions(graph)
+    for node in graph.nodes:
+        if node.target not in _IN_PLACE and not (node.target in _OUT and "backward" in str(node.target)):
+            continue
+        source = node.args[0]
+        others = [n for n in node.all_input_nodes if n is not source]
+        if not isinstance(source, fx.Node) or not _owned(source) or list(node.args).count(source) > 1:
+            continue
+        val, new = source.meta.get("val"), node.meta.get("val")
+        if not isinstance(val, Tensor) or (val.shape, val.dtype, val.stride()) != (new.shape, new.dtype, new.stride()):
+            continue
+        readers = _readers(source)
+        if any(position.get(r, -1) > position[node] for r in readers) or any(o in readers for o in others):
+            continue
+        if node.target in _IN_PLACE:
+            node.target = _IN_PLACE[node.target]
+        else:
+            overload, name = _OUT[node.target]
+            node.target, node.kwargs = overload, {**node.kwargs, name: source}
+
+
+_OUT = {
+    aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
+    aten.leaky_relu_backward.default: (aten.leaky_relu_backward.grad_input, "grad_input"),
+    aten.tanh_backward.default: (aten.tanh_backward.grad_input, "grad_input"),
+    aten.sigmoid_backward.default: (aten.sigmoid_backward.grad_input, "grad_input"),
+    aten.silu_backward.default: (aten.silu_backward.grad_input, "grad_input"),
+    aten.mul.Tensor: (aten.mul.out, "out"),
+}
+_IN_PLACE = {
+    aten.relu.default: aten.relu_.default,
+    aten.leaky_relu.default: aten.leaky_relu_.default,
+    aten.tanh.default: aten.tanh_.default,
+    aten.sigmoid.default: aten.sigmoid_.default,
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.sub.Tensor: aten.sub_.Tensor,
+}
+
+
+def _owned(node: fx.Node) -> bool:
+    """Whether a node's memory is new and its own."""
+    if node.op != "call_function":
         return False
-    pending = [user for user in whole.users if user is not head]
+    if node.target is operator.getitem:
+        return not _returns_view(node.args[0])  # type: ignore[arg-type]
+    return not _returns_view(node)
+
+
+def _readers(node: fx.Node) -> set[fx.Node]:
+    """Everything that reads a node's memory, through views too."""
+    found: set[fx.Node] = set()
+    pending = list(node.users)
     while pending:
         user = pending.pop()
-        if position.get(user, 1 << 60) > position[node]:
-            return False
-        if _returns_view(user):
-            pending.extend(user.users)
-    return all(user is node for user in head.users)
+        if user not in found:
+            found.add(user)
+            if _returns_view(user):
+                pending.extend(user.users)
+    return found
 
 
 def _returns_view(node: fx.Node) -> bool:
@@ -123,8 +208,3 @@ def _returns_view(node: fx.Node) -> bool:
     return any(result.alias_info is not None for result in schema.returns) or node.target in (
         aten.reshape.default, aten._reshape_alias.default, aten._unsafe_view.default,
     )  # fmt: skip
-
-
-def example_values(node: fx.Node) -> Any:
-    """Shapes of what a node returns, for reports."""
-    return tree_map_only(Tensor, lambda t: tuple(t.shape), node.meta.get("val"))

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from .capture import Captured, CaptureError, capture
 from .independence import Coupled, Dims, batch_dims
-from .optimize import finish, write_over
+from .optimize import finish, save_memory
 from .passes import Block, Cotangents, FourPasses, Roles, Rows, Run, number_values, penalty_seed, shared_gradients
 from .record import Recorder
 
@@ -76,6 +76,8 @@ class Plan:
         critic_args: Further positional arguments of the critic.
         critic_kwargs: Its keyword arguments.
         schedule: "batched" or "split".
+        in_place: Whether the graph overwrites what it no longer needs; a compiler prefers that it does not.
+        captured: The critic's graph from an earlier plan, to save capturing it again.
 
     Raises:
         CaptureError: The critic cannot be planned; the message says where and why.
@@ -96,8 +98,10 @@ class Plan:
         critic_kwargs: Mapping[str, Any] | None = None,
         *,
         schedule: Literal["batched", "split"] = "batched",
+        in_place: bool = True,
         captured: Captured | None = None,
     ) -> None:
+        self.in_place = in_place
         self.critic, self.objective = critic, objective
         arguments = (example, *critic_args)
         self.captured = captured or capture(critic, arguments, critic_kwargs or {})
@@ -194,7 +198,8 @@ class Plan:
             outputs = _Step(self, base, batches, device).record()
         recorder.output(outputs)
         graph = finish(recorder)
-        write_over(graph.graph)
+        if self.in_place:
+            save_memory(graph.graph)
         graph.graph.lint()
         graph.recompile()
         return graph

@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
 """Operators that return their argument: what they return is the argument's node."""
 
+_RESHAPES = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.expand.default}
+"""Operators that return an alias of their argument where it has the shape asked for."""
+
 
 class Recorder(TorchDispatchMode):
     """A dispatch mode that appends to ``graph`` what it sees.
@@ -87,7 +90,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` on the fake tensors and record it."""
         kwargs = kwargs or {}
-        if func in _ALIASES:
+        if func in _ALIASES or (func in _RESHAPES and list(args[0].shape) == list(args[1])):
             out = func(*args, **kwargs)
             self._bind(out, self.node(args[0]))
             return out
