@@ -18,6 +18,7 @@ def finish(recorder: Recorder) -> fx.GraphModule:
     _fold_constants(recorder)
     graph.eliminate_dead_code()
     _order_by_first_use(graph)
+    _own_outputs(graph)
     used = {node.target for node in graph.nodes if node.op == "get_attr"}
     root = torch.nn.Module()
     for name, value in recorder.constants.items():
@@ -52,7 +53,9 @@ def _fold_constants(recorder: Recorder) -> None:
             name = f"constant_{node.name}"
             recorder.constants[name] = value.contiguous()
             with graph.inserting_before(node):
-                node.replace_all_uses_with(graph.get_attr(name), lambda user: user not in known)
+                constant = graph.get_attr(name)
+            constant.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(constant, lambda user: user not in known)
 
 
 _FILLED = {aten.ones_like.default: 1, aten.zeros_like.default: 0}
@@ -75,6 +78,24 @@ def _order_by_first_use(graph: fx.Graph) -> None:
     for node in order:
         if node is not end:
             end.prepend(node)
+
+
+def _own_outputs(graph: fx.Graph) -> None:
+    """Give every output memory of its own: gradients are accumulated into, constants and inputs must not be."""
+    end, seen = graph.output_node(), set[fx.Node]()
+
+    def own(node: fx.Node) -> fx.Node:
+        val = node.meta["val"]
+        shared = node in seen or not _owned(node) or 0 in val.stride()
+        seen.add(node)
+        if not shared:
+            return node
+        with graph.inserting_before(end):
+            copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+        copy.meta["val"] = val
+        return copy
+
+    end.args = fx.node.map_arg(end.args, own)
 
 
 _VIEWS = {aten.slice.Tensor, aten.t.default, aten.view.default, aten.narrow.default, aten.transpose.int}
@@ -208,3 +229,11 @@ def _returns_view(node: fx.Node) -> bool:
     return any(result.alias_info is not None for result in schema.returns) or node.target in (
         aten.reshape.default, aten._reshape_alias.default, aten._unsafe_view.default,
     )  # fmt: skip
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether an operator only looks at memory differently."""
+    if node.target is operator.getitem:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and not schema.is_mutable and _returns_view(node)

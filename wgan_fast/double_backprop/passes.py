@@ -250,6 +250,7 @@ class FourPasses:
         self.nodes = [node for node in self.captured.calls() if node in roles.sampled]
         self.delta, self.point_delta = Cotangents(), Cotangents()
         self.tangent: Values = {}
+        self.curved: set[str] = set()
 
     def cotangents(self, seed: Tensor) -> Tensor | None:
         """Pass 2: carry ``seed`` (like the scores) back; returns the input gradient at the points."""
@@ -365,7 +366,10 @@ class FourPasses:
         tangents = self._tangents_of(points, node, call)
         delta = self._point(node)
         if delta is not None and any(t is not None for t in tangents):
-            beta.pull(points, node, sources, rule.second(call, tangents, delta, inner))
+            curvature = rule.second(call, tangents, delta, inner)
+            if any(share is not None for share in curvature):
+                self.curved.add(str(node.target))
+            beta.pull(points, node, sources, curvature)
         if node in beta:
             beta.pull(points, node, sources, rule.vjp(call, beta.get(node), inner))
 

@@ -1,9 +1,7 @@
 """Plans: a critic and the shapes of one batch, turned into a flat graph that is run at every step."""
 
-import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,10 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
 
 from .capture import Captured, CaptureError, capture
 from .independence import Coupled, Dims, batch_dims
-from .optimize import finish, save_memory
+from .optimize import finish, is_view, save_memory
 from .passes import Block, Cotangents, FourPasses, Roles, Rows, Run, number_values, penalty_seed, shared_gradients
 from .record import Recorder
 
@@ -86,7 +85,8 @@ class Plan:
         graph: The ``GraphModule``; ``plan.graph.code`` is what runs.
         parameters: The trainable parameters, in the order of the gradients.
         coupled: Why samples are not proven apart; None where they are.
-        curved: Operators that carry curvature, by name in the captured critic.
+        curved: Operators whose curvature the step carries.
+        linear: The other operators between the points and the scores.
     """
 
     def __init__(
@@ -103,8 +103,12 @@ class Plan:
     ) -> None:
         self.in_place = in_place
         self.critic, self.objective = critic, objective
+        self.device = example.device.type
+        self._autocast_enabled = torch.is_autocast_enabled(self.device)
+        self._autocast_dtype = torch.get_autocast_dtype(self.device)
         arguments = (example, *critic_args)
-        self.captured = captured or capture(critic, arguments, critic_kwargs or {})
+        with torch.autocast(self.device, enabled=False):
+            self.captured = captured or capture(critic, arguments, critic_kwargs or {})
         self._slots = [_slot(critic, name) for name in self.captured.parameters.values()]
         self._buffers = [_slot(critic, name) for name in self.captured.buffers.values()]
         self.parameters = list(dict.fromkeys(p for p in critic.parameters() if p.requires_grad))
@@ -125,8 +129,10 @@ class Plan:
         self._numbers: dict[fx.Node, Any] = {}
         self._prove()
         self.schedule = "split" if self.coupled else schedule
-        self.curved: list[str] = []
+        self.curved: set[str] = set()
+        self.linear: set[str] = set()
         self.graph = self._record()
+        self.runner: Callable[..., Any] = self.graph
 
     def _prove(self) -> None:
         """Run the critic on stand-ins of one and of two batches to see which dimensions grow."""
@@ -147,7 +153,7 @@ class Plan:
             if isinstance(value, Tensor):
                 value = mode.from_tensor(value.detach(), static_shapes=True)
             run.values[node] = value
-        with mode, torch.no_grad(), self._autocast():
+        with mode, torch.no_grad(), self.autocast():
             for node in self._batch_inputs:
                 run.values[node] = torch.cat([run.values[node]] * copies)
             run.evaluate(self.captured.calls(), self.roles.sampled)
@@ -158,13 +164,13 @@ class Plan:
         values = dict(zip(owned, map(_read, [*self._slots, *self._buffers])))
         return values | self.captured.constants
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext()
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Autocast as it was when the plan was made."""
+        return torch.autocast(self.device, dtype=self._autocast_dtype, enabled=self._autocast_enabled)
 
     def _record(self) -> fx.GraphModule:
         recorder = self._recorder = Recorder()
         objective = self.objective
-        device = next(iter(self._examples.values())).device.type
         owned = {
             node: recorder.input(node.name, value.detach())
             for node, value in self._live().items()
@@ -172,6 +178,7 @@ class Plan:
         }
         example = self._examples[self.captured.inputs[0]].detach()
         self.inputs = _input_names(objective)
+        self.layout: dict[str, tuple[torch.Size, tuple[int, ...]]] = {}
         batches: dict[str, Tensor] = {}
         for name in self.inputs:
             like = example
@@ -179,6 +186,7 @@ class Plan:
                 dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
                 like = torch.empty(example.shape[0], dtype=dtype, device=example.device)
             batches[name] = recorder.input(name, like)
+            self.layout[name] = (like.shape, like.stride())
         extras = {
             node: recorder.input(node.name, leaf.detach()) if isinstance(leaf, Tensor) else leaf
             for node, leaf in list(self._examples.items())[1:]
@@ -190,12 +198,13 @@ class Plan:
             base = Run(self.captured, recorder.labelled)
             base.values.update(owned | constants | extras)
             shared = [node for node in self.captured.calls() if node not in self.roles.sampled]
-            base.evaluate([n for n in shared if not _counts(n)], self.roles.sampled)
+            with self.autocast():
+                base.evaluate([n for n in shared if not _counts(n)], self.roles.sampled)
             self._counters = [node for node in shared if _counts(node)]
             if "alpha" in batches:
-                with recorder.labelled("interpolates"), torch.autocast(device, enabled=False):
+                with recorder.labelled("interpolates"), torch.autocast(self.device, enabled=False):
                     batches["points"] = _mix(batches["real"], batches["fake"], batches["alpha"])
-            outputs = _Step(self, base, batches, device).record()
+            outputs = _Step(self, base, batches).record()
         recorder.output(outputs)
         graph = finish(recorder)
         if self.in_place:
@@ -211,19 +220,47 @@ class Plan:
             batches: Tensors in the order of ``inputs``.
             extras: The critic's further arguments, flattened.
         """
-        values = [_read(slot) for slot in self._slots] + [_read(slot) for slot in self._buffers]
-        return self.run(values, batches, extras)
+        return self.run(self.owned(), batches, extras)
+
+    def owned(self) -> list[Tensor]:
+        """The critic's parameters and buffers as they are now, in the order in which the graph takes them."""
+        return [_read(slot) for slot in (*self._slots, *self._buffers)]
 
     def run(self, owned: Sequence[Tensor], batches: Sequence[Tensor], extras: Sequence[Any] = ()) -> StepOutput:
         """Run the graph on given values of the critic's parameters and buffers."""
         tensors = [extra for extra in extras if isinstance(extra, Tensor)]
-        with torch.no_grad(), torch.autocast(batches[0].device.type, enabled=False):
-            return StepOutput(*self.graph(*owned, *batches, *tensors))
+        with torch.no_grad(), torch.autocast(self.device, enabled=False):
+            return StepOutput(*self.runner(*owned, *batches, *tensors))
+
+    def units(self) -> float:
+        """Matmul and convolution FLOPs of the step, in critic forwards over one batch."""
+        with FlopCounterMode(display=False) as forward:
+            self._rehearse(1)
+        return self._step_flops() / max(forward.get_total_flops(), 1)
+
+    def _step_flops(self) -> int:
+        placeholders = [node.meta["val"] for node in self.graph.graph.nodes if node.op == "placeholder"]
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
+            self.graph(*[torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in placeholders])
+        return counter.get_total_flops()
+
+    def launches(self) -> int:
+        """Operators of the graph that are not views."""
+        return sum(node.op == "call_function" and not is_view(node) for node in self.graph.graph.nodes)
 
     @property
     def code(self) -> str:
         """The flat graph as Python."""
         return self.graph.code
+
+
+def _addmm_flops(bias: Any, a: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+_FLOPS = {torch.ops.aten._addmm_activation: _addmm_flops}
+"""What PyTorch's counter leaves out."""
 
 
 def _counts(node: fx.Node) -> bool:
@@ -254,8 +291,8 @@ def _mix(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
 class _Step:
     """Lays the batches out in blocks and runs the four passes over each."""
 
-    def __init__(self, plan: Plan, base: Run, batches: Mapping[str, Tensor], device: str) -> None:
-        self.plan, self.base, self.batches, self.device = plan, base, batches, device
+    def __init__(self, plan: Plan, base: Run, batches: Mapping[str, Tensor]) -> None:
+        self.plan, self.base, self.batches = plan, base, batches
         self.captured, self.roles, self.objective = plan.captured, plan.roles, plan.objective
         self.cotangents = Cotangents()
         self.figures: dict[str, Any] = {}
@@ -280,15 +317,12 @@ class _Step:
         for (lead, trail), run in zip(groups, runs):
             self._passes(run, lead, trail, seeds, shares)
         shared = [node for node in self.captured.calls() if node not in self.roles.sampled]
-        with self._autocast():
+        with self.plan.autocast():
             shared_gradients(self.base, reversed(shared), self.roles.learned, self.cotangents)
         return self._outputs()
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
     def _plain(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device, enabled=False)
+        return torch.autocast(self.plan.device, enabled=False)
 
     def _forward(self, names: list[str]) -> Run:
         """Pass 1 over the named batches, joined."""
@@ -301,10 +335,9 @@ class _Step:
             for node in self.plan._batch_inputs[1:]:
                 value = self.base.values[node]
                 run.values[node] = torch.cat([value] * len(names)) if len(names) > 1 else value
-        if self.roles.sampled & {n for n in self.plan._counters}:
-            raise AssertionError
-        run.evaluate(self.plan._counters, self.roles.sampled)
-        run.evaluate([n for n in self.captured.calls() if n in self.roles.sampled], self.roles.sampled)
+        with self.plan.autocast():
+            run.evaluate(self.plan._counters, self.roles.sampled)
+            run.evaluate([n for n in self.captured.calls() if n in self.roles.sampled], self.roles.sampled)
         scores = run.values[self.captured.scores]
         expected = run.values[self.captured.inputs[0]].shape[0] // self.objective.group_size
         if not isinstance(scores, Tensor) or scores.dim() == 0 or scores.shape[0] != expected or scores.numel() != expected:
@@ -350,12 +383,14 @@ class _Step:
             parts = [seeds[name] for name in lead] + units
             seed = torch.cat(parts) if len(parts) > 1 else parts[0]
         passes = FourPasses(Block(run, loss, points, factors), self.roles, self.cotangents)
-        with self._autocast():
+        with self.plan.autocast():
             gradient = passes.cotangents(seed)
         if points is not None:
             self._penalise(run, passes, gradient, len(trail))
-        with self._autocast():
+        with self.plan.autocast():
             passes.weights()
+        plan.curved |= passes.curved
+        plan.linear |= {str(n.target) for n in passes.nodes if n in self.roles.varying} - plan.curved
 
     def _penalise(self, run: Run, passes: FourPasses, gradient: Tensor | None, parts: int) -> None:
         objective = self.objective
@@ -371,7 +406,7 @@ class _Step:
             )
         self.penalties.append(penalty)
         self.norms.append(norm)
-        with self._autocast():
+        with self.plan.autocast():
             passes.tangents(v)
 
     def _outputs(self) -> tuple[Any, ...]:
