@@ -39,9 +39,8 @@ class Normalization(Rule):
         u, _ = self.grouped(call, vector)
         normal = self.normal(call)
         r = self.saved(call, "rstd")
-        return (r * (u - u.mean(dims, keepdim=True) - normal * (u * normal).mean(dims, keepdim=True))).reshape(
-            vector.shape
-        )
+        centred = u - u.mean(dims, keepdim=True) - normal * (u * normal).mean(dims, keepdim=True)
+        return (r * centred).reshape(vector.shape).to(vector.dtype)
 
     def normal(self, call: Call) -> Tensor:
         """Return n(x), grouped."""
@@ -65,11 +64,11 @@ class Normalization(Rule):
     def weighted(self, call: Call, vector: Tensor) -> Tensor:
         """Return γ vector."""
         weight = call.tensor("weight")
-        return vector if weight is None else vector * self.per_channel(call, weight)
+        return vector if weight is None else (vector * self.per_channel(call, weight)).to(vector.dtype)
 
     def reduce(self, call: Call, values: Tensor, weight: Tensor) -> Tensor:
         """Sum ``values`` like the input down to the shape of a weight."""
-        return values.sum_to_size(self.per_channel(call, weight).shape).reshape(weight.shape)
+        return values.to(weight.dtype).sum_to_size(self.per_channel(call, weight).shape).reshape(weight.shape)
 
     def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
         """J γδ for x, Σ n δ for γ, Σ δ for β."""
@@ -116,7 +115,7 @@ class Normalization(Rule):
         un, tn = (u * normal).mean(dims, keepdim=True), (t * normal).mean(dims, keepdim=True)
         # ⟨u, J t⟩ / (m r) is the covariance left when mean and normal direction are taken out.
         spread = (u * jt).mean(dims, keepdim=True) * r
-        return -(normal * spread + (un * jt + tn * ju) * r).reshape(tangent.shape)
+        return -(normal * spread + (un * jt + tn * ju) * r).reshape(tangent.shape).to(tangent.dtype)
 
 
 @register("layer_norm")
