@@ -21,10 +21,6 @@ aten = torch.ops.aten
 class Normalization(Rule):
     """What the normalisations share; a subclass says which elements share statistics and how PyTorch runs it."""
 
-    def statistics(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Run the forward, fill in the output, and return μ and r, one per set of elements."""
-        raise NotImplementedError
-
     def grouped(self, call: Call, x: Tensor) -> tuple[Tensor, list[int]]:
         """View ``x`` so that the returned dimensions run over the elements that share statistics."""
         raise NotImplementedError
@@ -53,12 +49,15 @@ class Normalization(Rule):
         return call.saved[name].reshape([1 if d in dims else size for d, size in enumerate(x.shape)])
 
     def forward(self, call: Call) -> Output:
-        """Run the normalisation and keep its statistics."""
+        """Run the normalisation, in float32 under autocast, and keep its statistics."""
+        if torch.is_autocast_enabled(call.operands[0].device.type):
+            half = (torch.bfloat16, torch.float16)
+            call.operands = [x.float() if x.dtype in half else x for x in call.operands]
         output, call.saved["mean"], call.saved["rstd"] = self.run(call)
         return output
 
     def run(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """Return output, μ and r."""
+        """Return output, μ and r, one of each per set of elements that share statistics."""
         raise NotImplementedError
 
     def weighted(self, call: Call, vector: Tensor) -> Tensor:
