@@ -21,6 +21,9 @@ _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.o
 _RESHAPES = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.expand.default}
 """Operators that return an alias of their argument where it has the shape asked for."""
 
+_REDUCTIONS = {torch.ops.aten.mean.default, torch.ops.aten.sum.default}
+"""Operators that say the same with and without the dtype of their argument."""
+
 
 class Recorder(TorchDispatchMode):
     """A dispatch mode that appends to ``graph`` what it sees.
@@ -90,6 +93,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` on the fake tensors and record it."""
         kwargs = kwargs or {}
+        if func in _REDUCTIONS and kwargs.get("dtype") == args[0].dtype:
+            kwargs = {name: value for name, value in kwargs.items() if name != "dtype"}
         if func in _ALIASES or (func in _RESHAPES and list(args[0].shape) == list(args[1])):
             out = func(*args, **kwargs)
             self._bind(out, self.node(args[0]))
