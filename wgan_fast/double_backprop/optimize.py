@@ -62,7 +62,7 @@ _FILLED = {aten.ones_like.default: 1, aten.zeros_like.default: 0}
 
 
 def _order_by_first_use(graph: fx.Graph) -> None:
-    """Move views and slices down to their first use, so that nothing is held for their sake."""
+    """Run segment after segment, and views at their first use, so that nothing is held for their sake."""
     order: dict[fx.Node, None] = {}
 
     def place(node: fx.Node) -> None:
@@ -71,10 +71,10 @@ def _order_by_first_use(graph: fx.Graph) -> None:
                 place(source)
         order[node] = None
 
-    for node in graph.nodes:
+    end = graph.output_node()
+    for node in sorted(graph.nodes, key=lambda node: node.meta.get("segment", 0) if node is not end else len(graph.nodes)):
         if node.target not in _VIEWS and node not in order:
             place(node)
-    end = graph.output_node()
     for node in order:
         if node is not end:
             end.prepend(node)

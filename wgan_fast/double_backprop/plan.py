@@ -169,7 +169,7 @@ class Plan:
         return torch.autocast(self.device, dtype=self._autocast_dtype, enabled=self._autocast_enabled)
 
     def _record(self) -> fx.GraphModule:
-        recorder = self._recorder = Recorder()
+        recorder = self.recorder = Recorder()
         objective = self.objective
         owned = {
             node: recorder.input(node.name, value.detach())
@@ -312,10 +312,14 @@ class _Step:
             groups = [(losses, points)]
         else:
             groups = [([name], []) for name in losses] + [([], [name]) for name in points]
-        runs = [self._forward([*lead, *trail]) for lead, trail in groups]
+        recorder, runs = self.plan.recorder, []
+        for recorder.segment, (lead, trail) in enumerate(groups, 1):
+            runs.append(self._forward([*lead, *trail]))
+        recorder.segment = len(groups) + 1
         seeds = self._loss(groups, runs)
-        for (lead, trail), run in zip(groups, runs):
+        for recorder.segment, ((lead, trail), run) in enumerate(zip(groups, runs), 1):
             self._passes(run, lead, trail, seeds, shares)
+        recorder.segment = len(groups) + 1
         shared = [node for node in self.captured.calls() if node not in self.roles.sampled]
         with self.plan.autocast():
             shared_gradients(self.base, reversed(shared), self.roles.learned, self.cotangents)

@@ -32,6 +32,7 @@ class Recorder(TorchDispatchMode):
         graph: The graph being written.
         constants: Tensors that the recorded code closes over, by attribute name.
         label: Name given to the nodes recorded from here on.
+        segment: Where these nodes run: the graph is ordered by segment, as far as its data flow allows.
     """
 
     def __init__(self) -> None:
@@ -40,6 +41,7 @@ class Recorder(TorchDispatchMode):
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self.label = ""
+        self.segment = 0
         # Fake tensors own no memory; holding them keeps their ids from being reused.
         self._seen: dict[int, tuple[Tensor, fx.Node]] = {}
         self._calls: dict[Hashable, fx.Node] = {}
@@ -82,6 +84,7 @@ class Recorder(TorchDispatchMode):
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
         node.meta.setdefault("val", tensor)
+        node.meta.setdefault("segment", self.segment)
         self._owners.setdefault(tensor.untyped_storage()._cdata, set()).add(node)
         self._seen[id(tensor)] = (tensor, node)
 
@@ -134,6 +137,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _bind_all(self, out: Any, node: fx.Node) -> None:
+        node.meta.setdefault("segment", self.segment)
         if isinstance(out, Tensor):
             self._bind(out, node)
             return
