@@ -8,18 +8,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from .checks import Engine, check_alpha, check_critic_arguments, check_engine, check_samples, check_scores
 from .losses import AdversarialLoss, get_loss
-from .penalty import (
-    Engine,
-    PenaltyConfig,
-    check_alpha,
-    check_critic_arguments,
-    check_engine,
-    check_samples,
-    check_scores,
-    penalty_at,
-    penalty_points,
-)
+from .penalty import PenaltyConfig, penalty_at, penalty_points
 from .precision import accumulation_dtype
 
 Precision = Literal["fp32", "bf16"]
