@@ -43,7 +43,9 @@ def addmm_flops(bias, a, b, *args, **kwargs):
 
 
 def flops(function):
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._addmm_activation: addmm_flops}) as counter:
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten._addmm_activation: addmm_flops}
+    ) as counter:
         function()
     return counter.get_total_flops()
 

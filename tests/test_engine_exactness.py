@@ -201,12 +201,17 @@ def truth(critic, objective, batches, arguments=()):
     """Plain double backward, the critic called on real, fake and points in this order."""
     total = torch.zeros((), dtype=torch.float64)
     if objective.loss:
-        total = total + objective.loss(critic(batches["real"], *arguments), critic(batches["fake"], *arguments))
+        total = total + objective.loss(
+            critic(batches["real"], *arguments), critic(batches["fake"], *arguments)
+        )
     for name in objective.points():
         x = batches["points" if name == "mixed" else name].clone().requires_grad_()
         (g,) = torch.autograd.grad(critic(x, *arguments).sum(), x, create_graph=True)
         excess = g.reshape(len(x) // objective.group_size, -1).norm(dim=1) - objective.target
-        total = total + objective.weight * (excess.clamp(min=0) if objective.one_sided else excess).square().mean()
+        total = (
+            total
+            + objective.weight * (excess.clamp(min=0) if objective.one_sided else excess).square().mean()
+        )
     parameters = [p for p in critic.parameters() if p.requires_grad]
     return total.detach(), torch.autograd.grad(total, parameters, allow_unused=True)
 
@@ -270,9 +275,14 @@ def projection(self, x, label):
 CONDITIONAL = {
     "projection": Custom(projection, a=L(30, 8), o=L(8, 1), e=nn.Embedding(5, 8)),
     "concatenated": Custom(
-        lambda s, x, c: s.o(torch.relu(s.a(torch.cat([x, s.e(c)], 1)))), a=L(38, 8), o=L(8, 1), e=nn.Embedding(5, 8)
+        lambda s, x, c: s.o(torch.relu(s.a(torch.cat([x, s.e(c)], 1)))),
+        a=L(38, 8),
+        o=L(8, 1),
+        e=nn.Embedding(5, 8),
     ),
-    "modulated": Custom(lambda s, x, c: s.o(torch.relu(s.a(x) * s.e(c))), a=L(30, 8), o=L(8, 1), e=nn.Embedding(5, 8)),
+    "modulated": Custom(
+        lambda s, x, c: s.o(torch.relu(s.a(x) * s.e(c))), a=L(30, 8), o=L(8, 1), e=nn.Embedding(5, 8)
+    ),
 }
 
 
@@ -297,7 +307,9 @@ def test_packed_samples_share_one_norm(at, schedule):
 
 
 def test_dropout_uses_one_mask_for_forward_and_tangent():
-    critic = nn.Sequential(L(30, 16), nn.LeakyReLU(), nn.Dropout(0.5), L(16, 16), nn.Tanh(), nn.Dropout(0.3), L(16, 1))
+    critic = nn.Sequential(
+        L(30, 16), nn.LeakyReLU(), nn.Dropout(0.5), L(16, 16), nn.Tanh(), nn.Dropout(0.3), L(16, 1)
+    )
     batches, objective = batches_of(VECTORS), Objective(wasserstein)
     engine = FourPassEngine(critic.double(), objective, schedule="split")
     engine.plan(batches)
@@ -368,7 +380,9 @@ def test_what_cannot_be_captured_is_named_with_its_line():
 
 def test_an_operator_without_double_backward_is_named_with_its_line():
     def forward(self, x):
-        return self.b(torch._adaptive_avg_pool2d(self.a(x).view(-1, 1, 4, 4), [2, 2]).median(dim=-1).values.flatten(1))
+        return self.b(
+            torch._adaptive_avg_pool2d(self.a(x).view(-1, 1, 4, 4), [2, 2]).median(dim=-1).values.flatten(1)
+        )
 
     critic = Custom(forward, a=L(30, 16), b=L(2, 1)).double()
     try:
@@ -378,4 +392,7 @@ def test_an_operator_without_double_backward_is_named_with_its_line():
     else:
         batches = batches_of(VECTORS)
         assert output.loss.isfinite()
-        assert_exact(FourPassEngine(critic, Objective(wasserstein))(batches), truth(critic, Objective(wasserstein), batches))
+        assert_exact(
+            FourPassEngine(critic, Objective(wasserstein))(batches),
+            truth(critic, Objective(wasserstein), batches),
+        )

@@ -63,7 +63,9 @@ def where(node: fx.Node) -> str:
     """Describe a node for an error message: its operator and the user's source line."""
     trace = (node.meta.get("stack_trace") or "").strip().splitlines()
     frames = [
-        i for i, line in enumerate(trace) if line.strip().startswith("File ") and "/torch/" not in line.split(",")[0]
+        i
+        for i, line in enumerate(trace)
+        if line.strip().startswith("File ") and "/torch/" not in line.split(",")[0]
     ]
     source = " ".join(line.strip() for line in trace[frames[-1] : frames[-1] + 2]) if frames else ""
     return f"{node.target}" + (f" at {source}" if source else "")
@@ -89,7 +91,9 @@ def capture(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
             program, dynamic = _export(critic, args, dict(kwargs), dynamic=False), False
         except Exception as error:
             reason = str(error).strip().splitlines()
-            raise CaptureError(f"torch.export could not capture the critic: {reason[0] if reason else error!r}") from error
+            raise CaptureError(
+                f"torch.export could not capture the critic: {reason[0] if reason else error!r}"
+            ) from error
     captured = Captured(fx.Graph(), dynamic=dynamic)
     env: dict[fx.Node, fx.Node] = {}
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
@@ -104,7 +108,9 @@ def capture(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         elif spec.kind == InputKind.USER_INPUT:
             captured.inputs.append(new)
         else:
-            raise CaptureError(f"the critic holds a {spec.kind.name.lower()} ({spec.target}), which has no rule")
+            raise CaptureError(
+                f"the critic holds a {spec.kind.name.lower()} ({spec.target}), which has no rule"
+            )
     outputs = _inline(program.graph_module, captured.graph, env, stops_gradient=False)
     scores, _ = tree_flatten(outputs)
     if len(scores) != 1 or not isinstance(scores[0], fx.Node):
@@ -131,7 +137,9 @@ def _export(critic: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         return torch.export.export(critic, detached[0], detached[1], dynamic_shapes=shapes, strict=False)
 
 
-def _inline(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, fx.Node], stops_gradient: bool) -> Any:
+def _inline(
+    module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, fx.Node], stops_gradient: bool
+) -> Any:
     """Copy the nodes of ``module`` into ``graph``; returns what its output node maps to."""
     tuples: dict[fx.Node, Any] = {}
 
@@ -152,9 +160,9 @@ def _inline(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, fx.Node]
         if name == "wrap_with_set_grad_enabled":
             enabled, submodule, *operands = node.args
             body = module.get_submodule(submodule.target)
-            inner = [n for n in body.graph.nodes if n.op == "placeholder"]
+            inner = [n for n in body.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
             scope = {n: value(operand) for n, operand in zip(inner, operands)}
-            tuples[node] = _inline(body, graph, scope, stops_gradient or not enabled)
+            tuples[node] = _inline(body, graph, scope, stops_gradient or not enabled)  # type: ignore[arg-type]
         elif name == "getitem" and node.args[0] in tuples:
             tuples[node] = tuples[node.args[0]][node.args[1]]
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -205,9 +213,15 @@ def _aliases(mutated: fx.Node, writer: fx.Node, graph: fx.Graph) -> list[fx.Node
     for node in graph.nodes:
         if order[node] >= order[writer] or _storage(node) != _storage(mutated):
             continue
-        if node.op != "placeholder" and node.meta["val"].shape == mutated.meta["val"].shape and (
-            node is mutated or getattr(node.target, "_schema", None) is None or node.target._schema.is_mutable  # type: ignore[union-attr]
-            or mutated in _chain(node)
+        if (
+            node.op != "placeholder"
+            and node.meta["val"].shape == mutated.meta["val"].shape
+            and (
+                node is mutated
+                or getattr(node.target, "_schema", None) is None
+                or node.target._schema.is_mutable
+                or mutated in _chain(node)
+            )
         ):
             same.append(node)
         elif any(order[user] > order[writer] for user in node.users):
@@ -217,4 +231,6 @@ def _aliases(mutated: fx.Node, writer: fx.Node, graph: fx.Graph) -> list[fx.Node
 
 def _chain(node: fx.Node) -> list[fx.Node]:
     """The tensors that ``node`` is, followed through in-place operators."""
-    return [user for user in node.users if getattr(getattr(user.target, "_schema", None), "is_mutable", False)]
+    return [
+        user for user in node.users if getattr(getattr(user.target, "_schema", None), "is_mutable", False)
+    ]

@@ -110,7 +110,10 @@ class FourPassEngine:
         )  # fmt: skip
 
     def _key(
-        self, batches: Mapping[str, Tensor], critic_args: tuple[Any, ...], critic_kwargs: Mapping[str, Any] | None
+        self,
+        batches: Mapping[str, Tensor],
+        critic_args: tuple[Any, ...],
+        critic_kwargs: Mapping[str, Any] | None,
     ) -> Hashable:
         example = _example(batches)
         leaves, spec = tree_flatten((critic_args, dict(critic_kwargs or {})))
@@ -124,7 +127,10 @@ class FourPassEngine:
         )  # fmt: skip
 
     def _make(
-        self, batches: Mapping[str, Tensor], critic_args: tuple[Any, ...], critic_kwargs: Mapping[str, Any] | None
+        self,
+        batches: Mapping[str, Tensor],
+        critic_args: tuple[Any, ...],
+        critic_kwargs: Mapping[str, Any] | None,
     ) -> Plan:
         example = _example(batches).detach()
 
@@ -135,7 +141,12 @@ class FourPassEngine:
             )  # fmt: skip
 
         plan = make("split" if self.schedule == "split" else "batched")
-        if self.schedule == "auto" and plan.schedule == "batched" and plan.device == "cpu" and not self.compile:
+        if (
+            self.schedule == "auto"
+            and plan.schedule == "batched"
+            and plan.device == "cpu"
+            and not self.compile
+        ):
             leaves, _ = tree_flatten((critic_args, dict(critic_kwargs or {})))
             inputs = [batches[name].detach() for name in plan.inputs]
             plan = min([plan, make("split", plan.captured)], key=lambda p: _seconds(p, inputs, leaves))
@@ -158,7 +169,9 @@ class _Compiled:
             result = self._run(*args)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [repr(error)])[0]
-            warnings.warn(f"the compiler failed, the step runs uncompiled: {reason}", RuntimeWarning, stacklevel=4)
+            warnings.warn(
+                f"the compiler failed, the step runs uncompiled: {reason}", RuntimeWarning, stacklevel=4
+            )
             self._run = self._graph
             result = self._graph(*args)
         self._proven = True

@@ -26,7 +26,10 @@ class Coupled(Exception):
 
 
 def batch_dims(
-    captured: Captured, calls: Mapping[fx.Node, Call], small: Mapping[fx.Node, Any], large: Mapping[fx.Node, Any]
+    captured: Captured,
+    calls: Mapping[fx.Node, Call],
+    small: Mapping[fx.Node, Any],
+    large: Mapping[fx.Node, Any],
 ) -> Dims:
     """Return the batch dimension of every node that has one.
 
@@ -41,14 +44,18 @@ def batch_dims(
     """
     dims: Dims = {}
     for node in captured.graph.nodes:
-        value = small[node] if node in small else None
+        value = small.get(node, None)
         if node.op == "placeholder" and isinstance(value, Tensor) and value.shape != large[node].shape:
             dims[node] = 0
         if node.target is operator.getitem and node.args[0] in dims:
-            dims[node] = dims[node.args[0]]  # type: ignore[index]
+            dims[node] = dims[node.args[0]]
             continue
         if node not in calls or not _moved(small[node], large[node]):
-            if isinstance(value, Tensor) and node in calls and any(source in dims for source in node.all_input_nodes):
+            if (
+                isinstance(value, Tensor)
+                and node in calls
+                and any(source in dims for source in node.all_input_nodes)
+            ):
                 raise Coupled(f"{where(node)} mixes samples")
             continue
         dim = _batch_dim(node, calls[node], dims, small, large)
@@ -60,7 +67,7 @@ def batch_dims(
 
 def _moved(small: Any, large: Any) -> bool:
     if isinstance(small, Tensor):
-        return small.shape != large.shape
+        return small.shape != large.shape  # type: ignore[no-any-return]
     return isinstance(small, list | tuple) and any(_moved(s, b) for s, b in zip(small, large))
 
 
@@ -104,10 +111,14 @@ def _propagate(
         axis = call.argument("dim")
         axis = axis % out.dim()
         if name == "stack":
-            return dim + (axis <= dim)
+            return dim + (axis <= dim)  # type: ignore[no-any-return]
         return dim if axis != dim else None
     if given[0] is None or any(dim is not None for dim in given[1:]):
-        return _PRODUCTS[name](call, given, shapes, out) if name in _PRODUCTS else _LATE[name] if name in _LATE else None
+        return (
+            _PRODUCTS[name](call, given, shapes, out)
+            if name in _PRODUCTS
+            else _LATE.get(name)
+        )
     dim, shape = given[0], shapes[0]
     if name in _RULES:
         return _RULES[name](call, dim, shape, out, changed)
@@ -145,12 +156,16 @@ def _permute(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int)
 
 def _transpose(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
     name = call.op._schema.name
-    pair = (0, 1) if name.endswith("::t") else (call.argument("dim0") % len(shape), call.argument("dim1") % len(shape))
+    pair = (
+        (0, 1)
+        if name.endswith("::t")
+        else (call.argument("dim0") % len(shape), call.argument("dim1") % len(shape))
+    )
     return pair[1 - pair.index(dim)] if dim in pair else dim
 
 
 def _unsqueeze(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
-    return dim + (call.argument("dim") % out.dim() <= dim)
+    return dim + (call.argument("dim") % out.dim() <= dim)  # type: ignore[no-any-return]
 
 
 def _axes(call: Call, dim: int, shape: torch.Size) -> set[int]:
@@ -262,7 +277,9 @@ def _einsum(equation: str, given: list[int | None]) -> int | None:
     if len(letters) != 1 or any(letters & set(term) for term, dim in zip(terms, given) if dim is None):
         return None
     letter = letters.pop()
-    return result.index(letter) if letter in result and all(term.count(letter) < 2 for term in terms) else None
+    return (
+        result.index(letter) if letter in result and all(term.count(letter) < 2 for term in terms) else None
+    )
 
 
 _PRODUCTS: dict[str, Callable[[Call, list[int | None], list[torch.Size], Tensor], int | None]] = {

@@ -42,7 +42,9 @@ def _fold_constants(recorder: Recorder) -> None:
         if node.op != "call_function" or not all(source in known for source in node.all_input_nodes):
             continue
         schema = getattr(node.target, "_schema", None)
-        if schema is not None and (schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags):
+        if schema is not None and (
+            schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+        ):
             continue
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
         with torch.no_grad():
@@ -72,7 +74,9 @@ def _order_by_first_use(graph: fx.Graph) -> None:
         order[node] = None
 
     end = graph.output_node()
-    for node in sorted(graph.nodes, key=lambda node: node.meta.get("segment", 0) if node is not end else len(graph.nodes)):
+    for node in sorted(
+        graph.nodes, key=lambda node: node.meta.get("segment", 0) if node is not end else len(graph.nodes)
+    ):
         if node.target not in _VIEWS and node not in order:
             place(node)
     for node in order:
@@ -91,7 +95,9 @@ def _own_outputs(graph: fx.Graph) -> None:
         if not shared:
             return node
         with graph.inserting_before(end):
-            copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+            copy = graph.call_function(
+                aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+            )
         copy.meta["val"] = val
         return copy
 
@@ -169,7 +175,11 @@ def _write_in_place(graph: fx.Graph) -> None:
         if not isinstance(source, fx.Node) or not _owned(source) or list(node.args).count(source) > 1:
             continue
         val, new = source.meta.get("val"), node.meta.get("val")
-        if not isinstance(val, Tensor) or (val.shape, val.dtype, val.stride()) != (new.shape, new.dtype, new.stride()):
+        if not isinstance(val, Tensor) or (val.shape, val.dtype, val.stride()) != (
+            new.shape,
+            new.dtype,
+            new.stride(),
+        ):
             continue
         readers = _readers(source)
         if any(position.get(r, -1) > position[node] for r in readers) or any(o in readers for o in others):

@@ -95,7 +95,9 @@ class Run:
         found: dict[fx.Node, None] = {}
         fx.node.map_arg(
             (node.args, dict(node.kwargs)),
-            lambda source: found.setdefault(source, None) if isinstance(self.values[source], Tensor) else None,
+            lambda source: (
+                found.setdefault(source, None) if isinstance(self.values[source], Tensor) else None
+            ),
         )
         return list(found)
 
@@ -116,8 +118,8 @@ class Rows(Run):
         super().__init__(run.captured, run.label)
         self._run, self._dims, self._numbers = run, dims, numbers
         self._range = (start, stop, total)
-        self.values = _Lazy(self._value)  # type: ignore[assignment]
-        self.calls = _Lazy(self._call)  # type: ignore[assignment]
+        self.values = _Lazy(self._value)
+        self.calls = _Lazy(self._call)
 
     def take(self, node: fx.Node, value: Any) -> Any:
         """Slice a value that lies like that of ``node``."""
@@ -218,7 +220,9 @@ class Cotangents:
         elements[index] = value if elements[index] is None else elements[index] + value
         self._sums[node] = elements
 
-    def pull(self, run: Run, node: fx.Node, wanted: Sequence[fx.Node], gradients: Sequence[Tensor | None]) -> None:
+    def pull(
+        self, run: Run, node: fx.Node, wanted: Sequence[fx.Node], gradients: Sequence[Tensor | None]
+    ) -> None:
         """Add one gradient per wanted operand of ``node``."""
         for source, gradient in zip(wanted, gradients):
             self.add(source, gradient, run.values[source])
@@ -258,7 +262,9 @@ class FourPasses:
         self.delta.add(self.captured.scores, seed)
         if self.captured.scores not in self.roles.learned:
             # Without a trainable parameter in it, the critic still has an input gradient.
-            self.point_delta.add(self.captured.scores, points.take(self.captured.scores, seed) if points else None)
+            self.point_delta.add(
+                self.captured.scores, points.take(self.captured.scores, seed) if points else None
+            )
         for node in reversed(self.nodes):
             if node in self.roles.learned:
                 self._back(node, run, self.delta, lambda s: s in self.roles.learned)
@@ -266,7 +272,7 @@ class FourPasses:
                     self._back(node, points, self.point_delta, self._only_points, self._point(node))
             elif points is not None:
                 self._back(node, points, self.point_delta, self._only_points)
-        return self.point_delta.get(self.captured.inputs[0])
+        return self.point_delta.get(self.captured.inputs[0])  # type: ignore[no-any-return]
 
     def _only_points(self, source: fx.Node) -> bool:
         return source in self.roles.varying and source not in self.roles.learned
@@ -280,7 +286,12 @@ class FourPasses:
         return self.point_delta.get(node)
 
     def _back(
-        self, node: fx.Node, run: Run, into: Cotangents, chosen: Callable[[fx.Node], bool], cotangent: Any = None
+        self,
+        node: fx.Node,
+        run: Run,
+        into: Cotangents,
+        chosen: Callable[[fx.Node], bool],
+        cotangent: Any = None,
     ) -> None:
         cotangent = into.get(node) if cotangent is None else cotangent
         if cotangent is None:
@@ -314,7 +325,7 @@ class FourPasses:
                 continue
             if node.target is operator.getitem:
                 parent = self.tangent.get(node.args[0])  # type: ignore[arg-type]
-                self.tangent[node] = None if parent is None else parent[node.args[1]]  # type: ignore[index]
+                self.tangent[node] = None if parent is None else parent[node.args[1]]
                 continue
             call = self._call(points, node)
             if call is None:
@@ -342,13 +353,15 @@ class FourPasses:
             if node.target is operator.getitem:
                 if node in beta:
                     parent, index = node.args
-                    beta.add_element(parent, index, len(self.block.run.values[parent]), beta.get(node))  # type: ignore[arg-type]
+                    beta.add_element(parent, index, len(self.block.run.values[parent]), beta.get(node))  # type: ignore[arg-type,index]
                 continue
             call = self._call(self.block.run, node)
             if call is None:
                 continue
             operands = self.block.run.operands(node)
-            weights = [i for i, s in enumerate(operands) if s not in self.roles.sampled and s in self.roles.learned]
+            weights = [
+                i for i, s in enumerate(operands) if s not in self.roles.sampled and s in self.roles.learned
+            ]
             inner = [i for i, s in enumerate(operands) if s in self.roles.sampled and s in self.roles.learned]
             with self.block.run.label(f"grad_{node.name}"), explained(node):
                 if weights and node in self.delta:
@@ -422,7 +435,7 @@ def shared_gradients(run: Run, nodes: Iterator[fx.Node], learned: set[fx.Node], 
             continue
         if node.target is operator.getitem:
             parent, index = node.args
-            into.add_element(parent, index, len(run.values[parent]), into.get(node))  # type: ignore[arg-type]
+            into.add_element(parent, index, len(run.values[parent]), into.get(node))  # type: ignore[arg-type,index]
             continue
         call, operands = run.calls[node], run.operands(node)
         wanted = [i for i, source in enumerate(operands) if source in learned]
@@ -457,7 +470,9 @@ def penalty_seed(
         return gradient * (2 * weight / groups), penalty, norm.mean()
     # Where the norm is 0 so is g, whatever it is multiplied by; threshold keeps the division finite and lets NaN pass.
     slope = excess / torch.threshold(norm, 0, torch.inf) * (2 * weight / groups)
-    slope = slope.to(gradient.dtype).repeat_interleave(group_size) if group_size > 1 else slope.to(gradient.dtype)
+    slope = (
+        slope.to(gradient.dtype).repeat_interleave(group_size) if group_size > 1 else slope.to(gradient.dtype)
+    )
     return gradient * slope.view(-1, *[1] * (gradient.dim() - 1)), penalty, norm.mean()
 
 

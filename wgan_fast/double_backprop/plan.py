@@ -14,7 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from .capture import Captured, CaptureError, capture
 from .independence import Coupled, Dims, batch_dims
 from .optimize import finish, is_view, save_memory
-from .passes import Block, Cotangents, FourPasses, Roles, Rows, Run, number_values, penalty_seed, shared_gradients
+from .passes import (
+    Block,
+    Cotangents,
+    FourPasses,
+    Roles,
+    Rows,
+    Run,
+    number_values,
+    penalty_seed,
+    shared_gradients,
+)
 from .record import Recorder
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -226,7 +236,9 @@ class Plan:
         """The critic's parameters and buffers as they are now, in the order in which the graph takes them."""
         return [_read(slot) for slot in (*self._slots, *self._buffers)]
 
-    def run(self, owned: Sequence[Tensor], batches: Sequence[Tensor], extras: Sequence[Any] = ()) -> StepOutput:
+    def run(
+        self, owned: Sequence[Tensor], batches: Sequence[Tensor], extras: Sequence[Any] = ()
+    ) -> StepOutput:
         """Run the graph on given values of the critic's parameters and buffers."""
         tensors = [extra for extra in extras if isinstance(extra, Tensor)]
         with torch.no_grad(), torch.autocast(self.device, enabled=False):
@@ -236,14 +248,19 @@ class Plan:
         """Matmul and convolution FLOPs of the step, in critic forwards over one batch."""
         with FlopCounterMode(display=False) as forward:
             self._rehearse(1)
-        return self._step_flops() / max(forward.get_total_flops(), 1)
+        return self._step_flops() / max(forward.get_total_flops(), 1)  # type: ignore[no-any-return]
 
     def _step_flops(self) -> int:
         placeholders = [node.meta["val"] for node in self.graph.graph.nodes if node.op == "placeholder"]
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
-            self.graph(*[torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in placeholders])
-        return counter.get_total_flops()
+            self.graph(
+                *[
+                    torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
+                    for v in placeholders
+                ]
+            )
+        return counter.get_total_flops()  # type: ignore[no-any-return]
 
     def launches(self) -> int:
         """Operators of the graph that are not views."""
@@ -344,8 +361,15 @@ class _Step:
             run.evaluate([n for n in self.captured.calls() if n in self.roles.sampled], self.roles.sampled)
         scores = run.values[self.captured.scores]
         expected = run.values[self.captured.inputs[0]].shape[0] // self.objective.group_size
-        if not isinstance(scores, Tensor) or scores.dim() == 0 or scores.shape[0] != expected or scores.numel() != expected:
-            raise CaptureError(f"the critic must return one score per sample, it returned {list(scores.shape)}")
+        if (
+            not isinstance(scores, Tensor)
+            or scores.dim() == 0
+            or scores.shape[0] != expected
+            or scores.numel() != expected
+        ):
+            raise CaptureError(
+                f"the critic must return one score per sample, it returned {list(scores.shape)}"
+            )
         return run
 
     def _loss(self, groups: list[tuple[list[str], list[str]]], runs: list[Run]) -> dict[str, Tensor]:
@@ -417,7 +441,7 @@ class _Step:
         with self.base.label("result"):
             penalty = sum(self.penalties[1:], self.penalties[0]) if self.penalties else None
             norm = sum(self.norms[1:], self.norms[0]) if self.norms else None
-            norm = norm / len(self.norms) if len(self.norms) > 1 else norm
+            norm = norm / len(self.norms) if len(self.norms) > 1 else norm  # type: ignore[assignment,operator]
             loss = self.figures.get("loss")
             if penalty is not None:
                 loss = penalty if loss is None else loss + penalty

@@ -25,7 +25,7 @@ _REDUCTIONS = {torch.ops.aten.mean.default, torch.ops.aten.sum.default}
 """Operators that say the same with and without the dtype of their argument."""
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode that appends to ``graph`` what it sees.
 
     Attributes:
@@ -36,7 +36,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake = FakeTensorMode()
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
@@ -113,7 +113,9 @@ class Recorder(TorchDispatchMode):
         key = (func, repr((node_args, node_kwargs)))
         node = self._calls.get(key) if repeatable else None
         if node is None:
-            node = self.graph.create_node("call_function", func, node_args, node_kwargs, name=self.label or None)
+            node = self.graph.create_node(
+                "call_function", func, node_args, node_kwargs, name=self.label or None
+            )
             if repeatable:
                 self._calls[key] = node
         self._bind_all(out, node)
@@ -126,12 +128,18 @@ class Recorder(TorchDispatchMode):
         storage = target.untyped_storage()._cdata
         private = target._base is None and self._owners.get(storage, set()) <= {self.node(target)}
         if functional is not None and private and self.node(target).op == "call_function":
-            node = self.graph.create_node("call_function", functional, node_args, node_kwargs, name=self.label or None)
+            node = self.graph.create_node(
+                "call_function", functional, node_args, node_kwargs, name=self.label or None
+            )
             self._owners[storage] = set()
         else:
-            node = self.graph.create_node("call_function", func, node_args, node_kwargs, name=self.label or None)
+            node = self.graph.create_node(
+                "call_function", func, node_args, node_kwargs, name=self.label or None
+            )
             stale = self._owners.get(storage, set())
-            for key in [key for key, made in self._calls.items() if made in stale or stale & set(made.all_input_nodes)]:
+            for key in [
+                key for key, made in self._calls.items() if made in stale or stale & set(made.all_input_nodes)
+            ]:
                 del self._calls[key]
         self._bind_all(out, node)
         return out

@@ -7,4 +7,14 @@ that operator alone.
 from . import activations, linear, normalization, pooling, structure
 from .base import Call, Rule, Slot, rule_for
 
-__all__ = ["Call", "Rule", "Slot", "activations", "linear", "normalization", "pooling", "rule_for", "structure"]
+__all__ = [
+    "Call",
+    "Rule",
+    "Slot",
+    "activations",
+    "linear",
+    "normalization",
+    "pooling",
+    "rule_for",
+    "structure",
+]

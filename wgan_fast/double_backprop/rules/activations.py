@@ -44,7 +44,7 @@ class ReLU(Elementwise):
 
     def slope(self, call: Call, vector: Tensor) -> Tensor:
         """Read from the output, so that the input need not be kept."""
-        return aten.threshold_backward(vector, call.output, 0)
+        return aten.threshold_backward(vector, call.output, 0)  # type: ignore[no-any-return]
 
 
 @register("leaky_relu")
@@ -55,7 +55,7 @@ class LeakyReLU(Elementwise):
         """Read from the output where the slope is positive, so that the input need not be kept."""
         slope = call.argument("negative_slope")
         from_output = slope > 0
-        return aten.leaky_relu_backward(
+        return aten.leaky_relu_backward(  # type: ignore[no-any-return]
             vector, call.output if from_output else call.operands[0], slope, from_output
         )
 
@@ -75,11 +75,11 @@ class Tanh(Elementwise):
 
     def slope(self, call: Call, vector: Tensor) -> Tensor:
         """Read from the output."""
-        return aten.tanh_backward(vector, call.output)
+        return aten.tanh_backward(vector, call.output)  # type: ignore[no-any-return]
 
     def bend(self, call: Call, vector: Tensor) -> Tensor:
         """Read from the output."""
-        return self.slope(call, vector) * call.output * -2
+        return self.slope(call, vector) * call.output * -2  # type: ignore[no-any-return]
 
 
 @register("sigmoid")
@@ -88,11 +88,11 @@ class Sigmoid(Elementwise):
 
     def slope(self, call: Call, vector: Tensor) -> Tensor:
         """Read from the output."""
-        return aten.sigmoid_backward(vector, call.output)
+        return aten.sigmoid_backward(vector, call.output)  # type: ignore[no-any-return]
 
     def bend(self, call: Call, vector: Tensor) -> Tensor:
         """Read from the output."""
-        return self.slope(call, vector) * (1 - 2 * call.output)
+        return self.slope(call, vector) * (1 - 2 * call.output)  # type: ignore[no-any-return]
 
 
 @register("exp")
@@ -101,11 +101,11 @@ class Exp(Elementwise):
 
     def slope(self, call: Call, vector: Tensor) -> Tensor:
         """Read from the output."""
-        return vector * call.output
+        return vector * call.output  # type: ignore[no-any-return]
 
     def bend(self, call: Call, vector: Tensor) -> Tensor:
         """Read from the output."""
-        return vector * call.output
+        return vector * call.output  # type: ignore[no-any-return]
 
 
 class SmoothGeneric(Elementwise):

@@ -183,7 +183,8 @@ def registered() -> dict[Any, Rule]:
 
 def _leaves(call: Call) -> list[Tensor]:
     return [
-        operand.detach().requires_grad_() if operand.is_floating_point() else operand for operand in call.operands
+        operand.detach().requires_grad_() if operand.is_floating_point() else operand
+        for operand in call.operands
     ]
 
 

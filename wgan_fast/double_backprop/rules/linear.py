@@ -28,7 +28,7 @@ class Affine(Rule):
         self, call: Call, tangents: Sequence[Tensor | None], cotangent: Output, wanted: Sequence[int]
     ) -> Derivatives:
         """With fixed weights only the weights themselves have one: the VJP at the tangent."""
-        data, weight, bias = call.slot("input"), call.slot("weight"), call.slot("bias")
+        data, weight, _bias = call.slot("input"), call.slot("weight"), call.slot("bias")
         if any(t is not None for i, t in enumerate(tangents) if i != data):
             return super().second(call, tangents, cotangent, wanted)
         tangent = tangents[data]  # type: ignore[index]
@@ -71,11 +71,13 @@ class Linear(Affine):
         return gradients
 
     def apply(self, call: Call, x: Tensor) -> Tensor:
-        """x Wᵀ."""
+        """X Wᵀ."""
         return torch.nn.functional.linear(x, call.tensor("weight"))  # type: ignore[arg-type]
 
 
-@register("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input")
+@register(
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"
+)
 class Convolution(Affine):
     """Convolutions and transposed convolutions of every stride, padding, dilation and grouping."""
 
@@ -89,7 +91,12 @@ class Convolution(Affine):
         gx, gw = None, None
         if any(mask):
             gx, gw, _ = aten.convolution_backward(
-                cotangent, x, call.operands[weight], None, *self._settings(call), mask  # type: ignore[index]
+                cotangent,
+                x,
+                call.operands[weight],  # type: ignore[index]
+                None,
+                *self._settings(call),
+                mask,
             )
         # convolution_backward would sum the bias along with the others, but it has fewer rows than they have.
         gb = cotangent.sum([0, *range(2, x.dim())]) if bias is not None and bias in wanted else None
@@ -97,7 +104,7 @@ class Convolution(Affine):
 
     def apply(self, call: Call, x: Tensor) -> Tensor:
         """The convolution of x without a bias."""
-        return aten.convolution(x, call.tensor("weight"), None, *self._settings(call))
+        return aten.convolution(x, call.tensor("weight"), None, *self._settings(call))  # type: ignore[no-any-return]
 
     def _geometry(self, call: Call) -> dict[str, Any]:
         name = call.op._schema.name
@@ -133,4 +140,4 @@ class Attention(Rule):
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
     if args[4]:
         raise NotImplementedError("attention with dropout has no rule: its mask would be drawn twice")
-    return aten._scaled_dot_product_attention_math(*args[:4], 0.0, args[5], **kwargs)[0]
+    return aten._scaled_dot_product_attention_math(*args[:4], 0.0, args[5], **kwargs)[0]  # type: ignore[no-any-return]

@@ -31,7 +31,7 @@ class Normalization(Rule):
 
     def jacobian(self, call: Call, vector: Tensor) -> Tensor:
         """Return J vector."""
-        x, dims = self.grouped(call, call.operands[0])
+        _x, dims = self.grouped(call, call.operands[0])
         u, _ = self.grouped(call, vector)
         normal = self.normal(call)
         r = self.saved(call, "rstd")
@@ -123,7 +123,7 @@ class LayerNorm(Normalization):
 
     def run(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """PyTorch's kernel."""
-        return aten.native_layer_norm(
+        return aten.native_layer_norm(  # type: ignore[no-any-return]
             call.operands[0], call.argument("normalized_shape"), call.tensor("weight"), call.tensor("bias"),
             call.argument("eps"),
         )  # fmt: skip
@@ -139,7 +139,7 @@ class LayerNorm(Normalization):
     def jacobian(self, call: Call, vector: Tensor) -> Tensor:
         """PyTorch's kernel."""
         mask = [True, False, False]
-        return aten.native_layer_norm_backward(
+        return aten.native_layer_norm_backward(  # type: ignore[no-any-return]
             vector, call.operands[0], call.argument("normalized_shape"), call.saved["mean"], call.saved["rstd"],
             None, None, mask,
         )[0]  # fmt: skip
@@ -156,14 +156,19 @@ class GroupNorm(Normalization):
     def run(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """PyTorch's kernel."""
         x = call.operands[0]
-        return aten.native_group_norm(
-            x, call.tensor("weight"), call.tensor("bias"), *self._sizes(x), self.groups(call), call.argument("eps")
+        return aten.native_group_norm(  # type: ignore[no-any-return]
+            x,
+            call.tensor("weight"),
+            call.tensor("bias"),
+            *self._sizes(x),
+            self.groups(call),
+            call.argument("eps"),
         )
 
     def grouped(self, call: Call, x: Tensor) -> tuple[Tensor, list[int]]:
         """Split the channels: a view of contiguous and of channels-last tensors."""
         groups = self.groups(call)
-        x = x.unflatten(1, (groups, x.shape[1] // groups))
+        x = x.unflatten(1, (groups, x.shape[1] // groups))  # type: ignore[no-untyped-call]
         return x, list(range(2, x.dim()))
 
     def per_channel(self, call: Call, x: Tensor) -> Tensor:
@@ -173,7 +178,7 @@ class GroupNorm(Normalization):
     def jacobian(self, call: Call, vector: Tensor) -> Tensor:
         """PyTorch's kernel."""
         x = call.operands[0]
-        return aten.native_group_norm_backward(
+        return aten.native_group_norm_backward(  # type: ignore[no-any-return]
             vector, x, call.saved["mean"], call.saved["rstd"], None, *self._sizes(x), self.groups(call),
             [True, False, False],
         )[0]  # fmt: skip
@@ -214,9 +219,9 @@ class BatchNorm(Normalization):
         x, weight, bias = call.operands[0], call.tensor("weight"), call.tensor("bias")
         momentum, eps = call.argument("momentum"), call.argument("eps")
         if call.slot("running_mean") is None:
-            return aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
+            return aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)  # type: ignore[no-any-return]
         running = call.tensor("running_mean"), call.tensor("running_var")
-        return aten._native_batch_norm_legit(x, weight, bias, *running, True, momentum, eps)
+        return aten._native_batch_norm_legit(x, weight, bias, *running, True, momentum, eps)  # type: ignore[no-any-return]
 
     def grouped(self, call: Call, x: Tensor) -> tuple[Tensor, list[int]]:
         """As it is."""
@@ -254,7 +259,7 @@ class BatchNorm(Normalization):
             raise NotImplementedError("batch normalisation in evaluation needs its running statistics")
 
     def _rstd(self, call: Call) -> Tensor:
-        return (call.tensor("running_var") + call.argument("eps")).rsqrt()  # type: ignore[operator]
+        return (call.tensor("running_var") + call.argument("eps")).rsqrt()  # type: ignore[no-any-return]
 
     def _scale(self, call: Call) -> Tensor:
         weight = call.tensor("weight")

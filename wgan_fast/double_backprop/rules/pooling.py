@@ -41,6 +41,7 @@ class MaxPool1d(MaxPool):
 
     def forward(self, call: Call) -> Output:
         """Pool with a dimension of one in front."""
+
         def padded(name: str, fill: int) -> list[int]:
             value = call.argument(name)
             return [fill, *([value] if isinstance(value, int) else value)]
@@ -48,7 +49,12 @@ class MaxPool1d(MaxPool):
         x = call.operands[0].unsqueeze(-2)
         stride = padded("stride", 1) if call.argument("stride") else []
         output, indices = aten.max_pool2d_with_indices(
-            x, padded("kernel_size", 1), stride, padded("padding", 0), padded("dilation", 1), call.argument("ceil_mode")
+            x,
+            padded("kernel_size", 1),
+            stride,
+            padded("padding", 0),
+            padded("dilation", 1),
+            call.argument("ceil_mode"),
         )
         call.saved["indices"] = indices.squeeze(-2)
         return output.squeeze(-2)
