@@ -166,21 +166,27 @@ def test_bad_arguments_raise_and_write_nothing(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_compiles_into_one_graph() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_into_one_graph(backend: str) -> None:
     def mix(real: Tensor, fake: Tensor, alpha: Tensor | None) -> Tensor:
         return interpolate(real, fake, alpha) * 2
 
-    compiled = torch.compile(mix, fullgraph=True, backend="aot_eager")
+    torch.compiler.reset()  # the compiled forms of one function are limited in number
+    compiled = torch.compile(mix, fullgraph=True, backend=backend)
     for dtype in (torch.float32, torch.bfloat16):
         for batch in (7, 9):
             real, fake = random_pair(batch, 5, dtype=dtype)
             real.requires_grad_()
             alpha = torch.rand(batch)
             result, expected = compiled(real, fake, alpha), mix(real, fake, alpha)
-            assert torch.equal(result, expected)
+            # A compiler may fuse a multiplication and an addition: 4 roundings of values of order 1.
+            tolerance = {"rtol": 0, "atol": 4 * torch.finfo(dtype).eps}
+            torch.testing.assert_close(result, expected, **tolerance)
             (gradient,) = torch.autograd.grad(result.sum(), real)
-            assert torch.equal(gradient, torch.autograd.grad(expected.sum(), real)[0])
-            torch.manual_seed(3)
-            result = compiled(real, fake, None)
-            torch.manual_seed(3)
-            assert torch.equal(result, mix(real, fake, None))
+            torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), real)[0], **tolerance)
+            # A compiler may draw other numbers, but one per sample and from [0, 1].
+            drawn = compiled(torch.ones_like(real), torch.zeros_like(real), None)
+            assert torch.equal(drawn, drawn[:, :1].expand_as(drawn))
+            assert len(drawn[:, 0].unique()) > 1
+            assert drawn.min() >= 0
+            assert drawn.max() <= 2

@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -381,6 +382,21 @@ def test_under_no_grad_there_is_only_the_value(at: str) -> None:
     assert not value.requires_grad
     assert torch.equal(value, with_graph.detach())
     assert all(parameter.grad is None for parameter in critic.parameters())
+
+
+def test_under_no_grad_nothing_is_kept_for_a_second_derivative() -> None:
+    critic = dense_critic()
+    real, fake = random_pair(5, 6)
+
+    def saved(compute: Callable[[], Tensor]) -> int:
+        tensors: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: tensors.append(x) or x, lambda x: x):
+            compute()
+        return len(tensors)
+
+    with torch.no_grad():
+        without = saved(lambda: gradient_penalty(critic, real, fake, at="real", engine="autograd"))
+    assert without == saved(lambda: critic(real.detach().requires_grad_()))
 
 
 def test_train_and_eval_mode_are_those_of_the_critic() -> None:

@@ -6,7 +6,7 @@ from bad_arguments import OPTION_ERRORS, Row, assert_says, rows
 from textbook import LAYOUTS
 from torch import Tensor
 
-from wgan_fast import penalty_from_gradient
+from wgan_fast import interpolate, penalty_from_gradient
 
 
 def formula(gradient: Tensor, weight: float, target: float, one_sided: bool) -> float:
@@ -128,12 +128,14 @@ def test_bad_arguments_raise(wrong: dict[str, object], exception: type[Exception
     assert_says(str(caught.value), words)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("one_sided", [False, True])
-def test_compiles_into_one_graph(one_sided: bool) -> None:
+def test_compiles_into_one_graph(one_sided: bool, backend: str) -> None:
     def penalise(gradient: Tensor) -> Tensor:
         return 2 * penalty_from_gradient(gradient, weight=3.5, target=0.5, one_sided=one_sided)
 
-    compiled = torch.compile(penalise, fullgraph=True, backend="aot_eager")
+    torch.compiler.reset()  # the compiled forms of one function are limited in number
+    compiled = torch.compile(penalise, fullgraph=True, backend=backend)
     for batch in (7, 9):
         gradient = torch.randn(batch, 5, dtype=torch.float64)
         gradient[1] = 0
@@ -145,9 +147,7 @@ def test_compiles_into_one_graph(one_sided: bool) -> None:
 
 
 def test_a_compiled_critic_step_may_contain_it() -> None:
-    """torch.func.grad needs no double backward through a compiled graph: the one way without private flags."""
-    from wgan_fast import interpolate
-
+    # torch.func.grad needs no double backward through a compiled graph: the one way without private flags.
     critic = torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.Tanh(), torch.nn.Linear(9, 1)).double()
     parameters = dict(critic.named_parameters())
 

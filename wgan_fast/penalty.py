@@ -253,7 +253,7 @@ def penalty_at(
             )
             norms.append(norm.detach().mean())
     penalty = penalties[0] if len(penalties) == 1 else penalties[0] + penalties[1]
-    return penalty if differentiate else penalty.detach(), torch.stack(norms).mean()
+    return penalty, torch.stack(norms).mean()
 
 
 def _input_gradient(scores: Tensor, x: Tensor, create_graph: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -60,6 +61,10 @@ class MetricsLog:
             for key, value in record.items():
                 if key != "step" and value is not None:
                     self._board.add_scalar(key, value, record["step"])
+
+    def sync(self) -> None:
+        """Bring every record to the disk: after a power cut no checkpoint may be newer than its metrics."""
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self

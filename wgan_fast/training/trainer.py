@@ -269,6 +269,7 @@ class Trainer:
             if pictured:
                 self._save_picture()
             if step % config.checkpoint_every == 0 or last:
+                log.sync()
                 self._save_checkpoint()
 
     def _iterate(self, step: int, reals: Iterator[Tensor]) -> tuple[CriticStepResult, Tensor]:
