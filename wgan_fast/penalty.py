@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
+from . import ops as ops  # registers the operators
 from . import reference
 from .checks import (
     Engine,
@@ -21,6 +22,8 @@ from .checks import (
     check_samples,
     check_scores,
 )
+from .double_backprop import Objective, attach
+from .engines import choice_for
 from .precision import accumulation_dtype
 
 At = Literal["interpolates", "real", "fake", "both", "perturbed"]
@@ -195,7 +198,15 @@ class GradientPenalty:
         self.generator = generator
         self.critic_args = critic_args
         self.critic_kwargs = critic_kwargs
-        self.engine = engine
+        config = self.config
+        objective = Objective(
+            weight=config.weight,
+            target=config.target,
+            one_sided=config.one_sided,
+            at="given",
+            group_size=config.group_size,
+        )
+        self._four_passes = choice_for(critic, objective, engine)
 
     def __call__(
         self,
@@ -222,8 +233,42 @@ class GradientPenalty:
         kwargs = self.critic_kwargs if critic_kwargs is None else critic_kwargs
         check_critic_arguments(args, kwargs)
         points = penalty_points(self.config, real, fake, alpha, self.generator)
-        penalty, _ = penalty_at(self.critic, points, self.config, args, kwargs)
-        return penalty
+        if torch.compiler.is_compiling() and self._four_passes.four_pass is not None:
+            return self._compiled(self._four_passes.four_pass.critic, points, args, kwargs or {})
+        penalties = []
+        for point in points:
+            step = self._four_passes({"points": point}, args, kwargs)
+            if step is None:
+                return penalty_at(self.critic, points, self.config, args, kwargs)[0]
+            output, parameters = step
+            assert output.penalty is not None
+            penalties.append(attach(output.penalty, parameters, output.gradients))
+        return sum(penalties[1:], penalties[0])
+
+    def _compiled(
+        self, critic: nn.Module, points: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """The same under ``torch.compile``, where one operator stands for the four passes."""
+        for name, value in (*enumerate(args), *kwargs.items()):
+            if not isinstance(value, Tensor):
+                kind = type(value).__name__
+                raise TypeError(f"critic argument {name!r} must be a tensor under torch.compile, got {kind}")
+        device = points[0].device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        parameters, buffers = list(critic.parameters()), list(critic.buffers())
+        further = (list(args), list(kwargs.values()), list(kwargs), autocast)
+        penalties = []
+        for point in points:
+            with torch.no_grad():
+                penalty, *tensors = torch.ops.wgan_fast.gradient_penalty(
+                    self._four_passes.number, point, parameters, buffers, *further
+                )
+                gradients, updated = tensors[: len(parameters)], tensors[len(parameters) :]
+                for buffer, new in zip(buffers, updated):
+                    buffer.copy_(new)
+            pairs = [(p, g) for p, g in zip(parameters, gradients) if p.requires_grad]
+            penalties.append(attach(penalty, [p for p, _ in pairs], [g for _, g in pairs]))
+        return sum(penalties[1:], penalties[0])
 
 
 def penalty_at(

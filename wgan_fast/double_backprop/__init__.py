@@ -5,7 +5,7 @@ The derivation and the papers it stands on: Gulrajani et al. 2017 (arXiv:1704.00
 """
 
 from .capture import CaptureError
-from .engine import Explanation, FourPassEngine, attach
+from .engine import FourPassEngine, attach
 from .plan import Objective, Plan, StepOutput
 
-__all__ = ["CaptureError", "Explanation", "FourPassEngine", "Objective", "Plan", "StepOutput", "attach"]
+__all__ = ["CaptureError", "FourPassEngine", "Objective", "Plan", "StepOutput", "attach"]

@@ -2,8 +2,8 @@
 
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,37 +12,6 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten
 
 from .plan import Objective, Plan, Schedule, StepOutput
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What a plan does; ``str()`` is a report.
-
-    Attributes:
-        schedule: "batched" or "split".
-        coupled: Why samples are not proven apart; None where they are.
-        curved: Operators whose curvature the step carries.
-        linear: The other operators.
-        units: Matmul and convolution FLOPs of the step in critic forwards over one batch.
-        launches: Operators of the flat graph that are not views.
-    """
-
-    schedule: str
-    coupled: str | None
-    curved: tuple[str, ...]
-    linear: tuple[str, ...]
-    units: float
-    launches: int
-
-    def __str__(self) -> str:
-        lines = [
-            f"engine     four_pass, {self.schedule}" + (f" ({self.coupled})" if self.coupled else ""),
-            f"units      {self.units:.2f} critic forwards over one batch",
-            f"launches   {self.launches}",
-            f"curved     {', '.join(self.curved) or 'none: no curvature pass'}",
-            f"linear     {', '.join(self.linear)}",
-        ]
-        return "\n".join(lines)
 
 
 class FourPassEngine:
@@ -58,14 +27,24 @@ class FourPassEngine:
     def __init__(
         self, critic: nn.Module, objective: Objective, *, schedule: Schedule = "auto", compile: bool = False
     ) -> None:
-        self.critic, self.objective, self.schedule, self.compile = critic, objective, schedule, compile
+        # Weakly: plans are kept for as long as the critic lives, and must not keep it alive.
+        self._critic = weakref.ref(critic)
+        self.objective, self.schedule, self.compile = objective, schedule, compile
         self.plans: dict[Hashable, Plan] = {}
+
+    @property
+    def critic(self) -> nn.Module:
+        """The critic."""
+        critic = self._critic()
+        assert critic is not None, "an engine is called by those who hold its critic"
+        return critic
 
     def __call__(
         self,
         batches: Mapping[str, Tensor],
         critic_args: tuple[Any, ...] = (),
         critic_kwargs: Mapping[str, Any] | None = None,
+        given: Mapping[int, Tensor] | None = None,
     ) -> StepOutput:
         """Run one step.
 
@@ -73,6 +52,7 @@ class FourPassEngine:
             batches: What the objective takes of ``real``, ``fake``, ``alpha`` ``[N]`` and ``points`` by name.
             critic_args: Further positional arguments of the critic, given with every batch.
             critic_kwargs: Keyword arguments of the critic.
+            given: What to read in place of the critic's parameters and buffers, by their ids.
 
         Returns:
             The figures and the gradients, aligned with ``plan.parameters``.
@@ -82,7 +62,8 @@ class FourPassEngine:
         """
         plan = self.plan(batches, critic_args, critic_kwargs)
         leaves, _ = tree_flatten((critic_args, dict(critic_kwargs or {})))
-        return plan([_laid_out(batches[name].detach(), like) for name, like in plan.layout.items()], leaves)
+        owned = [(given or {}).get(id(tensor), tensor) for tensor in plan.owned()]
+        return plan.run(owned, [_laid_out(batches[name].detach(), like) for name, like in plan.layout.items()], leaves)
 
     def plan(
         self,
@@ -96,18 +77,14 @@ class FourPassEngine:
             self.plans[key] = self._make(batches, critic_args, critic_kwargs)
         return self.plans[key]
 
-    def explain(
+    def has_plan(
         self,
         batches: Mapping[str, Tensor],
         critic_args: tuple[Any, ...] = (),
         critic_kwargs: Mapping[str, Any] | None = None,
-    ) -> Explanation:
-        """Describe the plan for these batches."""
-        plan = self.plan(batches, critic_args, critic_kwargs)
-        return Explanation(
-            plan.schedule, plan.coupled, tuple(sorted(plan.curved)), tuple(sorted(plan.linear)), plan.units(),
-            plan.launches(),
-        )  # fmt: skip
+    ) -> bool:
+        """Whether there is a plan for these batches."""
+        return self._key(batches, critic_args, critic_kwargs) in self.plans
 
     def _key(
         self,

@@ -112,7 +112,7 @@ class Plan:
         captured: Captured | None = None,
     ) -> None:
         self.in_place = in_place
-        self.critic, self.objective = critic, objective
+        self.objective = objective
         self.device = example.device.type
         self._autocast_enabled = torch.is_autocast_enabled(self.device)
         self._autocast_dtype = torch.get_autocast_dtype(self.device)
