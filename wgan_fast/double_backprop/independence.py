@@ -114,11 +114,7 @@ def _propagate(
             return dim + (axis <= dim)  # type: ignore[no-any-return]
         return dim if axis != dim else None
     if given[0] is None or any(dim is not None for dim in given[1:]):
-        return (
-            _PRODUCTS[name](call, given, shapes, out)
-            if name in _PRODUCTS
-            else _LATE.get(name)
-        )
+        return _PRODUCTS[name](call, given, shapes, out) if name in _PRODUCTS else _LATE.get(name)
     dim, shape = given[0], shapes[0]
     if name in _RULES:
         return _RULES[name](call, dim, shape, out, changed)

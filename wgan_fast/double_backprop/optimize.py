@@ -66,12 +66,18 @@ _FILLED = {aten.ones_like.default: 1, aten.zeros_like.default: 0}
 def _order_by_first_use(graph: fx.Graph) -> None:
     """Run segment after segment, and views at their first use, so that nothing is held for their sake."""
     order: dict[fx.Node, None] = {}
+    effects = [node for node in graph.nodes if _has_effect(node)]
+    before = dict(zip(effects[1:], effects))
 
     def place(node: fx.Node) -> None:
-        for source in node.all_input_nodes:
-            if source not in order:
-                place(source)
-        order[node] = None
+        pending = [node]
+        while pending:
+            needed = [*pending[-1].all_input_nodes, *filter(None, [before.get(pending[-1])])]
+            missing = [source for source in needed if source not in order]
+            if missing:
+                pending.extend(reversed(missing))
+            else:
+                order[pending.pop()] = None
 
     end = graph.output_node()
     for node in sorted(
@@ -102,6 +108,12 @@ def _own_outputs(graph: fx.Graph) -> None:
         return copy
 
     end.args = fx.node.map_arg(end.args, own)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node writes to a buffer or draws random numbers, and so keeps its place among its like."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and (schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags)  # type: ignore[union-attr]
 
 
 _VIEWS = {aten.slice.Tensor, aten.t.default, aten.view.default, aten.narrow.default, aten.transpose.int}

@@ -380,7 +380,8 @@ class _Step:
         for (lead, trail), run in zip(groups, runs):
             names = [*lead, *trail]
             parts = run.values[self.captured.scores].chunk(len(names))
-            scores.update(zip(names, parts))
+            # Where the points are the samples once more, the loss keeps to its own run of them.
+            scores = dict(zip(names, parts)) | scores
         with self.base.label("loss"), self._plain(), torch.enable_grad():
             leaves = [scores[name].detach().requires_grad_() for name in ("real", "fake")]
             wide = [s if s.dtype == torch.float64 else s.float() for s in leaves]

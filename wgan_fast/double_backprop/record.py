@@ -112,7 +112,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         repeatable = torch.Tag.nondeterministic_seeded not in func.tags
         key = (func, repr((node_args, node_kwargs)))
         node = self._calls.get(key) if repeatable else None
-        if node is None:
+        # A node of a later segment would pull that segment, and its buffer updates, before this one.
+        if node is None or node.meta["segment"] > self.segment:
             node = self.graph.create_node(
                 "call_function", func, node_args, node_kwargs, name=self.label or None
             )
