@@ -5,7 +5,7 @@ one) or without a working compiler the install goes on without it, and ``wgan_fa
 
 Environment:
     WGAN_FAST_REQUIRE_EXT=1: fail instead of installing without the extension, or without CUDA where torch has it.
-    TORCH_CUDA_ARCH_LIST: the GPU architectures, as for any torch extension; by default 8.0, 9.0 and 10.0 with PTX.
+    TORCH_CUDA_ARCH_LIST: the GPU architectures, as for any torch extension; by default 8.0, 9.0 and 10.0, with PTX.
     CXX, CUDA_HOME: the compiler and the CUDA toolkit, as for any torch extension.
 
 ``python setup.py cuda_compile`` checks the CUDA sources, also where torch has no CUDA.
@@ -14,7 +14,6 @@ Environment:
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -46,27 +45,34 @@ missing: dict[str, str | None] = {"extension": None, "cuda": None}
 """Why a part is not built, for build_info(); None for a part that is."""
 
 
+def ask(nvcc: str, *arguments: str) -> str:
+    """What nvcc prints, or nothing where it does not run."""
+    try:
+        answer = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return answer.stdout + answer.stderr
+
+
 def cuda_home() -> str | None:
     """The CUDA toolkit: CUDA_HOME, or the one that the nvcc on PATH belongs to, or the usual place."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if named:
         return named
-    nvcc = shutil.which("nvcc")
-    if nvcc:
-        # Asked, because the nvcc on PATH may be a script outside its toolkit.
-        answer = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
-        top = re.search(r"^#\$ TOP=(.+)$", answer.stderr, re.MULTILINE)
-        return os.path.realpath(top[1]) if top else None
+    # Asked, because the nvcc on PATH may be a script outside its toolkit.
+    top = re.search(r"^#\$ TOP=(.+)$", ask("nvcc", "--dryrun", "-x", "cu", os.devnull), re.MULTILINE)
+    if top:
+        return os.path.realpath(top[1])
     return "/usr/local/cuda" if os.path.exists("/usr/local/cuda/bin/nvcc") else None
 
 
 CUDA_HOME = cuda_home()
+NVCC = f"{CUDA_HOME}/bin/nvcc"
 if CUDA_HOME:
+    # Before torch, which looks for it as it is imported.
     os.environ["CUDA_HOME"] = CUDA_HOME
-os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(ARCHITECTURES) + "+PTX")
 
 try:
-    # After the environment: torch reads it when it is imported.
     import torch
     from torch.utils import cpp_extension
 except ImportError as error:
@@ -80,14 +86,18 @@ def cuda_missing() -> str | None:
     """Why the extension is built without CUDA, or None where it is built with it."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    if CUDA_HOME is None:
+    toolkit = re.search(r"release ([\d.]+)", ask(NVCC, "--version"))
+    if toolkit is None:
         return "no CUDA toolkit was found; put nvcc on PATH or set CUDA_HOME"
-    answer = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True)
-    release = re.search(r"release ([\d.]+)", answer.stdout)
-    toolkit = release[1] if release else "of an unknown version"
-    if toolkit.split(".")[0] != torch.version.cuda.split(".")[0]:
-        return f"the CUDA toolkit is {toolkit}, but torch {torch.__version__} is built for {torch.version.cuda}"
+    if toolkit[1].split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"the CUDA toolkit is {toolkit[1]}, but torch {torch.__version__} is built for {torch.version.cuda}"
     return None
+
+
+def architectures() -> list[str]:
+    """The default GPU architectures that the toolkit knows."""
+    known = ask(NVCC, "--list-gpu-arch").split()
+    return [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in known]
 
 
 def write_record(folder: Path) -> None:
@@ -122,7 +132,7 @@ class CompileCuda(Command):
 
     def run(self) -> None:
         """Compile and report."""
-        if CUDA_HOME is None:
+        if not ask(NVCC, "--version"):
             print("cuda_compile: SKIPPED: no nvcc, so the CUDA sources were NOT compiled", file=sys.stderr)
             return
         if missing["extension"]:
@@ -133,7 +143,7 @@ class CompileCuda(Command):
             for source in CUDA_SOURCES:
                 for architecture in (name.replace(".", "") for name in ARCHITECTURES):
                     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-                    command = [f"{CUDA_HOME}/bin/nvcc", *flags, target, "-c", source, "-o", f"{folder}/object.o"]
+                    command = [NVCC, *flags, target, "-c", source, "-o", f"{folder}/object.o"]
                     answer = subprocess.run(command, capture_output=True, text=True)
                     print(f"{source} for sm_{architecture}\n{answer.stdout}{answer.stderr}")
                     spills = set(re.findall(r"(\d+) bytes spill", answer.stderr))
@@ -142,12 +152,23 @@ class CompileCuda(Command):
                         sys.exit(f"cuda_compile: {source} {problem} for sm_{architecture}")
 
 
+def without_cuda(extension: Extension) -> bool:
+    """Take CUDA out of an extension; False where there is none in it."""
+    had_cuda = ("USE_CUDA", None) in extension.define_macros
+    extension.sources = CPU_SOURCES
+    extension.define_macros = [macro for macro in extension.define_macros if macro[0] != "USE_CUDA"]
+    extension.libraries = [name for name in extension.libraries if "cuda" not in name]
+    return had_cuda
+
+
 def extension_build() -> tuple[list[Extension], dict[str, type[Command]]]:
     """The extension and the command that builds it; neither where there is no torch to build against."""
     if missing["extension"]:
         return [], {}
     missing["cuda"] = cuda_missing()
     with_cuda = missing["cuda"] is None
+    if with_cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(architectures()) + "+PTX")
     if REQUIRED and not with_cuda and torch.version.cuda:
         sys.exit(f"WGAN_FAST_REQUIRE_EXT=1, but {missing['cuda']}")
 
@@ -165,25 +186,28 @@ def extension_build() -> tuple[list[Extension], dict[str, type[Command]]]:
                 if REQUIRED:
                     raise
                 reason = f"it did not compile (pip install -v shows more): {' '.join(str(error).split())}"
-                missing.update(extension=reason, cuda=reason)
-                self.extensions = []
+                missing["cuda"] = missing["cuda"] or reason
+                if without_cuda(extension):
+                    self.build_extensions()
+                else:
+                    missing["extension"] = reason
+                    self.extensions = []
 
         def run(self) -> None:
             """Build and write the record."""
             super().run()
             write_record(ROOT / "wgan_fast" if self.inplace else Path(self.build_lib, "wgan_fast"))
 
-    macros = [
-        TORCH_ABI,
-        ("WGAN_FAST_FLAGS", f'"{" ".join(CXX_FLAGS)}"'),
-        ("WGAN_FAST_CUDA_ARCHITECTURES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'),
-    ]
+    macros = [TORCH_ABI, ("WGAN_FAST_FLAGS", f'"{" ".join(CXX_FLAGS)}"')]
+    if with_cuda:
+        architecture_list = os.environ["TORCH_CUDA_ARCH_LIST"]
+        macros += [("USE_CUDA", None), ("WGAN_FAST_CUDA_ARCHITECTURES", f'"{architecture_list}"')]
     build = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     extension = build(
         "wgan_fast._C",
-        CPU_SOURCES + (CUDA_SOURCES if with_cuda else []),
+        CPU_SOURCES + CUDA_SOURCES if with_cuda else CPU_SOURCES,
         depends=HEADERS,
-        define_macros=[*macros, ("USE_CUDA", None)] if with_cuda else macros,
+        define_macros=macros,
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
     )
     return [extension], {"build_ext": BuildExtension}

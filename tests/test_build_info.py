@@ -1,6 +1,8 @@
 """build_info says what is active, and for every part that is not, why."""
 
+import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +53,15 @@ def test_the_extension_reports_the_compiler_and_the_oldest_torch_it_serves() -> 
 def test_cuda_is_compiled_in_exactly_where_it_says_so() -> None:
     registered = torch._C._dispatch_has_kernel_for_dispatch_key("wgan_fast::clip_weights_", "CUDA")
     assert registered == (build_info()["cuda"]["toolkit"] is not None)
+
+
+@pytest.mark.skipif(not build_info()["extension"]["active"], reason="no extension")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_the_extension_needs_only_the_stable_abi_of_torch() -> None:
+    library = importlib.import_module("wgan_fast._C").__file__
+    run = subprocess.run(["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True)
+    assert "aoti_torch" in run.stdout
+    assert not [line for line in run.stdout.splitlines() if "at::" in line or "c10::" in line]
 
 
 CLIP_AND_REPORT = """

@@ -22,7 +22,7 @@ def _load_extension() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("wgan_fast._C"), None
     except ModuleNotFoundError:
-        return None, _recorded("extension") or "not built; install with pip, not from a bare source folder"
+        return None, _recorded("extension") or "not built for this Python; install wgan_fast with pip"
     except ImportError as error:
         reason = f"built, but it does not load with torch {torch.__version__}: {error}"
         warnings.warn(f"wgan_fast's extension was {reason}; reinstall wgan_fast", RuntimeWarning, stacklevel=2)

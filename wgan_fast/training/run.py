@@ -176,17 +176,22 @@ def load_run_data(config: TrainConfig) -> Any:
     )
 
 
+def check_rebuildable(config: TrainConfig) -> None:
+    """Raise for a run whose networks were given as objects."""
+    if config.model == OWN_MODEL:
+        raise InputError(
+            "this run's networks were given as objects and cannot be rebuilt from its folder: "
+            "train with --model module:function"
+        )
+
+
 def build_networks(config: TrainConfig, sample_shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
     """Build the generator and the critic that a configuration names.
 
     Raises:
         InputError: The model is unknown, does not make such samples, or was given as objects.
     """
-    if config.model == OWN_MODEL:
-        raise InputError(
-            "this run's networks were given as objects and cannot be rebuilt from its folder: "
-            "train with --model module:function"
-        )
+    check_rebuildable(config)
     name = models.default_model(sample_shape) if config.model == "auto" else config.model
     generator, critic = models.build(
         name, sample_shape, latent_dim=config.latent_dim, width=config.width, init=config.init

@@ -41,6 +41,7 @@ from .run import (
     OWN_MODEL,
     Description,
     build_networks,
+    check_rebuildable,
     draw_noise,
     generate,
     latent_dim,
@@ -136,6 +137,7 @@ class Trainer:
             InputError: As the constructor.
         """
         resolve_device(config.device)
+        check_rebuildable(config)
         data = load_run_data(config)
         config = config.resolved(data.sample_shape)
         _seed_everything(config.seed)
