@@ -16,6 +16,8 @@ import wgan_fast
 from wgan_fast import CriticStep, CriticStepResult, GradientPenalty, PenaltyConfig
 
 NAMES = {
+    "Explanation",
+    "explain",
     "CriticStep",
     "CriticStepResult",
     "GradientPenalty",

@@ -4,6 +4,7 @@ from . import losses
 from .build import build_info
 from .clipping import clip_weights_
 from .critic_step import CriticStep, CriticStepResult
+from .engines import Explanation, explain
 from .penalty import (
     GradientPenalty,
     PenaltyConfig,
@@ -17,10 +18,12 @@ __version__ = "0.1.0"
 __all__ = [
     "CriticStep",
     "CriticStepResult",
+    "Explanation",
     "GradientPenalty",
     "PenaltyConfig",
     "build_info",
     "clip_weights_",
+    "explain",
     "gradient_penalty",
     "interpolate",
     "losses",

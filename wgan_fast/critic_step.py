@@ -8,18 +8,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from .checks import Engine, check_alpha, check_critic_arguments, check_engine, check_samples, check_scores
+from .double_backprop import Objective, StepOutput
+from .engines import EngineChoice
 from .losses import AdversarialLoss, get_loss
-from .penalty import (
-    Engine,
-    PenaltyConfig,
-    check_alpha,
-    check_critic_arguments,
-    check_engine,
-    check_samples,
-    check_scores,
-    penalty_at,
-    penalty_points,
-)
+from .penalty import PenaltyConfig, penalty_at, penalty_points
 from .precision import accumulation_dtype
 
 Precision = Literal["fp32", "bf16"]
@@ -91,6 +84,7 @@ class CriticStep:
         self.compile = compile
         self.precision = precision
         self.schedule = schedule
+        self._choices: dict[PenaltyConfig | None, EngineChoice] = {}
         self.steps_taken = 0
         """Calls so far; decides which steps carry a lazy penalty, so set it when resuming."""
 
@@ -124,44 +118,91 @@ class CriticStep:
         check_critic_arguments(critic_args, critic_kwargs)
         penalty = self._penalty_now()
         group_size = self.penalty.group_size if self.penalty else 1
+        points: list[Tensor] = []
         if penalty:
             points = penalty_points(penalty, real, fake, alpha, None)
         else:
             check_samples(real, fake, group_size)
             if alpha is not None:
                 check_alpha(alpha, real, group_size)
+        real, fake = real.detach(), fake.detach()
+
+        with torch.enable_grad(), self._autocast(real.device.type):
+            batches = {"real": real, "fake": fake}
+            if penalty and penalty.at in ("interpolates", "perturbed"):
+                (batches["points"],) = points
+            step = self._four_passes(penalty)(batches, critic_args, critic_kwargs)
+            if step is not None:
+                result = self._take(*step, accumulate)
+            else:
+                result = self._differentiate(
+                    penalty, group_size, real, fake, points, accumulate, critic_args, critic_kwargs
+                )
+        self.steps_taken += 1
+        return result
+
+    def _take(self, output: StepOutput, parameters: list[nn.Parameter], accumulate: bool) -> CriticStepResult:
+        """Leave what the four passes computed in the parameters."""
+        if all(gradient is None for gradient in output.gradients):
+            raise ValueError(_UNREACHED)
+        if not accumulate:
+            self.critic.zero_grad(set_to_none=True)
+        for parameter, gradient in zip(parameters, output.gradients):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        loss, penalty, real_score, fake_score, gradient_norm, _ = output
+        assert loss is not None
+        assert real_score is not None
+        assert fake_score is not None
+        return _result(loss, penalty, real_score, fake_score, gradient_norm)
+
+    def _differentiate(
+        self,
+        penalty: PenaltyConfig | None,
+        group_size: int,
+        real: Tensor,
+        fake: Tensor,
+        points: list[Tensor],
+        accumulate: bool,
+        critic_args: tuple[Any, ...],
+        critic_kwargs: Mapping[str, Any] | None,
+    ) -> CriticStepResult:
+        """Let autograd do the step."""
 
         def scores(x: Tensor) -> Tensor:
             out = check_scores(self.critic(x, *critic_args, **(critic_kwargs or {})), x, group_size)
             return out.to(accumulation_dtype(out.dtype))
 
-        with torch.enable_grad(), self._autocast(real.device.type):
-            real_scores, fake_scores = scores(real.detach()), scores(fake.detach())
-            loss = _check_loss(self.loss.critic(real_scores, fake_scores))
-            if penalty:
-                penalty_value, norm = penalty_at(self.critic, points, penalty, critic_args, critic_kwargs)
-                loss = loss + penalty_value
-            else:
-                penalty_value, norm = torch.zeros_like(loss), torch.full_like(loss, torch.nan)
+        real_scores, fake_scores = scores(real), scores(fake)
+        loss = _check_loss(self.loss.critic(real_scores, fake_scores))
+        value = norm = None
+        if penalty:
+            value, norm = penalty_at(self.critic, points, penalty, critic_args, critic_kwargs)
+            loss = loss + value
         # The loss alone does not tell: through the penalty it may depend on the interpolates only.
         if not (real_scores.requires_grad and loss.requires_grad):
-            raise ValueError(
-                "critic's loss reaches no trainable parameter: its scores were detached or computed under "
-                "torch.no_grad(), or every parameter is frozen"
-            )
+            raise ValueError(_UNREACHED)
         if not accumulate:
             self.critic.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        self.steps_taken += 1
-        real_score, fake_score = real_scores.detach().mean(), fake_scores.detach().mean()
-        return CriticStepResult(
-            loss.detach(),
-            penalty_value.detach(),
-            real_score - fake_score,
-            real_score,
-            fake_score,
-            norm.detach(),
-        )
+        return _result(loss, value, real_scores.mean(), fake_scores.mean(), norm)
+
+    def _four_passes(self, penalty: PenaltyConfig | None) -> EngineChoice:
+        if penalty not in self._choices:
+            objective = Objective(self.loss.critic, weight=None)
+            if penalty:
+                objective = Objective(
+                    self.loss.critic,
+                    weight=penalty.weight,
+                    target=penalty.target,
+                    one_sided=penalty.one_sided,
+                    at=penalty.at if penalty.at in ("real", "fake", "both") else "given",
+                    group_size=penalty.group_size,
+                )
+            self._choices[penalty] = EngineChoice(
+                self.critic, objective, self.engine, schedule=self.schedule, compile=self.compile
+            )
+        return self._choices[penalty]
 
     def _penalty_now(self) -> PenaltyConfig | None:
         if self.penalty is None or self.penalty.every == 1:
@@ -174,6 +215,26 @@ class CriticStep:
         if self.precision == "bf16":
             return torch.autocast(device_type, torch.bfloat16)
         return nullcontext()
+
+
+_UNREACHED = (
+    "critic's loss reaches no trainable parameter: its scores were detached or computed under torch.no_grad(), or "
+    "every parameter is frozen"
+)
+
+
+def _result(
+    loss: Tensor, penalty: Tensor | None, real_score: Tensor, fake_score: Tensor, gradient_norm: Tensor | None
+) -> CriticStepResult:
+    loss, real_score, fake_score = loss.detach(), real_score.detach(), fake_score.detach()
+    return CriticStepResult(
+        loss,
+        torch.zeros_like(loss) if penalty is None else penalty.detach(),
+        real_score - fake_score,
+        real_score,
+        fake_score,
+        torch.full_like(loss, torch.nan) if gradient_norm is None else gradient_norm.detach(),
+    )
 
 
 def _check_loss(loss: object) -> Tensor:

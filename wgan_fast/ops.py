@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Loading the extension registers its operators.
 from . import build as build
+from .engines import run_by_number
+from .precision import accumulation_dtype
 
 # What the dispatcher registers lasts as long as this object.
 _library = torch.library.Library("wgan_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -35,3 +37,22 @@ def _clip_weights_foreach_(tensors: list[Tensor], low: float, high: float) -> No
 @torch.library.register_fake("wgan_fast::clip_weights_", lib=_library)  # type: ignore[untyped-decorator]
 def _clip_weights_fake(tensors: list[Tensor], low: float, high: float) -> None:
     """Writes in place and returns nothing, so there is nothing to say."""
+
+
+# The penalty in four passes for callers under torch.compile: opaque to the compiler, which could not plan a critic
+# while it traces one. Returns the
+# penalty, the gradient of every parameter and the buffers as the critic leaves them.
+_library.define(  # type: ignore[no-untyped-call]
+    "gradient_penalty(int number, Tensor points, Tensor[] parameters, Tensor[] buffers, Tensor[] critic_args, "
+    "Tensor[] critic_kwargs, str[] names, ScalarType? autocast) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("gradient_penalty", run_by_number, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+@torch.library.register_fake("wgan_fast::gradient_penalty", lib=_library)  # type: ignore[untyped-decorator]
+def _gradient_penalty_fake(
+    number: int, points: Tensor, parameters: list[Tensor], buffers: list[Tensor], *_: object
+) -> list[Tensor]:
+    penalty = points.new_empty((), dtype=accumulation_dtype(points.dtype))
+    return [penalty, *[torch.empty_like(tensor) for tensor in (*parameters, *buffers)]]

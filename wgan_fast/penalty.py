@@ -6,13 +6,27 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
+from . import ops as ops  # registers the operators
 from . import reference
+from .checks import (
+    Engine,
+    check_alpha,
+    check_batch,
+    check_critic_arguments,
+    check_engine,
+    check_floating,
+    check_generator,
+    check_matches,
+    check_samples,
+    check_scores,
+)
+from .double_backprop import Objective, attach
+from .engines import choice_for
 from .precision import accumulation_dtype
 
 At = Literal["interpolates", "real", "fake", "both", "perturbed"]
-Engine = Literal["auto", "four_pass", "autograd"]
 
 
 @dataclass(frozen=True)
@@ -184,7 +198,15 @@ class GradientPenalty:
         self.generator = generator
         self.critic_args = critic_args
         self.critic_kwargs = critic_kwargs
-        self.engine = engine
+        config = self.config
+        objective = Objective(
+            weight=config.weight,
+            target=config.target,
+            one_sided=config.one_sided,
+            at="given",
+            group_size=config.group_size,
+        )
+        self._four_passes = choice_for(critic, objective, engine)
 
     def __call__(
         self,
@@ -211,8 +233,42 @@ class GradientPenalty:
         kwargs = self.critic_kwargs if critic_kwargs is None else critic_kwargs
         check_critic_arguments(args, kwargs)
         points = penalty_points(self.config, real, fake, alpha, self.generator)
-        penalty, _ = penalty_at(self.critic, points, self.config, args, kwargs)
-        return penalty
+        if torch.compiler.is_compiling() and self._four_passes.four_pass is not None:
+            return self._compiled(self._four_passes.four_pass.critic, points, args, kwargs or {})
+        penalties = []
+        for point in points:
+            step = self._four_passes({"points": point}, args, kwargs)
+            if step is None:
+                return penalty_at(self.critic, points, self.config, args, kwargs)[0]
+            output, parameters = step
+            assert output.penalty is not None
+            penalties.append(attach(output.penalty, parameters, output.gradients))
+        return sum(penalties[1:], penalties[0])
+
+    def _compiled(
+        self, critic: nn.Module, points: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """The same under ``torch.compile``, where one operator stands for the four passes."""
+        for name, value in (*enumerate(args), *kwargs.items()):
+            if not isinstance(value, Tensor):
+                kind = type(value).__name__
+                raise TypeError(f"critic argument {name!r} must be a tensor under torch.compile, got {kind}")
+        device = points[0].device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        parameters, buffers = list(critic.parameters()), list(critic.buffers())
+        further = (list(args), list(kwargs.values()), list(kwargs), autocast)
+        penalties = []
+        for point in points:
+            with torch.no_grad():
+                penalty, *tensors = torch.ops.wgan_fast.gradient_penalty(
+                    self._four_passes.number, point, parameters, buffers, *further
+                )
+                gradients, updated = tensors[: len(parameters)], tensors[len(parameters) :]
+                for buffer, new in zip(buffers, updated):
+                    buffer.copy_(new)
+            pairs = [(p, g) for p, g in zip(parameters, gradients) if p.requires_grad]
+            penalties.append(attach(penalty, [p for p, _ in pairs], [g for _, g in pairs]))
+        return sum(penalties[1:], penalties[0])
 
 
 def penalty_at(
@@ -290,10 +346,10 @@ def interpolate(
             [0.2500, 0.2500, 0.2500]])
     """
     check_samples(real, fake)
-    _check_generator(generator, real)
+    check_generator(generator, real)
     alpha = draw_alpha(real, generator) if alpha is None else check_alpha(alpha, real)
     if out is not None:
-        _check_matches("out", out, real)
+        check_matches("out", out, real)
         real, fake, alpha = real.detach(), fake.detach(), alpha.detach()
     compute = accumulation_dtype(real.dtype)
     alpha = reference.per_sample(alpha.to(compute), real)
@@ -326,8 +382,8 @@ def penalty_from_gradient(
     tensor(160.)
     """
     config = PenaltyConfig(weight, target, one_sided)
-    _check_floating("gradient", gradient)
-    _check_batch("gradient", gradient)
+    check_floating("gradient", gradient)
+    check_batch("gradient", gradient)
     norm = reference.gradient_norm(gradient)
     return reference.penalty_from_norm(norm, weight=config.weight, target=config.target, one_sided=config.one_sided)
 
@@ -342,7 +398,7 @@ def penalty_points(
         ValueError: As ``gradient_penalty``.
     """
     check_samples(real, fake, config.group_size)
-    _check_generator(generator, real)
+    check_generator(generator, real)
     real, fake = real.detach(), fake.detach()
     if alpha is not None:
         alpha = check_alpha(alpha, real, config.group_size)
@@ -373,86 +429,3 @@ def _draw_uniform(shape: tuple[int, ...], real: Tensor, generator: Generator | N
     if generator is None:
         return torch.rand(shape, dtype=dtype, device=real.device)
     return torch.rand(shape, dtype=dtype, device=real.device, generator=generator)
-
-
-def check_alpha(alpha: Tensor, real: Tensor, group_size: int = 1) -> Tensor:
-    """Return a given α as ``[N]``, one value per sample of ``real`` ``[N, *D]``."""
-    _check_floating("alpha", alpha)
-    N = real.shape[0]
-    if alpha.device != real.device:
-        raise ValueError(f"alpha is on {alpha.device}, real on {real.device}: they must be on one device")
-    if alpha.dim() == 0 or alpha.numel() != alpha.shape[0] or alpha.shape[0] not in (N, N // group_size):
-        raise ValueError(f"alpha must have one value per sample, shape [{N}], got {list(alpha.shape)}")
-    alpha = alpha.reshape(-1)
-    return alpha if alpha.shape[0] == N else alpha.repeat_interleave(group_size)
-
-
-def check_samples(real: Tensor, fake: Tensor, group_size: int = 1) -> None:
-    """Raise unless real and fake are a usable pair of batches."""
-    _check_floating("real", real)
-    _check_matches("fake", fake, real)
-    _check_batch("real", real)
-    if real.shape[0] % group_size:
-        raise ValueError(f"group_size {group_size} does not divide the batch of {real.shape[0]} samples")
-
-
-def check_scores(scores: object, x: Tensor, group_size: int = 1) -> Tensor:
-    """Return the critic's scores, or raise unless there is one per sample (or group) of ``x``."""
-    groups = x.shape[0] // group_size
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"critic must return a tensor of scores, got {type(scores).__name__}")
-    if scores.dim() == 0 or scores.shape[0] != groups or scores.numel() != groups:
-        per = "sample" if group_size == 1 else f"group of {group_size} samples"
-        raise ValueError(
-            f"critic must return one score per {per}, shape [{groups}] or [{groups}, 1], "
-            f"got {list(scores.shape)} for input {list(x.shape)}"
-        )
-    if not scores.is_floating_point():
-        raise TypeError(f"critic must return floating-point scores, got {scores.dtype}")
-    return scores
-
-
-def check_critic_arguments(critic_args: object, critic_kwargs: object) -> None:
-    """Raise unless a critic can be called with ``*critic_args, **critic_kwargs``."""
-    # Not any iterable: a tensor of labels would arrive as one argument per sample.
-    if not isinstance(critic_args, tuple):
-        raise TypeError(f"critic_args must be a tuple, got {type(critic_args).__name__}")
-    if critic_kwargs is not None and not isinstance(critic_kwargs, Mapping):
-        raise TypeError(f"critic_kwargs must be a mapping or None, got {type(critic_kwargs).__name__}")
-
-
-def check_engine(engine: str) -> None:
-    """Raise unless ``engine`` names an engine that this version has."""
-    if engine not in get_args(Engine):
-        raise ValueError(f"engine must be one of {', '.join(get_args(Engine))}, got {engine!r}")
-
-
-def _check_floating(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-
-
-def _check_batch(name: str, tensor: Tensor) -> None:
-    if tensor.dim() < 2 or tensor.numel() == 0:
-        raise ValueError(f"{name} must be a non-empty batch [N, ...], got shape {list(tensor.shape)}")
-
-
-def _check_generator(generator: object, real: Tensor) -> None:
-    if generator is None:
-        return
-    if not isinstance(generator, Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
-    if generator.device.type != real.device.type:
-        raise ValueError(f"generator is on {generator.device}, real on {real.device}: they must be on one device")
-
-
-def _check_matches(name: str, tensor: Tensor, real: Tensor) -> None:
-    _check_floating(name, tensor)
-    if tensor.shape != real.shape:
-        raise ValueError(f"{name} must have the shape of real, got {list(tensor.shape)} and {list(real.shape)}")
-    if tensor.dtype != real.dtype:
-        raise TypeError(f"{name} must have the dtype of real, got {tensor.dtype} and {real.dtype}")
-    if tensor.device != real.device:
-        raise ValueError(f"{name} is on {tensor.device}, real on {real.device}: they must be on one device")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models, plots
+from ..checks import check_scores
 from ..clipping import clip_weights_
 from ..critic_step import CriticStep, CriticStepResult
 from ..data import Data, Split, batches, load_data
@@ -23,7 +24,6 @@ from ..errors import DivergenceError, InputError
 from ..files import write_atomically
 from ..losses import get_loss
 from ..metrics import wasserstein_estimate
-from ..penalty import check_scores
 from .checkpoint import (
     CHECKPOINTS,
     Checkpoint,

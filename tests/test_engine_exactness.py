@@ -1,0 +1,398 @@
+"""The four-pass engine gives the value and every gradient that autograd's double backward gives, in float64."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wgan_fast.double_backprop import CaptureError, FourPassEngine, Objective, attach
+
+L, C = nn.Linear, nn.Conv2d
+VECTORS, IMAGES = (6, 30), (4, 3, 8, 8)
+
+
+class Custom(nn.Module):
+    def __init__(self, function, **modules):
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, *inputs):
+        return self.function(self, *inputs)
+
+
+def convolutional(*middle, features=6 * 8 * 8):
+    return nn.Sequential(C(3, 6, 3, 1, 1), *middle, nn.Flatten(), L(features, 1))
+
+
+def minibatch_stddev(self, x):
+    x = self.a(x)
+    group = min(4, x.shape[0])
+    y = x.reshape(group, -1, *x.shape[1:])
+    y = ((y - y.mean(0)).square().mean(0) + 1e-8).sqrt().mean([1, 2, 3]).reshape(-1, 1, 1, 1)
+    return self.b(torch.tanh(torch.cat([x, y.repeat(group, 1, *x.shape[2:])], 1).flatten(1)))
+
+
+def attention(self, x):
+    x = x.view(x.shape[0], 5, 6)
+    weights = torch.softmax(self.q(x) @ self.k(x).transpose(1, 2) / 6**0.5, -1)
+    return self.o(x + weights @ self.v(x)).mean(1)
+
+
+def fused_attention(self, x):
+    heads = [layer(x.view(-1, 5, 6)).view(-1, 5, 2, 3).transpose(1, 2) for layer in (self.q, self.k, self.v)]
+    return self.o(F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(-1, 5, 6)).mean(1)
+
+
+def tied():
+    first, second = L(30, 30), L(30, 30)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.Tanh(), second, nn.LeakyReLU(), L(30, 1))
+
+
+def frozen():
+    critic = nn.Sequential(L(30, 30), nn.Tanh(), L(30, 30), nn.SiLU(), L(30, 1))
+    critic[0].weight.requires_grad_(False)
+    critic[2].bias.requires_grad_(False)
+    return critic
+
+
+def three_heads():
+    return {name: L(6, 6) for name in "qkv"} | {"o": L(6, 1)}
+
+
+spectral, weight_norm = nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm
+CRITICS = {
+    "linear": (lambda: L(30, 1), VECTORS),
+    "relu": (lambda: nn.Sequential(L(30, 17), nn.ReLU(True), L(17, 9), nn.ReLU(), L(9, 1)), VECTORS),
+    "silu": (lambda: nn.Sequential(L(30, 16), nn.SiLU(), L(16, 16), nn.SiLU(), L(16, 1)), VECTORS),
+    "activations": (
+        lambda: nn.Sequential(L(30, 16), nn.Hardtanh(), L(16, 16), nn.ELU(), L(16, 8), nn.ReLU6(), L(8, 8), nn.Mish(),
+                              L(8, 8), nn.Hardswish(), L(8, 8), nn.GELU(), L(8, 8), nn.Softplus(), L(8, 1)),
+        VECTORS,
+    ),
+    "softmax": (lambda: nn.Sequential(L(30, 16), nn.Softmax(-1), L(16, 1)), VECTORS),
+    "glu": (lambda: nn.Sequential(L(30, 16), nn.GLU(), L(8, 1)), VECTORS),
+    "abs and exp": (lambda: Custom(lambda s, x: s.b(s.a(x).abs() + s.a(x).exp() / 9), a=L(30, 5), b=L(5, 1)), VECTORS),
+    "layer norm": (
+        lambda: nn.Sequential(L(30, 16), nn.LayerNorm(16), nn.ReLU(), L(16, 9), nn.LayerNorm(9), nn.Tanh(), L(9, 1)),
+        VECTORS,
+    ),
+    "rms norm": (lambda: nn.Sequential(nn.RMSNorm(30), L(30, 1)), VECTORS),
+    "group norm": (
+        lambda: convolutional(nn.GroupNorm(2, 6), nn.ReLU(), C(6, 6, 3, 1, 1), nn.GroupNorm(3, 6), nn.SiLU()), IMAGES
+    ),
+    "channels last": (
+        lambda: convolutional(nn.GroupNorm(2, 6), nn.ReLU(), C(6, 6, 3, 2, 1), features=96).to(
+            memory_format=torch.channels_last
+        ),
+        IMAGES,
+    ),
+    "instance norm": (lambda: convolutional(nn.InstanceNorm2d(6, affine=True), nn.ReLU(), nn.InstanceNorm2d(6)), IMAGES),
+    "batch norm": (lambda: convolutional(nn.BatchNorm2d(6), nn.Tanh(), C(6, 6, 1), nn.BatchNorm2d(6)), IMAGES),
+    "batch norm, evaluation": (lambda: convolutional(nn.BatchNorm2d(6), nn.Tanh()).eval(), IMAGES),
+    "max pooling": (lambda: convolutional(nn.Tanh(), nn.MaxPool2d(2), features=96), IMAGES),
+    "max pooling 1d": (
+        lambda: nn.Sequential(L(30, 30), nn.Tanh(), nn.Unflatten(1, (3, 10)), nn.MaxPool1d(3, 2), nn.Flatten(), L(12, 1)),
+        VECTORS,
+    ),
+    "average pooling": (lambda: convolutional(nn.Softplus(), nn.AvgPool2d(2), features=96), IMAGES),
+    "adaptive pooling": (
+        lambda: convolutional(nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.AdaptiveMaxPool2d(1), features=6), IMAGES
+    ),
+    "upsampling": (
+        lambda: convolutional(nn.Sigmoid(), nn.Upsample(scale_factor=2), nn.PixelUnshuffle(2), features=24 * 64), IMAGES
+    ),
+    "bilinear upsampling": (
+        lambda: convolutional(nn.Tanh(), nn.Upsample(scale_factor=2, mode="bilinear"), C(6, 6, 3, 2, 1)), IMAGES
+    ),
+    "prelu": (lambda: convolutional(nn.PReLU(), C(6, 6, 3, 1, 1), nn.PReLU(6)), IMAGES),
+    "grouped and padded": (
+        lambda: convolutional(nn.ReLU(), C(6, 6, 3, 2, 1, groups=3), nn.ReLU(), C(6, 6, 3, padding="same"),
+                              C(6, 6, 3, padding=1, padding_mode="reflect"), nn.Tanh(), features=96),
+        IMAGES,
+    ),
+    "1d": (
+        lambda: nn.Sequential(nn.Unflatten(1, (3, 10)), nn.Conv1d(3, 4, 3, 2, 2, 2), nn.ReLU(),
+                              nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, groups=2), nn.ELU(), nn.Flatten(), L(60, 1)),
+        VECTORS,
+    ),
+    "3d": (
+        lambda: nn.Sequential(nn.Conv3d(2, 4, 3, 2, 1), nn.LeakyReLU(), nn.ConvTranspose3d(4, 2, 3, 2, 1, 1), nn.Tanh(),
+                              nn.Flatten(), L(128, 1)),
+        (3, 2, 4, 4, 4),
+    ),
+    "attention": (lambda: Custom(attention, **three_heads()), VECTORS),
+    "fused attention": (lambda: Custom(fused_attention, **three_heads()), VECTORS),
+    "multi-head attention": (
+        lambda: Custom(lambda s, x: s.b(s.m(*[x.view(-1, 5, 6)] * 3, need_weights=False)[0].mean(1)),
+                       m=nn.MultiheadAttention(6, 2, batch_first=True), b=L(6, 1)),
+        VECTORS,
+    ),
+    "dense connections": (
+        lambda: Custom(lambda s, x: s.b(torch.cat([x, torch.tanh(s.a(x)), x * s.a(x)], 1)), a=L(30, 30), b=L(90, 1)),
+        VECTORS,
+    ),
+    "gates": (
+        lambda: Custom(lambda s, x: (lambda a, b: s.b(a * torch.sigmoid(b)))(*s.a(x).chunk(2, 1)), a=L(30, 16), b=L(8, 1)),
+        VECTORS,
+    ),
+    "unbind and stack": (
+        lambda: Custom(lambda s, x: s.b(torch.stack(s.a(x).view(-1, 4, 4).unbind(1)[1:3], 1).flatten(1).relu()),
+                       a=L(30, 16), b=L(8, 1)),
+        VECTORS,
+    ),
+    "sequence first": (
+        lambda: Custom(lambda s, x: s.b(torch.tanh(s.a(x.view(-1, 5, 6).transpose(0, 1)))).mean(0), a=L(6, 6), b=L(6, 1)),
+        VECTORS,
+    ),
+    "einsum": (
+        lambda: Custom(lambda s, x: torch.einsum("bi,ij,bj->b", s.a(x), s.w, s.a(x)), a=L(30, 5),
+                       w=nn.Parameter(torch.randn(5, 5))),
+        VECTORS,
+    ),
+    "bilinear": (lambda: Custom(lambda s, x: s.m(x[:, :10], x[:, 10:20]), m=nn.Bilinear(10, 10, 1)), VECTORS),
+    "maxima": (lambda: Custom(lambda s, x: s.b(torch.maximum(s.a(x), x)).amax(1), a=L(30, 30), b=L(30, 3)), VECTORS),
+    "recurrent": (
+        lambda: Custom(lambda s, x: s.b(s.r(x.view(-1, 5, 6))[0][:, -1]), r=nn.LSTM(6, 4, batch_first=True), b=L(4, 1)),
+        VECTORS,
+    ),
+    "in place": (
+        lambda: Custom(lambda s, x: (lambda h: s.b(F.leaky_relu_(h.add_(1.0), 0.2) * h))(s.a(x)), a=L(30, 8), b=L(8, 1)),
+        VECTORS,
+    ),
+    "scalar parameter": (
+        lambda: Custom(lambda s, x: s.b(x + s.g * torch.tanh(s.a(x))) * s.g, a=L(30, 30), b=L(30, 1),
+                       g=nn.Parameter(torch.tensor(0.7))),
+        VECTORS,
+    ),
+    "spectral norm": (lambda: nn.Sequential(spectral(L(30, 8)), nn.LeakyReLU(), spectral(L(8, 1))).eval(), VECTORS),
+    "weight norm": (lambda: nn.Sequential(weight_norm(L(30, 8)), nn.Tanh(), weight_norm(L(8, 1))), VECTORS),
+    "tied weights": (tied, VECTORS),
+    "frozen parameters": (frozen, VECTORS),
+    "minibatch stddev": (lambda: Custom(minibatch_stddev, a=C(3, 4, 3), b=L(180, 1)), IMAGES),
+}  # fmt: skip
+COUPLED = {"batch norm", "minibatch stddev"}
+UNPROVEN = {"recurrent", "bilinear", "multi-head attention"}
+
+
+def wasserstein(real, fake):
+    return fake.mean() - real.mean()
+
+
+def cross_entropy(real, fake):
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+OBJECTIVES = {
+    "wgan-gp": Objective(wasserstein),
+    "one-sided at both": Objective(cross_entropy, target=0.01, one_sided=True, at="both"),
+    "r1": Objective(cross_entropy, weight=5.0, target=0.0, at="real"),
+    "penalty alone": Objective(None, at="given"),
+    "loss alone": Objective(cross_entropy, weight=None),
+}
+
+
+def truth(critic, objective, batches, arguments=()):
+    """Plain double backward, the critic called on real, fake and points in this order."""
+    total = torch.zeros((), dtype=torch.float64)
+    if objective.loss:
+        total = total + objective.loss(
+            critic(batches["real"], *arguments), critic(batches["fake"], *arguments)
+        )
+    for name in objective.points():
+        x = batches["points" if name == "mixed" else name].clone().requires_grad_()
+        (g,) = torch.autograd.grad(critic(x, *arguments).sum(), x, create_graph=True)
+        excess = g.reshape(len(x) // objective.group_size, -1).norm(dim=1) - objective.target
+        total = (
+            total
+            + objective.weight * (excess.clamp(min=0) if objective.one_sided else excess).square().mean()
+        )
+    parameters = [p for p in critic.parameters() if p.requires_grad]
+    return total.detach(), torch.autograd.grad(total, parameters, allow_unused=True)
+
+
+def batches_of(shape, memory_format=torch.contiguous_format):
+    real, fake = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+    if len(shape) == 4:
+        real, fake = real.to(memory_format=memory_format), fake.to(memory_format=memory_format)
+    alpha = torch.rand(shape[0], dtype=torch.float64)
+    points = torch.lerp(fake, real, alpha.view(-1, *[1] * (len(shape) - 1)))
+    return {"real": real, "fake": fake, "alpha": alpha, "points": points}
+
+
+def assert_exact(output, expected):
+    value, gradients = expected
+    torch.testing.assert_close(output.loss, value, rtol=1e-10, atol=1e-10)
+    # A gradient that is zero but for rounding (a bias before a normalisation) is measured against the largest one.
+    largest = max(g.norm() for g in gradients if g is not None)
+    for ours, theirs in zip(output.gradients, gradients, strict=True):
+        ours = torch.zeros(()) if ours is None else ours
+        theirs = torch.zeros_like(ours) if theirs is None else theirs
+        assert (ours - theirs).norm() <= 1e-10 * torch.maximum(theirs.norm(), 1e-2 * largest)
+
+
+def perturbed(critic):
+    """In float64, with weights of normalisations and biases off their special initial values."""
+    critic = critic.double()
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            if parameter.dim() == 1 and parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return critic
+
+
+@pytest.mark.parametrize("schedule", ["batched", "split"])
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("name", CRITICS)
+def test_value_gradients_and_buffers_are_those_of_double_backward(name, objective, schedule):
+    torch.manual_seed(1)
+    make, shape = CRITICS[name]
+    critic = perturbed(make())
+    plain = copy.deepcopy(critic)
+    batches = batches_of(shape, torch.channels_last if name == "channels last" else torch.contiguous_format)
+    engine = FourPassEngine(critic, objective, schedule=schedule)
+    for _ in range(2):
+        output = engine(batches)
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = truth(plain, objective, batches)
+        assert_exact(output, expected)
+    for ours, theirs in zip(critic.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    (plan,) = engine.plans.values()
+    assert (plan.coupled is not None) == (name in COUPLED | UNPROVEN)
+
+
+def projection(self, x, label):
+    h = torch.tanh(self.a(x))
+    return self.o(h).squeeze(1) + (self.e(label) * h).sum(1)
+
+
+CONDITIONAL = {
+    "projection": Custom(projection, a=L(30, 8), o=L(8, 1), e=nn.Embedding(5, 8)),
+    "concatenated": Custom(
+        lambda s, x, c: s.o(torch.relu(s.a(torch.cat([x, s.e(c)], 1)))),
+        a=L(38, 8),
+        o=L(8, 1),
+        e=nn.Embedding(5, 8),
+    ),
+    "modulated": Custom(
+        lambda s, x, c: s.o(torch.relu(s.a(x) * s.e(c))), a=L(30, 8), o=L(8, 1), e=nn.Embedding(5, 8)
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", ["batched", "split"])
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("critic", CONDITIONAL.values(), ids=CONDITIONAL)
+def test_conditional_critics_are_exact(critic, objective, schedule):
+    critic = critic.double()
+    batches, labels = batches_of(VECTORS), torch.tensor([0, 4, 1, 1, 3, 0])
+    output = FourPassEngine(critic, objective, schedule=schedule)(batches, (labels,))
+    assert_exact(output, truth(critic, objective, batches, (labels,)))
+
+
+@pytest.mark.parametrize("schedule", ["batched", "split"])
+@pytest.mark.parametrize("at", ["interpolates", "real", "both"])
+def test_packed_samples_share_one_norm(at, schedule):
+    critic = Custom(lambda s, x: s.o(torch.tanh(s.a(x.view(-1, 60)))), a=L(60, 8), o=L(8, 1)).double()
+    objective = Objective(cross_entropy, at=at, group_size=2)
+    batches = batches_of(VECTORS)
+    output = FourPassEngine(critic, objective, schedule=schedule)(batches)
+    assert_exact(output, truth(critic, objective, batches))
+
+
+def test_dropout_uses_one_mask_for_forward_and_tangent():
+    critic = nn.Sequential(
+        L(30, 16), nn.LeakyReLU(), nn.Dropout(0.5), L(16, 16), nn.Tanh(), nn.Dropout(0.3), L(16, 1)
+    )
+    batches, objective = batches_of(VECTORS), Objective(wasserstein)
+    engine = FourPassEngine(critic.double(), objective, schedule="split")
+    engine.plan(batches)
+    torch.manual_seed(5)
+    output = engine(batches)
+    torch.manual_seed(5)
+    assert_exact(output, truth(critic, objective, batches))
+
+
+def test_zero_input_gradient_costs_but_does_not_poison():
+    critic = nn.Sequential(L(30, 8), nn.ReLU(), L(8, 1)).double()
+    nn.init.constant_(critic[0].bias, -1e3)
+    output = FourPassEngine(critic, Objective(wasserstein))(batches_of(VECTORS))
+    assert output.penalty == 10
+    assert all(torch.isfinite(g).all() for g in output.gradients)
+
+
+def test_gradients_are_fresh_memory_at_every_call():
+    critic = nn.Sequential(L(30, 8), nn.ReLU(), L(8, 1)).double()
+    engine, batches = FourPassEngine(critic, Objective(wasserstein), schedule="batched"), batches_of(VECTORS)
+    first = [g.clone() for g in engine(batches).gradients]
+    for gradient in engine(batches).gradients:
+        gradient.fill_(torch.nan)
+    for ours, theirs in zip(engine(batches).gradients, first, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_parameters_are_read_at_every_call():
+    critic = nn.Sequential(L(30, 8), nn.Tanh(), L(8, 1)).double()
+    engine, batches = FourPassEngine(critic, Objective(wasserstein)), batches_of(VECTORS)
+    engine(batches)
+    with torch.no_grad():
+        critic[0].weight.mul_(2)
+    critic[2].bias.data = critic[2].bias.data + 1
+    assert_exact(engine(batches), truth(critic, Objective(wasserstein), batches))
+
+
+def test_state_that_changes_the_graph_makes_a_new_plan():
+    critic = nn.Sequential(L(30, 8), nn.BatchNorm1d(8), nn.Tanh(), L(8, 1)).double()
+    engine, batches = FourPassEngine(critic, Objective(wasserstein)), batches_of(VECTORS)
+    engine(batches)
+    critic.eval()
+    assert_exact(engine(batches), truth(critic, Objective(wasserstein), batches))
+    critic[0].requires_grad_(False)
+    output = engine(batches)
+    assert len(output.gradients) == 4
+    assert len(engine.plans) == 3
+
+
+def test_attached_penalty_scales_and_accumulates_like_any_loss():
+    critic = nn.Sequential(L(30, 8), nn.Tanh(), L(8, 1)).double()
+    batches, objective = batches_of(VECTORS), Objective(None, at="given")
+    output = FourPassEngine(critic, objective)(batches)
+    value = attach(output.loss, list(critic.parameters()), output.gradients)
+    (3 * value + critic(batches["real"]).mean()).backward()
+    ours = [p.grad.clone() for p in critic.parameters()]
+    critic.zero_grad()
+    critic(batches["real"]).mean().backward()
+    for mine, p, g in zip(ours, critic.parameters(), truth(critic, objective, batches)[1], strict=True):
+        torch.testing.assert_close(mine, p.grad + 3 * (0 if g is None else g))
+
+
+def test_what_cannot_be_captured_is_named_with_its_line():
+    critic = Custom(lambda s, x: s.a(x) * (2 if x.sum() > 0 else 1), a=L(30, 1)).double()
+    with pytest.raises(CaptureError, match=r"torch\.export could not capture"):
+        FourPassEngine(critic, Objective(wasserstein))(batches_of(VECTORS))
+
+
+def test_an_operator_without_double_backward_is_named_with_its_line():
+    def forward(self, x):
+        return self.b(
+            torch._adaptive_avg_pool2d(self.a(x).view(-1, 1, 4, 4), [2, 2]).median(dim=-1).values.flatten(1)
+        )
+
+    critic = Custom(forward, a=L(30, 16), b=L(2, 1)).double()
+    try:
+        output = FourPassEngine(critic, Objective(wasserstein))(batches_of(VECTORS))
+    except CaptureError as error:
+        assert "test_engine_exactness.py" in str(error)  # noqa: PT017 (either way is fine, silence is not)
+    else:
+        batches = batches_of(VECTORS)
+        assert output.loss.isfinite()
+        assert_exact(
+            FourPassEngine(critic, Objective(wasserstein))(batches),
+            truth(critic, Objective(wasserstein), batches),
+        )

@@ -1,0 +1,236 @@
+"""Captures a critic as a graph of high-level ATen operators with ``torch.export``.
+
+What the graph says is made plain on the way: in-place operators on activations become their functional forms,
+blocks under ``no_grad`` are inlined and marked, and inputs are sorted into parameters, buffers, constants and the
+critic's own arguments.
+"""
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+
+from .record import functional_form
+
+STOPS_GRADIENT = "stops_gradient"
+"""Key in ``node.meta``: autograd does not see this node."""
+
+_DETACHING = {torch.ops.aten.detach.default, torch.ops.aten.detach_.default}
+_ASSERTIONS = ("_assert", "sym_constrain_range")
+
+
+class CaptureError(RuntimeError):
+    """The critic cannot run in four passes; the message says which operator, where and why."""
+
+
+@dataclass
+class Captured:
+    """A critic as a graph.
+
+    Attributes:
+        graph: Placeholders, then ATen operators, then one output: the scores.
+        parameters: Placeholder to qualified parameter name.
+        buffers: Placeholder to qualified buffer name.
+        constants: Placeholder to the tensor it stands for.
+        inputs: Placeholders of the flattened ``(args, kwargs)``, in order.
+        dynamic: Whether the graph holds for other batch sizes.
+    """
+
+    graph: fx.Graph
+    parameters: dict[fx.Node, str] = field(default_factory=dict)
+    buffers: dict[fx.Node, str] = field(default_factory=dict)
+    constants: dict[fx.Node, Tensor] = field(default_factory=dict)
+    inputs: list[fx.Node] = field(default_factory=list)
+    dynamic: bool = True
+
+    @property
+    def scores(self) -> fx.Node:
+        """The node of the critic's output."""
+        return self.graph.output_node().args[0]  # type: ignore[return-value]
+
+    def calls(self) -> list[fx.Node]:
+        """Every operator in order."""
+        return [node for node in self.graph.nodes if node.op == "call_function"]
+
+
+def where(node: fx.Node) -> str:
+    """Describe a node for an error message: its operator and the user's source line."""
+    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
+    frames = [
+        i
+        for i, line in enumerate(trace)
+        if line.strip().startswith("File ") and "/torch/" not in line.split(",")[0]
+    ]
+    source = " ".join(line.strip() for line in trace[frames[-1] : frames[-1] + 2]) if frames else ""
+    return f"{node.target}" + (f" at {source}" if source else "")
+
+
+def capture(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+    """Capture ``critic(*args, **kwargs)``.
+
+    Args:
+        critic: The module.
+        args: Example positional arguments; the first is the batch ``[N, *D]``. Tensors whose first dimension is N
+            are taken to have one row per sample.
+        kwargs: Example keyword arguments.
+
+    Raises:
+        CaptureError: The critic branches on data, mutates its activations through views, or does not return one
+            tensor.
+    """
+    try:
+        program, dynamic = _export(critic, args, dict(kwargs), dynamic=True), True
+    except Exception:
+        try:
+            program, dynamic = _export(critic, args, dict(kwargs), dynamic=False), False
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise CaptureError(
+                f"torch.export could not capture the critic: {reason[0] if reason else error!r}"
+            ) from error
+    captured = Captured(fx.Graph(), dynamic=dynamic)
+    env: dict[fx.Node, fx.Node] = {}
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    for spec, node in zip(program.graph_signature.input_specs, placeholders):
+        new = env[node] = captured.graph.node_copy(node)
+        if spec.kind == InputKind.PARAMETER:
+            captured.parameters[new] = spec.target
+        elif spec.kind == InputKind.BUFFER:
+            captured.buffers[new] = spec.target
+        elif spec.kind == InputKind.CONSTANT_TENSOR:
+            captured.constants[new] = program.constants[spec.target]
+        elif spec.kind == InputKind.USER_INPUT:
+            captured.inputs.append(new)
+        else:
+            raise CaptureError(
+                f"the critic holds a {spec.kind.name.lower()} ({spec.target}), which has no rule"
+            )
+    outputs = _inline(program.graph_module, captured.graph, env, stops_gradient=False)
+    scores, _ = tree_flatten(outputs)
+    if len(scores) != 1 or not isinstance(scores[0], fx.Node):
+        raise CaptureError(f"the critic must return one tensor of scores, it returned {len(scores)} values")
+    captured.graph.output(scores[0])
+    return captured
+
+
+def _export(critic: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> Any:
+    rows = args[0].shape[0]
+
+    def shape(leaf: Any) -> Any:
+        per_sample = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows
+        return {0: torch.export.Dim.AUTO} if per_sample else None
+
+    shapes: Any = None
+    if dynamic:
+        shapes_args, shapes_kwargs = tree_map(shape, (args, kwargs))
+        shapes = dict(inspect.signature(critic.forward).bind(*shapes_args, **shapes_kwargs).arguments)
+        shapes |= shapes.pop("kwargs", {}) if "kwargs" not in kwargs else {}
+    detached = tree_map_only(Tensor, lambda t: t.detach(), (args, kwargs))
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        return torch.export.export(critic, detached[0], detached[1], dynamic_shapes=shapes, strict=False)
+
+
+def _inline(
+    module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, fx.Node], stops_gradient: bool
+) -> Any:
+    """Copy the nodes of ``module`` into ``graph``; returns what its output node maps to."""
+    tuples: dict[fx.Node, Any] = {}
+
+    def value(node: fx.Node) -> Any:
+        return tuples[node] if node in tuples else env[node]
+
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            return fx.node.map_arg(node.args[0], value)
+        if node.op == "get_attr":
+            attribute = module.get_submodule(node.target) if hasattr(module, node.target) else None
+            if not isinstance(attribute, fx.GraphModule):
+                raise CaptureError(f"the critic closes over {node.target}, which has no rule")
+            continue
+        name = getattr(node.target, "__name__", str(node.target))
+        if name == "wrap_with_set_grad_enabled":
+            enabled, submodule, *operands = node.args
+            body = module.get_submodule(submodule.target)
+            inner = [n for n in body.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
+            scope = {n: value(operand) for n, operand in zip(inner, operands)}
+            tuples[node] = _inline(body, graph, scope, stops_gradient or not enabled)  # type: ignore[arg-type]
+        elif name == "getitem" and node.args[0] in tuples:
+            tuples[node] = tuples[node.args[0]][node.args[1]]
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(f"{where(node)} is a higher-order operator, which has no rule")
+        elif not name.startswith(_ASSERTIONS):
+            mutated = _mutated_activation(node, module.graph)
+            new = graph.node_copy(node, value)
+            if mutated is not None:
+                new.target = _functional(node)
+                for alias in _aliases(mutated, node, module.graph):
+                    env[alias] = new
+            if stops_gradient or node.target in _DETACHING:
+                new.meta[STOPS_GRADIENT] = True
+            env[node] = new
+    raise CaptureError("the captured critic has no output")
+
+
+def _storage(node: fx.Node) -> int | None:
+    val = node.meta.get("val")
+    return val.untyped_storage()._cdata if isinstance(val, Tensor) else None
+
+
+def _mutated_activation(node: fx.Node, graph: fx.Graph) -> fx.Node | None:
+    """Return the argument that ``node`` writes to, unless that is a buffer, whose updates are meant to last."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable or not isinstance(node.args[0], fx.Node):
+        return None
+    mutated = node.args[0]
+    owned = {_storage(n) for n in graph.nodes if n.op == "placeholder" and not _is_argument(n)}
+    return None if _storage(mutated) in owned else mutated
+
+
+def _is_argument(placeholder: fx.Node) -> bool:
+    return not placeholder.name.startswith(("p_", "b_", "c_"))
+
+
+def _functional(node: fx.Node) -> Any:
+    functional = functional_form(node.target)
+    if functional is None:
+        raise CaptureError(f"{where(node)} writes to an activation and has no functional form")
+    return functional
+
+
+def _aliases(mutated: fx.Node, writer: fx.Node, graph: fx.Graph) -> list[fx.Node]:
+    """Earlier nodes that are the very tensor that ``writer`` overwrites."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    same = []
+    for node in graph.nodes:
+        if order[node] >= order[writer] or _storage(node) != _storage(mutated):
+            continue
+        if (
+            node.op != "placeholder"
+            and node.meta["val"].shape == mutated.meta["val"].shape
+            and (
+                node is mutated
+                or getattr(node.target, "_schema", None) is None
+                or node.target._schema.is_mutable
+                or mutated in _chain(node)
+            )
+        ):
+            same.append(node)
+        elif any(order[user] > order[writer] for user in node.users):
+            raise CaptureError(f"{where(writer)} writes to a tensor of which another view is used later")
+    return same
+
+
+def _chain(node: fx.Node) -> list[fx.Node]:
+    """The tensors that ``node`` is, followed through in-place operators."""
+    return [
+        user for user in node.users if getattr(getattr(user.target, "_schema", None), "is_mutable", False)
+    ]

@@ -1,0 +1,206 @@
+"""The engine as the rest of the package sees it: plans made on first use and kept per critic, shape and state."""
+
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten
+
+from .plan import Objective, Plan, Schedule, StepOutput
+
+
+class FourPassEngine:
+    """Runs one objective on one critic.
+
+    Args:
+        critic: The critic; its parameters are read at every call.
+        objective: What to compute.
+        schedule: "batched", "split", or "auto": batched where samples are proven apart, on a CPU the faster of both.
+        compile: Compile the flat graph with ``torch.compile``; where that fails, warn and run it as it is.
+    """
+
+    def __init__(
+        self, critic: nn.Module, objective: Objective, *, schedule: Schedule = "auto", compile: bool = False
+    ) -> None:
+        # Weakly: plans are kept for as long as the critic lives, and must not keep it alive.
+        self._critic = weakref.ref(critic)
+        self.objective, self.schedule, self.compile = objective, schedule, compile
+        self.plans: dict[Hashable, Plan] = {}
+
+    @property
+    def critic(self) -> nn.Module:
+        """The critic."""
+        critic = self._critic()
+        assert critic is not None, "an engine is called by those who hold its critic"
+        return critic
+
+    def __call__(
+        self,
+        batches: Mapping[str, Tensor],
+        critic_args: tuple[Any, ...] = (),
+        critic_kwargs: Mapping[str, Any] | None = None,
+        given: Mapping[int, Tensor] | None = None,
+    ) -> StepOutput:
+        """Run one step.
+
+        Args:
+            batches: What the objective takes of ``real``, ``fake``, ``alpha`` ``[N]`` and ``points`` by name.
+            critic_args: Further positional arguments of the critic, given with every batch.
+            critic_kwargs: Keyword arguments of the critic.
+            given: What to read in place of the critic's parameters and buffers, by their ids.
+
+        Returns:
+            The figures and the gradients, aligned with ``plan.parameters``.
+
+        Raises:
+            CaptureError: The critic cannot run in four passes; nothing has been computed then.
+        """
+        plan = self.plan(batches, critic_args, critic_kwargs)
+        leaves, _ = tree_flatten((critic_args, dict(critic_kwargs or {})))
+        owned = [(given or {}).get(id(tensor), tensor) for tensor in plan.owned()]
+        return plan.run(owned, [_laid_out(batches[name].detach(), like) for name, like in plan.layout.items()], leaves)
+
+    def plan(
+        self,
+        batches: Mapping[str, Tensor],
+        critic_args: tuple[Any, ...] = (),
+        critic_kwargs: Mapping[str, Any] | None = None,
+    ) -> Plan:
+        """Return the plan for these batches, made now if there is none."""
+        key = self._key(batches, critic_args, critic_kwargs)
+        if key not in self.plans:
+            self.plans[key] = self._make(batches, critic_args, critic_kwargs)
+        return self.plans[key]
+
+    def has_plan(
+        self,
+        batches: Mapping[str, Tensor],
+        critic_args: tuple[Any, ...] = (),
+        critic_kwargs: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Whether there is a plan for these batches."""
+        return self._key(batches, critic_args, critic_kwargs) in self.plans
+
+    def _key(
+        self,
+        batches: Mapping[str, Tensor],
+        critic_args: tuple[Any, ...],
+        critic_kwargs: Mapping[str, Any] | None,
+    ) -> Hashable:
+        example = _example(batches)
+        leaves, spec = tree_flatten((critic_args, dict(critic_kwargs or {})))
+        device = example.device.type
+        return (
+            example.shape, example.stride(), example.dtype, example.device,
+            tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves), spec,
+            tuple(module.training for module in self.critic.modules()),
+            tuple((id(p), p.requires_grad, p.dtype, p.device) for p in self.critic.parameters()),
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        )  # fmt: skip
+
+    def _make(
+        self,
+        batches: Mapping[str, Tensor],
+        critic_args: tuple[Any, ...],
+        critic_kwargs: Mapping[str, Any] | None,
+    ) -> Plan:
+        example = _example(batches).detach()
+
+        def make(schedule: Any, captured: Any = None) -> Plan:
+            return Plan(
+                self.critic, self.objective, example, critic_args, critic_kwargs, schedule=schedule,
+                in_place=not self.compile, captured=captured,
+            )  # fmt: skip
+
+        plan = make("split" if self.schedule == "split" else "batched")
+        if (
+            self.schedule == "auto"
+            and plan.schedule == "batched"
+            and plan.device == "cpu"
+            and not self.compile
+        ):
+            leaves, _ = tree_flatten((critic_args, dict(critic_kwargs or {})))
+            inputs = [batches[name].detach() for name in plan.inputs]
+            plan = min([plan, make("split", plan.captured)], key=lambda p: _seconds(p, inputs, leaves))
+        if self.compile:
+            plan.runner = _Compiled(plan.graph)
+        return plan
+
+
+class _Compiled:
+    """A flat graph under ``torch.compile``, or as it is where the compiler fails."""
+
+    def __init__(self, graph: Callable[..., Any]) -> None:
+        self._graph, self._run = graph, torch.compile(graph, fullgraph=True, dynamic=False)
+        self._proven = False
+
+    def __call__(self, *args: Any) -> Any:
+        if self._proven:
+            return self._run(*args)
+        try:
+            result = self._run(*args)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            warnings.warn(
+                f"the compiler failed, the step runs uncompiled: {reason}", RuntimeWarning, stacklevel=4
+            )
+            self._run = self._graph
+            result = self._graph(*args)
+        self._proven = True
+        return result
+
+
+def _example(batches: Mapping[str, Tensor]) -> Tensor:
+    return next(batches[name] for name in ("real", "points", "fake") if name in batches)
+
+
+def _laid_out(tensor: Tensor, like: tuple[torch.Size, tuple[int, ...]]) -> Tensor:
+    """Give a batch the strides that it was planned with."""
+    shape, stride = like
+    if tensor.stride() == stride or tensor.shape != shape:
+        return tensor
+    return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _seconds(plan: Plan, inputs: Sequence[Tensor], extras: Sequence[Any]) -> float:
+    """Time a plan without touching buffers or random numbers."""
+    owned = [tensor.clone() for tensor in plan.owned()]
+    times = []
+    with torch.random.fork_rng(devices=[]):
+        for _ in range(3):
+            start = time.perf_counter()
+            plan.run(owned, inputs, extras)
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class _Attached(torch.autograd.Function):
+    """A value whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[count:])
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        gradients = ctx.saved_tensors
+        scaled = [gradient * cotangent.to(gradient.dtype) for gradient in gradients]
+        return None, None, *scaled, *[None] * len(gradients)
+
+
+def attach(value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return ``value`` such that its ``.backward()`` gives ``parameters`` their ``gradients``, scaled from above.
+
+    Once differentiable: the gradients themselves are constants.
+    """
+    pairs = [(p, g) for p, g in zip(parameters, gradients) if g is not None]
+    if not pairs or not torch.is_grad_enabled():
+        return value
+    return _Attached.apply(value, len(pairs), *[p for p, _ in pairs], *[g for _, g in pairs])  # type: ignore[no-any-return,no-untyped-call]

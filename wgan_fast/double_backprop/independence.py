@@ -1,0 +1,286 @@
+"""Proves on the graph that no sample's values depend on another sample of its batch.
+
+Each node that holds rows of samples gets the dimension along which they lie, operator by operator. Where that
+holds for every node, batches can be joined, sliced and scaled by sample; the first node for which it cannot be
+shown makes the critic batch-coupled, which is a matter of schedule and never of correctness.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .capture import Captured, where
+from .rules.base import Call
+
+aten = torch.ops.aten
+
+Dims = dict[fx.Node, int]
+
+
+class Coupled(Exception):
+    """A node is not proven to keep samples apart; the message names it."""
+
+
+def batch_dims(
+    captured: Captured,
+    calls: Mapping[fx.Node, Call],
+    small: Mapping[fx.Node, Any],
+    large: Mapping[fx.Node, Any],
+) -> Dims:
+    """Return the batch dimension of every node that has one.
+
+    Args:
+        captured: The critic.
+        calls: Its operators, applied to the small batch.
+        small: Values of every node for one batch size.
+        large: Values of every node for a multiple of it.
+
+    Raises:
+        Coupled: Samples are not proven apart.
+    """
+    dims: Dims = {}
+    for node in captured.graph.nodes:
+        value = small.get(node, None)
+        if node.op == "placeholder" and isinstance(value, Tensor) and value.shape != large[node].shape:
+            dims[node] = 0
+        if node.target is operator.getitem and node.args[0] in dims:
+            dims[node] = dims[node.args[0]]
+            continue
+        if node not in calls or not _moved(small[node], large[node]):
+            if (
+                isinstance(value, Tensor)
+                and node in calls
+                and any(source in dims for source in node.all_input_nodes)
+            ):
+                raise Coupled(f"{where(node)} mixes samples")
+            continue
+        dim = _batch_dim(node, calls[node], dims, small, large)
+        if dim is None:
+            raise Coupled(f"{where(node)} is not proven to keep samples apart")
+        dims[node] = dim
+    return dims
+
+
+def _moved(small: Any, large: Any) -> bool:
+    if isinstance(small, Tensor):
+        return small.shape != large.shape  # type: ignore[no-any-return]
+    return isinstance(small, list | tuple) and any(_moved(s, b) for s, b in zip(small, large))
+
+
+def _first(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else value[0]
+
+
+def _batch_dim(
+    node: fx.Node, call: Call, dims: Dims, small: Mapping[fx.Node, Any], large: Mapping[fx.Node, Any]
+) -> int | None:
+    sources = [source for source in node.all_input_nodes if isinstance(small[source], Tensor)]
+    given = [dims.get(source) for source in sources]
+    shapes = [small[source].shape for source in sources]
+    out, grown = _first(small[node]), _first(large[node])
+    if out.dim() != grown.dim():
+        return None
+    changed = [d for d in range(out.dim()) if out.shape[d] != grown.shape[d]]
+    if len(changed) != 1:
+        return None
+    dim = _propagate(node.target, call, given, shapes, out, changed[0])
+    # The proof and the shapes must agree, and the rows must grow with the batch.
+    return dim if dim == changed[0] else None
+
+
+def _propagate(
+    op: Any, call: Call, given: list[int | None], shapes: list[torch.Size], out: Tensor, changed: int
+) -> int | None:
+    name = op._schema.name.removeprefix("aten::")
+    if torch.Tag.pointwise in op.tags or name in _POINTWISE:
+        aligned = {out.dim() - len(shape) + dim for dim, shape in zip(given, shapes) if dim is not None}
+        return aligned.pop() if len(aligned) == 1 else None
+    if name == "einsum":
+        return _einsum(call.argument("equation"), given)
+    if name in _FACTORIES:
+        return changed
+    if name in _JOINS:
+        joined = set(given)
+        dim = joined.pop()
+        if joined or dim is None:
+            return None
+        axis = call.argument("dim")
+        axis = axis % out.dim()
+        if name == "stack":
+            return dim + (axis <= dim)  # type: ignore[no-any-return]
+        return dim if axis != dim else None
+    if given[0] is None or any(dim is not None for dim in given[1:]):
+        return _PRODUCTS[name](call, given, shapes, out) if name in _PRODUCTS else _LATE.get(name)
+    dim, shape = given[0], shapes[0]
+    if name in _RULES:
+        return _RULES[name](call, dim, shape, out, changed)
+    if name in _PRODUCTS:
+        return _PRODUCTS[name](call, given, shapes, out)
+    return None
+
+
+_POINTWISE = {
+    "dropout", "alpha_dropout", "clone", "contiguous", "alias", "_to_copy", "to", "detach", "prelu", "relu6",
+    "hardtanh", "softplus", "elu", "gelu", "silu", "mish", "zeros_like", "ones_like", "full_like", "rand_like",
+    "randn_like", "square", "bernoulli", "fill", "copy", "rrelu", "log_sigmoid", "selu", "celu", "hardswish",
+    "hardsigmoid", "threshold", "expand_as", "type_as", "masked_fill", "where", "lerp", "to_copy",
+}  # fmt: skip
+_FACTORIES = {"zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full"}
+_JOINS = {"cat", "stack", "concat"}
+_LATE = {"embedding": 0}
+
+Rule = Callable[[Call, int, torch.Size, Tensor, int], int | None]
+
+
+def _keep_leading(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+    """Layers over channels and space: rows lie in dimension 0 and nothing crosses it."""
+    return 0 if dim == 0 and len(shape) == out.dim() and len(shape) > 1 else None
+
+
+def _view(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+    """Rows stay in blocks if as many elements come before them as did."""
+    return changed if math.prod(shape[:dim]) == math.prod(out.shape[:changed]) else None
+
+
+def _permute(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+    return [d % len(shape) for d in call.argument("dims")].index(dim)
+
+
+def _transpose(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+    name = call.op._schema.name
+    pair = (
+        (0, 1)
+        if name.endswith("::t")
+        else (call.argument("dim0") % len(shape), call.argument("dim1") % len(shape))
+    )
+    return pair[1 - pair.index(dim)] if dim in pair else dim
+
+
+def _unsqueeze(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+    return dim + (call.argument("dim") % out.dim() <= dim)  # type: ignore[no-any-return]
+
+
+def _axes(call: Call, dim: int, shape: torch.Size) -> set[int]:
+    axes = call.argument("dim")
+    if axes is None or axes == []:
+        return set(range(len(shape)))
+    return {axis % len(shape) for axis in ([axes] if isinstance(axes, int) else axes)}
+
+
+def _reduce(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+    axes = _axes(call, dim, shape)
+    if dim in axes:
+        return None
+    return dim if out.dim() == len(shape) else dim - sum(axis < dim for axis in axes)
+
+
+def _along(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+    """Works along one dimension that stays."""
+    return None if dim in _axes(call, dim, shape) else dim
+
+
+def _slice(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+    """A slice of the rows keeps samples apart only where it takes them all."""
+    return dim if out.shape[dim] == shape[dim] or dim not in _axes(call, dim, shape) else None
+
+
+def _select(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+    axis = call.argument("dim") % len(shape)
+    return None if axis == dim else dim - (axis < dim)
+
+
+def _last_dims(count: Callable[[Call], int]) -> Rule:
+    def rule(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+        return dim if dim < len(shape) - count(call) else None
+
+    return rule
+
+
+def _expand(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+    return dim + out.dim() - len(shape)
+
+
+def _repeat(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+    dim = dim + out.dim() - len(shape)
+    return dim if call.argument("repeats")[dim] == 1 else None
+
+
+def _batch_norm(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+    return 0 if dim == 0 and not call.argument("training") else None
+
+
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "group_norm",
+         "instance_norm", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+         "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d",
+         "adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
+         "upsample_bilinear2d", "upsample_bicubic2d", "pixel_shuffle", "pixel_unshuffle", "feature_dropout",
+         "channel_shuffle", "local_response_norm"],
+        _keep_leading,
+    ),
+    **dict.fromkeys(["view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "view_as"], _view),
+    **dict.fromkeys(["transpose", "t", "swapaxes"], _transpose),
+    **dict.fromkeys(["mean", "sum", "amax", "amin", "prod", "var", "std", "linalg_vector_norm", "norm", "logsumexp"], _reduce),
+    **dict.fromkeys(["softmax", "log_softmax", "narrow", "split", "split_with_sizes", "chunk", "cumsum", "glu"], _along),
+    **dict.fromkeys(["flip", "roll"], lambda c, d, s, o, n: None if d in {a % len(s) for a in c.argument("dims")} or not c.argument("dims") else d),
+    **dict.fromkeys(["select", "unbind"], _select),
+    "permute": _permute,
+    "slice": _slice,
+    "unsqueeze": _unsqueeze,
+    "expand": _expand,
+    "repeat": _repeat,
+    "batch_norm": _batch_norm,
+    "layer_norm": _last_dims(lambda call: len(call.argument("normalized_shape"))),
+    "rms_norm": _last_dims(lambda call: len(call.argument("normalized_shape"))),
+    "linear": _last_dims(lambda call: 1),
+    "pad": _last_dims(lambda call: len(call.argument("pad")) // 2),
+    "constant_pad_nd": _last_dims(lambda call: len(call.argument("pad")) // 2),
+    "embedding": lambda c, d, s, o, n: d,
+    "one_hot": lambda c, d, s, o, n: d,
+}  # fmt: skip
+
+
+def _matmul(call: Call, given: list[int | None], shapes: list[torch.Size], out: Tensor) -> int | None:
+    """Samples along a leading dimension of both factors, or along the rows of the left one alone."""
+    if len(given) == 1:
+        given, shapes = given * 2, shapes * 2
+    (left, right), (a, b) = given[:2], shapes[:2]
+    if left is not None and right is None:
+        return left if left < len(a) - 1 else None
+    if left is None or right is None or len(a) != len(b):
+        return None
+    return left if left == right and left < len(a) - 2 else None
+
+
+def _attention(call: Call, given: list[int | None], shapes: list[torch.Size], out: Tensor) -> int | None:
+    dims = set(given)
+    dim = dims.pop()
+    return dim if not dims and dim is not None and dim < out.dim() - 2 else None
+
+
+def _einsum(equation: str, given: list[int | None]) -> int | None:
+    """Samples along one letter that the output keeps."""
+    inputs, _, result = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if "." in equation or len(terms) != len(given):
+        return None
+    letters = {term[dim] for term, dim in zip(terms, given) if dim is not None}
+    if len(letters) != 1 or any(letters & set(term) for term, dim in zip(terms, given) if dim is None):
+        return None
+    letter = letters.pop()
+    return (
+        result.index(letter) if letter in result and all(term.count(letter) < 2 for term in terms) else None
+    )
+
+
+_PRODUCTS: dict[str, Callable[[Call, list[int | None], list[torch.Size], Tensor], int | None]] = {
+    "matmul": _matmul,
+    "bmm": _matmul,
+    "mm": _matmul,
+    "scaled_dot_product_attention": _attention,
+}

@@ -1,0 +1,261 @@
+"""Rewrites of the recorded graph that change when memory is used and how often, and nothing that it computes."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .record import Recorder
+
+aten = torch.ops.aten
+
+
+def finish(recorder: Recorder) -> fx.GraphModule:
+    """Drop dead nodes, fold constants, and build the module."""
+    graph = recorder.graph
+    graph.eliminate_dead_code()
+    _fold_constants(recorder)
+    graph.eliminate_dead_code()
+    _order_by_first_use(graph)
+    _own_outputs(graph)
+    used = {node.target for node in graph.nodes if node.op == "get_attr"}
+    root = torch.nn.Module()
+    for name, value in recorder.constants.items():
+        if name in used:
+            root.register_buffer(name, value, persistent=False)
+    graph.lint()
+    return fx.GraphModule(root, graph, class_name="FourPassStep")
+
+
+def _fold_constants(recorder: Recorder) -> None:
+    """Evaluate once what depends on no input, such as the seeds of a loss that is linear in the scores."""
+    graph = recorder.graph
+    known: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            known[node] = recorder.constants[node.target]
+        if node.target in _FILLED and node.meta["val"].numel() > 0:
+            val = node.meta["val"]
+            known[node] = torch.full(val.shape, _FILLED[node.target], dtype=val.dtype, device=val.device)
+            continue
+        if node.op != "call_function" or not all(source in known for source in node.all_input_nodes):
+            continue
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and (
+            schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+        ):
+            continue
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+        with torch.no_grad():
+            known[node] = node.target(*args, **kwargs)
+    for node, value in known.items():
+        needed = any(user not in known for user in node.users)
+        if node.op == "call_function" and needed and isinstance(value, Tensor):
+            name = f"constant_{node.name}"
+            recorder.constants[name] = value.contiguous()
+            with graph.inserting_before(node):
+                constant = graph.get_attr(name)
+            constant.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(constant, lambda user: user not in known)
+
+
+_FILLED = {aten.ones_like.default: 1, aten.zeros_like.default: 0}
+
+
+def _order_by_first_use(graph: fx.Graph) -> None:
+    """Run segment after segment, and views at their first use, so that nothing is held for their sake."""
+    order: dict[fx.Node, None] = {}
+    effects = [node for node in graph.nodes if _has_effect(node)]
+    before = dict(zip(effects[1:], effects))
+
+    def place(node: fx.Node) -> None:
+        pending = [node]
+        while pending:
+            needed = [*pending[-1].all_input_nodes, *filter(None, [before.get(pending[-1])])]
+            missing = [source for source in needed if source not in order]
+            if missing:
+                pending.extend(reversed(missing))
+            else:
+                order[pending.pop()] = None
+
+    end = graph.output_node()
+    for node in sorted(
+        graph.nodes, key=lambda node: node.meta.get("segment", 0) if node is not end else len(graph.nodes)
+    ):
+        if node.target not in _VIEWS and node not in order:
+            place(node)
+    for node in order:
+        if node is not end:
+            end.prepend(node)
+
+
+def _own_outputs(graph: fx.Graph) -> None:
+    """Give every output memory of its own: gradients are accumulated into, constants and inputs must not be."""
+    end, seen = graph.output_node(), set[fx.Node]()
+
+    def own(node: fx.Node) -> fx.Node:
+        val = node.meta["val"]
+        shared = node in seen or not _owned(node) or 0 in val.stride()
+        seen.add(node)
+        if not shared:
+            return node
+        with graph.inserting_before(end):
+            copy = graph.call_function(
+                aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+            )
+        copy.meta["val"] = val
+        return copy
+
+    end.args = fx.node.map_arg(end.args, own)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node writes to a buffer or draws random numbers, and so keeps its place among its like."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and (schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags)  # type: ignore[union-attr]
+
+
+_VIEWS = {aten.slice.Tensor, aten.t.default, aten.view.default, aten.narrow.default, aten.transpose.int}
+
+
+def save_memory(graph: fx.Graph) -> None:
+    """Let operators write where nobody reads any more, for eager execution; a compiler does this by itself."""
+    _fuse_relu(graph)
+    _write_tangents(graph)
+    _write_in_place(graph)
+    graph.eliminate_dead_code()
+
+
+def _positions(graph: fx.Graph) -> dict[fx.Node, int]:
+    return {node: i for i, node in enumerate(graph.nodes)}
+
+
+def _fuse_relu(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        source = node.args[0] if node.target is aten.relu.default else None
+        if source is not None and source.target is aten.addmm.default and len(source.users) == 1:
+            node.target, node.args, node.kwargs = aten._addmm_activation.default, source.args, source.kwargs
+
+
+def _write_tangents(graph: fx.Graph) -> None:
+    """Put a tangent into the rows of a buffer that nothing else reads, instead of concatenating a new one.
+
+    Turns ``cat([a[:k], t])``, where a is an activation without another later use, into ``a[k:].copy_(t)``, and has
+    the operator that makes t write there directly where it can.
+    """
+    position = _positions(graph)
+    for node in list(graph.nodes):
+        if node.target is not aten.cat.default or len(node.args[0]) != 2:
+            continue
+        dim = node.args[1] if len(node.args) > 1 else 0
+        head, tail = node.args[0]
+        if head.target is not aten.slice.Tensor or head.args[1:3] != (dim, 0) or list(head.users) != [node]:
+            continue
+        whole = head.args[0]
+        val, new = whole.meta["val"], node.meta["val"]
+        if (val.shape, val.dtype, val.stride()) != (new.shape, new.dtype, new.stride()):
+            continue
+        readers = _readers(whole)
+        if not _owned(whole) or any(position.get(r, -1) > position[node] for r in readers):
+            continue
+        start = head.meta["val"].shape[dim]
+        rows = graph.create_node("call_function", aten.slice.Tensor, (whole, dim, start, val.shape[dim]))
+        rows.meta["val"] = tail.meta["val"]
+        later = {r for r in readers if position.get(r, -1) > position.get(tail, 1 << 60)} - {head, node}
+        if tail.target in _OUT and tail.meta["val"].dtype == val.dtype and not later:
+            tail.prepend(rows)
+            overload, name = _OUT[tail.target]
+            tail.target, tail.kwargs = overload, {**tail.kwargs, name: rows}
+        else:
+            node.prepend(rows)
+            with graph.inserting_before(node):
+                graph.call_function(aten.copy_.default, (rows, tail))
+        node.replace_all_uses_with(whole)
+        graph.erase_node(node)
+        graph.erase_node(head)
+
+
+def _write_in_place(graph: fx.Graph) -> None:
+    """Let elementwise operators overwrite an argument that they are the last to read."""
+    position = _positions(graph)
+    for node in graph.nodes:
+        if node.target not in _IN_PLACE and not (node.target in _OUT and "backward" in str(node.target)):
+            continue
+        source = node.args[0]
+        others = [n for n in node.all_input_nodes if n is not source]
+        if not isinstance(source, fx.Node) or not _owned(source) or list(node.args).count(source) > 1:
+            continue
+        val, new = source.meta.get("val"), node.meta.get("val")
+        if not isinstance(val, Tensor) or (val.shape, val.dtype, val.stride()) != (
+            new.shape,
+            new.dtype,
+            new.stride(),
+        ):
+            continue
+        readers = _readers(source)
+        if any(position.get(r, -1) > position[node] for r in readers) or any(o in readers for o in others):
+            continue
+        if node.target in _IN_PLACE:
+            node.target = _IN_PLACE[node.target]
+        else:
+            overload, name = _OUT[node.target]
+            node.target, node.kwargs = overload, {**node.kwargs, name: source}
+
+
+_OUT = {
+    aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
+    aten.leaky_relu_backward.default: (aten.leaky_relu_backward.grad_input, "grad_input"),
+    aten.tanh_backward.default: (aten.tanh_backward.grad_input, "grad_input"),
+    aten.sigmoid_backward.default: (aten.sigmoid_backward.grad_input, "grad_input"),
+    aten.silu_backward.default: (aten.silu_backward.grad_input, "grad_input"),
+    aten.mul.Tensor: (aten.mul.out, "out"),
+}
+_IN_PLACE = {
+    aten.relu.default: aten.relu_.default,
+    aten.leaky_relu.default: aten.leaky_relu_.default,
+    aten.tanh.default: aten.tanh_.default,
+    aten.sigmoid.default: aten.sigmoid_.default,
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.sub.Tensor: aten.sub_.Tensor,
+}
+
+
+def _owned(node: fx.Node) -> bool:
+    """Whether a node's memory is new and its own."""
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        return not _returns_view(node.args[0])  # type: ignore[arg-type]
+    return not _returns_view(node)
+
+
+def _readers(node: fx.Node) -> set[fx.Node]:
+    """Everything that reads a node's memory, through views too."""
+    found: set[fx.Node] = set()
+    pending = list(node.users)
+    while pending:
+        user = pending.pop()
+        if user not in found:
+            found.add(user)
+            if _returns_view(user):
+                pending.extend(user.users)
+    return found
+
+
+def _returns_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.op != "output"
+    return any(result.alias_info is not None for result in schema.returns) or node.target in (
+        aten.reshape.default, aten._reshape_alias.default, aten._unsafe_view.default,
+    )  # fmt: skip
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether an operator only looks at memory differently."""
+    if node.target is operator.getitem:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and not schema.is_mutable and _returns_view(node)

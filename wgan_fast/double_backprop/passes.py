@@ -1,0 +1,481 @@
+"""The four passes over a captured critic, as plain code over tensors.
+
+Nothing here knows about graphs being written: run on real tensors it computes, run under a ``Recorder`` it leaves
+the flat graph. Notation as in the rest of the package: activations a, cotangents δ, tangents t, and β, the
+cotangent of the activations that curvature creates.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
+
+from .capture import STOPS_GRADIENT, Captured, CaptureError, where
+from .independence import Dims
+from .rules import Call, Slot, rule_for
+
+Values = dict[fx.Node, Any]
+Label = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What each node of the critic depends on.
+
+    Attributes:
+        sampled: Nodes with a row per sample, or computed from one.
+        varying: Nodes that depend on the point at which the gradient is penalised.
+        learned: Nodes that depend on a trainable parameter.
+    """
+
+    sampled: set[fx.Node]
+    varying: set[fx.Node]
+    learned: set[fx.Node]
+
+    @classmethod
+    def of(cls, captured: Captured, batch_inputs: Sequence[fx.Node], trainable: Sequence[fx.Node]) -> "Roles":
+        """Follow the graph from its inputs; gradients stop at integers and where autograd was off."""
+        sampled, varying, learned = set(batch_inputs), {captured.inputs[0]}, set(trainable)
+        for node in captured.calls():
+            sources = node.all_input_nodes
+            if any(source in sampled for source in sources):
+                sampled.add(node)
+            value = node.meta.get("val")
+            if node.meta.get(STOPS_GRADIENT) or (isinstance(value, Tensor) and not value.is_floating_point()):
+                continue
+            if isinstance(value, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
+                continue
+            if any(source in varying for source in sources):
+                varying.add(node)
+            if any(source in learned for source in sources):
+                learned.add(node)
+        return cls(sampled, varying, learned)
+
+
+class Run:
+    """The critic over one set of rows: the value of every node and every call that made one."""
+
+    def __init__(self, captured: Captured, label: Label | None = None) -> None:
+        self.captured = captured
+        self.values: Values = {}
+        self.calls: dict[fx.Node, Call] = {}
+        self.label: Label = label or (lambda name: nullcontext())
+
+    def evaluate(self, nodes: Sequence[fx.Node], sampled: set[fx.Node]) -> None:
+        """Run ``nodes`` forward, from the values of their inputs."""
+        for node in nodes:
+            if not isinstance(node.target, torch._ops.OpOverload):
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+                self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                continue
+            call = self.calls[node] = self.call(node, sampled)
+            with self.label(node.name), explained(node):
+                call.output = self.values[node] = rule_for(node.target).forward(call)
+
+    def call(self, node: fx.Node, sampled: set[fx.Node]) -> Call:
+        """Bind the operator of ``node`` to the values of its arguments."""
+        slots: dict[fx.Node, Slot] = {}
+
+        def bind(source: fx.Node) -> Any:
+            value = self.values[source]
+            return slots.setdefault(source, Slot(len(slots))) if isinstance(value, Tensor) else value
+
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), bind)
+        return Call(
+            node.target, tuple(args), kwargs, [self.values[s] for s in slots], [s in sampled for s in slots]
+        )  # fmt: skip
+
+    def operands(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes of a call's operands, in the order of its slots."""
+        found: dict[fx.Node, None] = {}
+        fx.node.map_arg(
+            (node.args, dict(node.kwargs)),
+            lambda source: (
+                found.setdefault(source, None) if isinstance(self.values[source], Tensor) else None
+            ),
+        )
+        return list(found)
+
+
+class Rows(Run):
+    """Some rows of a run: its values sliced on demand.
+
+    Args:
+        run: The whole.
+        dims: Batch dimension of every node with rows.
+        start: First row, as a fraction of the batch given by numerator.
+        stop: Behind the last row, likewise.
+        total: Denominator of both.
+        numbers: Values of the nodes that are plain numbers, for this many rows.
+    """
+
+    def __init__(self, run: Run, dims: Dims, start: int, stop: int, total: int, numbers: Values) -> None:
+        super().__init__(run.captured, run.label)
+        self._run, self._dims, self._numbers = run, dims, numbers
+        self._range = (start, stop, total)
+        self.values = _Lazy(self._value)
+        self.calls = _Lazy(self._call)
+
+    def take(self, node: fx.Node, value: Any) -> Any:
+        """Slice a value that lies like that of ``node``."""
+        start, stop, total = self._range
+        if node not in self._dims or (start, stop) == (0, total):
+            return value
+        dim = self._dims[node]
+
+        def rows(tensor: Tensor) -> Tensor:
+            size = tensor.shape[dim]
+            return tensor.narrow(dim, size * start // total, size * (stop - start) // total)
+
+        return tree_map_only(Tensor, rows, value)
+
+    def put(self, node: fx.Node, whole: Tensor, rows: Tensor) -> Tensor:
+        """Return ``whole`` with these rows, which come last, replaced."""
+        start, _, total = self._range
+        if start == 0:
+            return rows
+        dim = self._dims[node]
+        return torch.cat([whole.narrow(dim, 0, whole.shape[dim] * start // total), rows], dim)
+
+    def scale(self, node: fx.Node, value: Tensor, factors: Tensor) -> Tensor:
+        """Multiply these rows by one factor per score."""
+        dim = self._dims[node]
+        repeats = value.shape[dim] // factors.shape[0]
+        factors = factors.repeat_interleave(repeats) if repeats > 1 else factors
+        return value * factors.reshape([-1 if d == dim else 1 for d in range(value.dim())]).to(value.dtype)
+
+    def _value(self, node: fx.Node) -> Any:
+        value = self._run.values[node]
+        if isinstance(value, Tensor | list | tuple):
+            return self.take(node, value)
+        return self._numbers.get(node, value)
+
+    def _call(self, node: fx.Node) -> Call:
+        whole = self._run.calls[node]
+        call = self.call(node, {s for s, flag in zip(self._run.operands(node), whole.sampled) if flag})
+        if call.op is not whole.op:
+            # The rule chose another form of the operator.
+            call.op, call.args, call.kwargs = whole.op, whole.args, whole.kwargs
+        call.operands = [self.take(source, x) for source, x in zip(self._run.operands(node), whole.operands)]
+        call.output = self.values[node]
+        call.saved = {name: self.take(node, tensor) for name, tensor in whole.saved.items()}
+        return call
+
+
+class _Lazy(dict[fx.Node, Any]):
+    def __init__(self, make: Callable[[fx.Node], Any]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, node: fx.Node) -> Any:
+        self[node] = value = self._make(node)
+        return value
+
+
+class explained:  # noqa: N801 (reads as a clause)
+    """Turn what a rule raises into a ``CaptureError`` that names the operator and the user's line."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+
+    def __enter__(self) -> None:
+        """Nothing to set up."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Translate."""
+        if isinstance(error, Exception) and not isinstance(error, CaptureError):
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            raise CaptureError(f"{where(self.node)} cannot run in four passes: {reason}") from error
+
+
+class Cotangents:
+    """Cotangents by node, summed where several consumers contribute."""
+
+    def __init__(self) -> None:
+        self._sums: dict[fx.Node, Any] = {}
+
+    def __contains__(self, node: fx.Node) -> bool:
+        return node in self._sums
+
+    def get(self, node: fx.Node) -> Any:
+        """The sum so far; None for nothing."""
+        return self._sums.get(node)
+
+    def add(self, node: fx.Node, value: Tensor | None, like: Any = None) -> None:
+        """Add a contribution, in the dtype of the node's own value."""
+        if value is None:
+            return
+        if isinstance(like, Tensor) and value.dtype != like.dtype:
+            value = value.to(like.dtype)
+        self._sums[node] = value if node not in self._sums else self._sums[node] + value
+
+    def add_element(self, node: fx.Node, index: int, count: int, value: Tensor) -> None:
+        """Add a contribution to one output of a node that has several."""
+        elements = list(self._sums.get(node) or [None] * count)
+        elements[index] = value if elements[index] is None else elements[index] + value
+        self._sums[node] = elements
+
+    def pull(
+        self, run: Run, node: fx.Node, wanted: Sequence[fx.Node], gradients: Sequence[Tensor | None]
+    ) -> None:
+        """Add one gradient per wanted operand of ``node``."""
+        for source, gradient in zip(wanted, gradients):
+            self.add(source, gradient, run.values[source])
+
+
+@dataclass
+class Block:
+    """Rows of the critic that go through the passes together.
+
+    Attributes:
+        run: All the rows.
+        loss: The leading rows that only the loss sees; None if there are none.
+        points: The trailing rows at which the gradient is penalised; None if there are none.
+        factors: Where the loss sees the points too, dL/ds of each; the loss's cotangent there is that times δ.
+    """
+
+    run: Run
+    loss: Run | None
+    points: Rows | None
+    factors: Tensor | None = None
+
+
+class FourPasses:
+    """Passes 2, 3 and 4 over one block; pass 1 is ``Run.evaluate``."""
+
+    def __init__(self, block: Block, roles: Roles, weight_cotangents: Cotangents) -> None:
+        self.block, self.roles, self.shared = block, roles, weight_cotangents
+        self.captured = block.run.captured
+        self.nodes = [node for node in self.captured.calls() if node in roles.sampled]
+        self.delta, self.point_delta = Cotangents(), Cotangents()
+        self.tangent: Values = {}
+        self.curved: set[str] = set()
+
+    def cotangents(self, seed: Tensor) -> Tensor | None:
+        """Pass 2: carry ``seed`` (like the scores) back; returns the input gradient at the points."""
+        run, points = self.block.run, self.block.points
+        self.delta.add(self.captured.scores, seed)
+        if self.captured.scores not in self.roles.learned:
+            # Without a trainable parameter in it, the critic still has an input gradient.
+            self.point_delta.add(
+                self.captured.scores, points.take(self.captured.scores, seed) if points else None
+            )
+        for node in reversed(self.nodes):
+            if node in self.roles.learned:
+                self._back(node, run, self.delta, lambda s: s in self.roles.learned)
+                if points is not None:
+                    self._back(node, points, self.point_delta, self._only_points, self._point(node))
+            elif points is not None:
+                self._back(node, points, self.point_delta, self._only_points)
+        return self.point_delta.get(self.captured.inputs[0])  # type: ignore[no-any-return]
+
+    def _only_points(self, source: fx.Node) -> bool:
+        return source in self.roles.varying and source not in self.roles.learned
+
+    def _point(self, node: fx.Node) -> Any:
+        """δ of ``node`` at the points."""
+        if self.block.points is None:
+            return None
+        if node in self.delta:
+            return self.block.points.take(node, self.delta.get(node))
+        return self.point_delta.get(node)
+
+    def _back(
+        self,
+        node: fx.Node,
+        run: Run,
+        into: Cotangents,
+        chosen: Callable[[fx.Node], bool],
+        cotangent: Any = None,
+    ) -> None:
+        cotangent = into.get(node) if cotangent is None else cotangent
+        if cotangent is None:
+            return
+        if node.target is operator.getitem:
+            parent, index = node.args
+            if chosen(parent):  # type: ignore[arg-type]
+                into.add_element(parent, index, len(run.values[parent]), cotangent)  # type: ignore[arg-type,index]
+            return
+        call = self._call(run, node)
+        if call is None:
+            return
+        operands = run.operands(node)
+        wanted = [i for i, s in enumerate(operands) if s in self.roles.sampled and chosen(s)]
+        if wanted:
+            with run.label(f"delta_{node.name}"), explained(node):
+                gradients = rule_for(node.target).vjp(call, cotangent, wanted)
+            into.pull(run, node, [operands[i] for i in wanted], gradients)
+
+    @staticmethod
+    def _call(run: Run, node: fx.Node) -> Call | None:
+        return run.calls[node] if isinstance(node.target, torch._ops.OpOverload) else None
+
+    def tangents(self, v: Tensor) -> None:
+        """Pass 3: carry ``v`` (like the points) forward through the linearised critic."""
+        points = self.block.points
+        assert points is not None
+        self.tangent[self.captured.inputs[0]] = v
+        for node in self.nodes:
+            if node not in self.roles.varying or node is self.captured.scores:
+                continue
+            if node.target is operator.getitem:
+                parent = self.tangent.get(node.args[0])  # type: ignore[arg-type]
+                self.tangent[node] = None if parent is None else parent[node.args[1]]
+                continue
+            call = self._call(points, node)
+            if call is None:
+                continue
+            tangents = self._tangents_of(points, node, call)
+            if all(t is None for t in tangents):
+                continue
+            with points.label(f"tangent_{node.name}"), explained(node):
+                tangent = rule_for(node.target).jvp(call, tangents)
+            self.tangent[node] = tree_map_only(Tensor, lambda t: t, tangent)
+
+    def _tangents_of(self, points: Rows, node: fx.Node, call: Call) -> list[Tensor | None]:
+        tangents = [self.tangent.get(source) for source in points.operands(node)]
+        return [
+            t.to(x.dtype) if isinstance(t, Tensor) and t.dtype != x.dtype else t
+            for t, x in zip(tangents, call.operands)
+        ]
+
+    def weights(self) -> None:
+        """Pass 4: gradients of the weights, and β from the last curved operator down."""
+        beta = Cotangents()
+        for node in reversed(self.nodes):
+            if node not in self.roles.learned:
+                continue
+            if node.target is operator.getitem:
+                if node in beta:
+                    parent, index = node.args
+                    beta.add_element(parent, index, len(self.block.run.values[parent]), beta.get(node))  # type: ignore[arg-type,index]
+                continue
+            call = self._call(self.block.run, node)
+            if call is None:
+                continue
+            operands = self.block.run.operands(node)
+            weights = [
+                i for i, s in enumerate(operands) if s not in self.roles.sampled and s in self.roles.learned
+            ]
+            inner = [i for i, s in enumerate(operands) if s in self.roles.sampled and s in self.roles.learned]
+            with self.block.run.label(f"grad_{node.name}"), explained(node):
+                if weights and node in self.delta:
+                    self._weights(node, call, operands, weights, beta.get(node))
+            with self.block.run.label(f"beta_{node.name}"), explained(node):
+                if inner and self.block.points is not None:
+                    self._curvature(node, operands, inner, beta)
+
+    def _curvature(self, node: fx.Node, operands: list[fx.Node], inner: list[int], beta: Cotangents) -> None:
+        points = self.block.points
+        assert points is not None
+        call = points.calls[node]
+        rule = rule_for(node.target)
+        sources = [operands[i] for i in inner]
+        tangents = self._tangents_of(points, node, call)
+        delta = self._point(node)
+        if delta is not None and any(t is not None for t in tangents):
+            curvature = rule.second(call, tangents, delta, inner)
+            if any(share is not None for share in curvature):
+                self.curved.add(str(node.target))
+            beta.pull(points, node, sources, curvature)
+        if node in beta:
+            beta.pull(points, node, sources, rule.vjp(call, beta.get(node), inner))
+
+    def _weights(
+        self, node: fx.Node, call: Call, operands: list[fx.Node], weights: list[int], beta: Any
+    ) -> None:
+        points, loss, rule = self.block.points, self.block.loss, rule_for(node.target)
+        delta = self.delta.get(node)
+
+        def pull(gradients: Sequence[Tensor | None], chosen: Sequence[int]) -> None:
+            self.shared.pull(self.block.run, node, [operands[i] for i in chosen], gradients)
+
+        if points is None:
+            pull(rule.vjp(call, delta, weights), weights)
+            return
+        point_call, point_delta = points.calls[node], self._point(node)
+        tangents = self._tangents_of(points, node, point_call)
+        factors = self.block.factors
+        data = call.slot(rule.data) if rule.data else None
+        linear = [i for i in weights if data is not None and i == call.slot("weight")]
+        if linear and tangents[data] is not None and call.operands[data].shape[0] != 0:  # type: ignore[index]
+            # One VJP serves loss and penalty: the tangent stands where the points were.
+            tangent: Tensor = tangents[data]  # type: ignore[assignment,index]
+            source = operands[data]  # type: ignore[index]
+            if factors is not None:
+                tangent = points.scale(source, point_call.operands[data], factors) + tangent  # type: ignore[index]
+            joined = call.with_operand(data, points.put(source, call.operands[data], tangent))  # type: ignore[index,arg-type]
+            pull(rule.vjp(joined, delta, linear), linear)
+            others = [i for i in weights if i not in linear]
+        else:
+            linear, others = [], weights
+        if loss is not None and others:
+            pull(rule.vjp(loss.calls[node], self._loss_rows(node, delta), others), others)
+        if factors is not None and others:
+            scaled = points.scale(node, point_delta, factors)
+            pull(rule.vjp(point_call, scaled, others), others)
+        if beta is not None:
+            pull(rule.vjp(point_call, beta, weights), weights)
+        if others and data is None and any(t is not None for t in tangents):
+            pull(rule.second(point_call, tangents, point_delta, others), others)
+
+    def _loss_rows(self, node: fx.Node, value: Tensor) -> Tensor:
+        return self.block.loss.take(node, value) if isinstance(self.block.loss, Rows) else value
+
+
+def shared_gradients(run: Run, nodes: Iterator[fx.Node], learned: set[fx.Node], into: Cotangents) -> None:
+    """Carry the cotangents of values that no sample enters back to the parameters, by the ordinary chain rule."""
+    for node in nodes:
+        if node not in learned or node not in into:
+            continue
+        if node.target is operator.getitem:
+            parent, index = node.args
+            into.add_element(parent, index, len(run.values[parent]), into.get(node))  # type: ignore[arg-type,index]
+            continue
+        call, operands = run.calls[node], run.operands(node)
+        wanted = [i for i, source in enumerate(operands) if source in learned]
+        with run.label(f"grad_{node.name}"), explained(node):
+            gradients = rule_for(node.target).vjp(call, into.get(node), wanted)
+        into.pull(run, node, [operands[i] for i in wanted], gradients)
+
+
+def penalty_seed(
+    gradient: Tensor, *, weight: float, target: float, one_sided: bool, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn the input gradient into what pass 3 starts from.
+
+    Args:
+        gradient: g ``[N, *D]``.
+        weight: w.
+        target: The norm that costs nothing.
+        one_sided: Whether only norms above it cost.
+        group_size: Samples that share one norm.
+
+    Returns:
+        v = (w/N) ψ'(‖g‖) g/‖g‖ ``[N, *D]`` (0 where g = 0), the penalty, and the mean norm.
+    """
+    dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    groups = gradient.shape[0] // group_size
+    norm = torch.linalg.vector_norm(gradient.reshape(groups, -1), dim=1, dtype=dtype)
+    excess = norm if target == 0 else norm - target
+    if one_sided:
+        excess = excess.clamp(min=0)
+    penalty = torch.dot(excess, excess) * (weight / groups)
+    if target == 0:
+        return gradient * (2 * weight / groups), penalty, norm.mean()
+    # Where the norm is 0 so is g, whatever it is multiplied by; threshold keeps the division finite and lets NaN pass.
+    slope = excess / torch.threshold(norm, 0, torch.inf) * (2 * weight / groups)
+    slope = (
+        slope.to(gradient.dtype).repeat_interleave(group_size) if group_size > 1 else slope.to(gradient.dtype)
+    )
+    return gradient * slope.view(-1, *[1] * (gradient.dim() - 1)), penalty, norm.mean()
+
+
+def number_values(values: Mapping[fx.Node, Any]) -> Values:
+    """The values that are plain numbers, such as sizes."""
+    return {node: value for node, value in values.items() if not isinstance(value, Tensor | list | tuple)}

@@ -1,0 +1,473 @@
+"""Plans: a critic and the shapes of one batch, turned into a flat graph that is run at every step."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
+
+from .capture import Captured, CaptureError, capture
+from .independence import Coupled, Dims, batch_dims
+from .optimize import finish, is_view, save_memory
+from .passes import (
+    Block,
+    Cotangents,
+    FourPasses,
+    Roles,
+    Rows,
+    Run,
+    number_values,
+    penalty_seed,
+    shared_gradients,
+)
+from .record import Recorder
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Schedule = Literal["auto", "batched", "split"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a plan computes.
+
+    Attributes:
+        loss: ``(real_scores, fake_scores) -> 0-dim``; None for the penalty alone.
+        weight: The penalty's factor; None for the loss alone.
+        target: The norm that costs nothing.
+        one_sided: Whether only norms above it cost.
+        at: "real", "fake" or "both" for the penalty on the samples themselves; "interpolates" for points mixed from
+            them by α; "given" for points that are passed in.
+        group_size: Samples that share one norm.
+    """
+
+    loss: Loss | None = None
+    weight: float | None = 10.0
+    target: float = 1.0
+    one_sided: bool = False
+    at: Literal["interpolates", "real", "fake", "both", "given"] = "interpolates"
+    group_size: int = 1
+
+    def parts(self) -> list[str]:
+        """The batches that go through the critic, in the order of a plain implementation."""
+        losses = ["real", "fake"] if self.loss else []
+        return losses + [f"{name} points" for name in self.points()]
+
+    def points(self) -> list[str]:
+        """The batches at which the gradient is penalised."""
+        if self.weight is None:
+            return []
+        return {"real": ["real"], "fake": ["fake"], "both": ["real", "fake"]}.get(self.at, ["mixed"])
+
+
+class StepOutput(NamedTuple):
+    """Figures of one step, 0-dim tensors (None where the objective has no such part), and the gradients."""
+
+    loss: Tensor | None
+    penalty: Tensor | None
+    real_score: Tensor | None
+    fake_score: Tensor | None
+    gradient_norm: Tensor | None
+    gradients: list[Tensor | None]
+
+
+class Plan:
+    """The flat graph of one objective for one batch shape.
+
+    Args:
+        critic: The critic.
+        objective: What to compute.
+        example: A batch ``[N, *D]`` like those to come.
+        critic_args: Further positional arguments of the critic.
+        critic_kwargs: Its keyword arguments.
+        schedule: "batched" or "split".
+        in_place: Whether the graph overwrites what it no longer needs; a compiler prefers that it does not.
+        captured: The critic's graph from an earlier plan, to save capturing it again.
+
+    Raises:
+        CaptureError: The critic cannot be planned; the message says where and why.
+
+    Attributes:
+        graph: The ``GraphModule``; ``plan.graph.code`` is what runs.
+        parameters: The trainable parameters, in the order of the gradients.
+        coupled: Why samples are not proven apart; None where they are.
+        curved: Operators whose curvature the step carries.
+        linear: The other operators between the points and the scores.
+    """
+
+    def __init__(
+        self,
+        critic: nn.Module,
+        objective: Objective,
+        example: Tensor,
+        critic_args: tuple[Any, ...] = (),
+        critic_kwargs: Mapping[str, Any] | None = None,
+        *,
+        schedule: Literal["batched", "split"] = "batched",
+        in_place: bool = True,
+        captured: Captured | None = None,
+    ) -> None:
+        self.in_place = in_place
+        self.objective = objective
+        self.device = example.device.type
+        self._autocast_enabled = torch.is_autocast_enabled(self.device)
+        self._autocast_dtype = torch.get_autocast_dtype(self.device)
+        arguments = (example, *critic_args)
+        with torch.autocast(self.device, enabled=False):
+            self.captured = captured or capture(critic, arguments, critic_kwargs or {})
+        self._slots = [_slot(critic, name) for name in self.captured.parameters.values()]
+        self._buffers = [_slot(critic, name) for name in self.captured.buffers.values()]
+        self.parameters = list(dict.fromkeys(p for p in critic.parameters() if p.requires_grad))
+        leaves, _ = tree_flatten((arguments, dict(critic_kwargs or {})))
+        self._examples = dict(zip(self.captured.inputs, leaves))
+        N = example.shape[0]
+        self._batch_inputs = [
+            node for node, leaf in self._examples.items()
+            if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == N
+        ]  # fmt: skip
+        owners = dict(zip(self.captured.parameters, self._slots))
+        trainable = [node for node, slot in owners.items() if _read(slot).requires_grad]
+        self.roles = Roles.of(self.captured, self._batch_inputs, trainable)
+        if self.captured.inputs[0] not in self.roles.sampled:
+            raise CaptureError("the critic's input has no batch dimension")
+        self.coupled: str | None = None
+        self.dims: Dims = {}
+        self._numbers: dict[fx.Node, Any] = {}
+        self._prove()
+        self.schedule = "split" if self.coupled else schedule
+        self.curved: set[str] = set()
+        self.linear: set[str] = set()
+        self.graph = self._record()
+        self.runner: Callable[..., Any] = self.graph
+
+    def _prove(self) -> None:
+        """Run the critic on stand-ins of one and of two batches to see which dimensions grow."""
+        small, calls = self._rehearse(1)
+        self._numbers = number_values(small)
+        if not self.captured.dynamic:
+            self.coupled = "the batch size is fixed in the captured graph"
+            return
+        try:
+            large, _ = self._rehearse(2)
+            self.dims = batch_dims(self.captured, calls, small, large)
+        except (Coupled, CaptureError) as error:
+            self.coupled = str(error)
+
+    def _rehearse(self, copies: int) -> tuple[dict[fx.Node, Any], dict[fx.Node, Any]]:
+        run, mode = Run(self.captured), FakeTensorMode()
+        for node, value in (self._live() | self._examples).items():
+            if isinstance(value, Tensor):
+                value = mode.from_tensor(value.detach(), static_shapes=True)
+            run.values[node] = value
+        with mode, torch.no_grad(), self.autocast():
+            for node in self._batch_inputs:
+                run.values[node] = torch.cat([run.values[node]] * copies)
+            run.evaluate(self.captured.calls(), self.roles.sampled)
+        return run.values, run.calls
+
+    def _live(self) -> dict[fx.Node, Tensor]:
+        owned = [*self.captured.parameters, *self.captured.buffers]
+        values = dict(zip(owned, map(_read, [*self._slots, *self._buffers])))
+        return values | self.captured.constants
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Autocast as it was when the plan was made."""
+        return torch.autocast(self.device, dtype=self._autocast_dtype, enabled=self._autocast_enabled)
+
+    def _record(self) -> fx.GraphModule:
+        recorder = self.recorder = Recorder()
+        objective = self.objective
+        owned = {
+            node: recorder.input(node.name, value.detach())
+            for node, value in self._live().items()
+            if node not in self.captured.constants
+        }
+        example = self._examples[self.captured.inputs[0]].detach()
+        self.inputs = _input_names(objective)
+        self.layout: dict[str, tuple[torch.Size, tuple[int, ...]]] = {}
+        batches: dict[str, Tensor] = {}
+        for name in self.inputs:
+            like = example
+            if name == "alpha":
+                dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
+                like = torch.empty(example.shape[0], dtype=dtype, device=example.device)
+            batches[name] = recorder.input(name, like)
+            self.layout[name] = (like.shape, like.stride())
+        extras = {
+            node: recorder.input(node.name, leaf.detach()) if isinstance(leaf, Tensor) else leaf
+            for node, leaf in list(self._examples.items())[1:]
+        }
+        with recorder.fake, recorder, torch.no_grad():
+            constants = {
+                node: recorder.constant(node.name, value) for node, value in self.captured.constants.items()
+            }
+            base = Run(self.captured, recorder.labelled)
+            base.values.update(owned | constants | extras)
+            shared = [node for node in self.captured.calls() if node not in self.roles.sampled]
+            with self.autocast():
+                base.evaluate([n for n in shared if not _counts(n)], self.roles.sampled)
+            self._counters = [node for node in shared if _counts(node)]
+            if "alpha" in batches:
+                with recorder.labelled("interpolates"), torch.autocast(self.device, enabled=False):
+                    batches["points"] = _mix(batches["real"], batches["fake"], batches["alpha"])
+            outputs = _Step(self, base, batches).record()
+        recorder.output(outputs)
+        graph = finish(recorder)
+        if self.in_place:
+            save_memory(graph.graph)
+        graph.graph.lint()
+        graph.recompile()
+        return graph
+
+    def __call__(self, batches: Sequence[Tensor], extras: Sequence[Any] = ()) -> StepOutput:
+        """Run the graph.
+
+        Args:
+            batches: Tensors in the order of ``inputs``.
+            extras: The critic's further arguments, flattened.
+        """
+        return self.run(self.owned(), batches, extras)
+
+    def owned(self) -> list[Tensor]:
+        """The critic's parameters and buffers as they are now, in the order in which the graph takes them."""
+        return [_read(slot) for slot in (*self._slots, *self._buffers)]
+
+    def run(
+        self, owned: Sequence[Tensor], batches: Sequence[Tensor], extras: Sequence[Any] = ()
+    ) -> StepOutput:
+        """Run the graph on given values of the critic's parameters and buffers."""
+        tensors = [extra for extra in extras if isinstance(extra, Tensor)]
+        with torch.no_grad(), torch.autocast(self.device, enabled=False):
+            return StepOutput(*self.runner(*owned, *batches, *tensors))
+
+    def units(self) -> float:
+        """Matmul and convolution FLOPs of the step, in critic forwards over one batch."""
+        with FlopCounterMode(display=False) as forward:
+            self._rehearse(1)
+        return self._step_flops() / max(forward.get_total_flops(), 1)  # type: ignore[no-any-return]
+
+    def _step_flops(self) -> int:
+        placeholders = [node.meta["val"] for node in self.graph.graph.nodes if node.op == "placeholder"]
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
+            self.graph(
+                *[
+                    torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
+                    for v in placeholders
+                ]
+            )
+        return counter.get_total_flops()  # type: ignore[no-any-return]
+
+    def launches(self) -> int:
+        """Operators of the graph that are not views."""
+        return sum(node.op == "call_function" and not is_view(node) for node in self.graph.graph.nodes)
+
+    @property
+    def code(self) -> str:
+        """The flat graph as Python."""
+        return self.graph.code
+
+
+def _addmm_flops(bias: Any, a: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+_FLOPS = {torch.ops.aten._addmm_activation: _addmm_flops}
+"""What PyTorch's counter leaves out."""
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a node counts batches, which the plain implementation does once per batch."""
+    schema = getattr(node.target, "_schema", None)
+    value = node.meta.get("val")
+    return bool(schema and schema.is_mutable and isinstance(value, Tensor) and not value.is_floating_point())
+
+
+def _input_names(objective: Objective) -> list[str]:
+    names = ["real", "fake"] if objective.loss or objective.at in ("interpolates", "both") else []
+    if objective.weight is None:
+        return names
+    if objective.at == "interpolates":
+        return [*names, "alpha"]
+    if objective.at == "given":
+        return [*names, "points"]
+    return names or [objective.at]
+
+
+def _mix(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
+    alpha = alpha.reshape(-1, *[1] * (real.dim() - 1))
+    if alpha.dtype == real.dtype:
+        return torch.lerp(fake, real, alpha)
+    return torch.lerp(fake.to(alpha.dtype), real.to(alpha.dtype), alpha).to(real.dtype)
+
+
+class _Step:
+    """Lays the batches out in blocks and runs the four passes over each."""
+
+    def __init__(self, plan: Plan, base: Run, batches: Mapping[str, Tensor]) -> None:
+        self.plan, self.base, self.batches = plan, base, batches
+        self.captured, self.roles, self.objective = plan.captured, plan.roles, plan.objective
+        self.cotangents = Cotangents()
+        self.figures: dict[str, Any] = {}
+        self.penalties: list[Tensor] = []
+        self.norms: list[Tensor] = []
+
+    def record(self) -> tuple[Any, ...]:
+        """Run everything; returns the fields of ``StepOutput``."""
+        objective, points = self.objective, self.objective.points()
+        losses = ["real", "fake"] if objective.loss else []
+        on_samples = objective.at in ("real", "fake", "both") and bool(points)
+        shares = bool(losses) and on_samples and not self.plan.coupled
+        if shares:
+            losses = [name for name in losses if name not in points]
+        self.total = {"real": "real", "fake": "fake", "mixed": "points"}
+        if self.plan.schedule == "batched":
+            groups = [(losses, points)]
+        else:
+            groups = [([name], []) for name in losses] + [([], [name]) for name in points]
+        recorder, runs = self.plan.recorder, []
+        for recorder.segment, (lead, trail) in enumerate(groups, 1):
+            runs.append(self._forward([*lead, *trail]))
+        recorder.segment = len(groups) + 1
+        seeds = self._loss(groups, runs)
+        for recorder.segment, ((lead, trail), run) in enumerate(zip(groups, runs), 1):
+            self._passes(run, lead, trail, seeds, shares)
+        recorder.segment = len(groups) + 1
+        shared = [node for node in self.captured.calls() if node not in self.roles.sampled]
+        with self.plan.autocast():
+            shared_gradients(self.base, reversed(shared), self.roles.learned, self.cotangents)
+        return self._outputs()
+
+    def _plain(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.plan.device, enabled=False)
+
+    def _forward(self, names: list[str]) -> Run:
+        """Pass 1 over the named batches, joined."""
+        run = Run(self.captured, self.base.label)
+        run.values.update(self.base.values)
+        run.calls.update(self.base.calls)
+        with run.label("batch"):
+            joined = [self.batches[self.total[name]] for name in names]
+            run.values[self.captured.inputs[0]] = torch.cat(joined) if len(joined) > 1 else joined[0]
+            for node in self.plan._batch_inputs[1:]:
+                value = self.base.values[node]
+                run.values[node] = torch.cat([value] * len(names)) if len(names) > 1 else value
+        with self.plan.autocast():
+            run.evaluate(self.plan._counters, self.roles.sampled)
+            run.evaluate([n for n in self.captured.calls() if n in self.roles.sampled], self.roles.sampled)
+        scores = run.values[self.captured.scores]
+        expected = run.values[self.captured.inputs[0]].shape[0] // self.objective.group_size
+        if (
+            not isinstance(scores, Tensor)
+            or scores.dim() == 0
+            or scores.shape[0] != expected
+            or scores.numel() != expected
+        ):
+            raise CaptureError(
+                f"the critic must return one score per sample, it returned {list(scores.shape)}"
+            )
+        return run
+
+    def _loss(self, groups: list[tuple[list[str], list[str]]], runs: list[Run]) -> dict[str, Tensor]:
+        """Loss, score figures, and dL/ds for each batch that the loss sees."""
+        if self.objective.loss is None:
+            return {}
+        scores: dict[str, Tensor] = {}
+        for (lead, trail), run in zip(groups, runs):
+            names = [*lead, *trail]
+            parts = run.values[self.captured.scores].chunk(len(names))
+            # Where the points are the samples once more, the loss keeps to its own run of them.
+            scores = dict(zip(names, parts)) | scores
+        with self.base.label("loss"), self._plain(), torch.enable_grad():
+            leaves = [scores[name].detach().requires_grad_() for name in ("real", "fake")]
+            wide = [s if s.dtype == torch.float64 else s.float() for s in leaves]
+            loss = self.objective.loss(*wide)
+            seeds = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            self.figures["real_score"], self.figures["fake_score"] = (
+                s.detach().mean(dtype=s.dtype) for s in wide
+            )
+        self.figures["loss"] = loss.detach()
+        return dict(zip(("real", "fake"), seeds))
+
+    def _passes(
+        self, run: Run, lead: list[str], trail: list[str], seeds: Mapping[str, Tensor], shares: bool
+    ) -> None:
+        plan, total = self.plan, len(lead) + len(trail)
+        dims = plan.dims
+        points = Rows(run, dims, len(lead), total, total, plan._numbers) if trail else None
+        if points is not None and len(trail) != 1 and total == len(trail):
+            points = Rows(run, dims, 0, total, total, number_values(run.values))
+        loss: Run | None = None
+        if lead:
+            loss = Rows(run, dims, 0, len(lead), total, plan._numbers) if trail else run
+        factors = torch.cat([seeds[name] for name in trail]).flatten() if shares and trail else None
+        scores = run.values[self.captured.scores]
+        with run.label("seed"):
+            rows = scores.shape[0] // total
+            units = [torch.ones_like(scores.narrow(0, 0, rows)) for _ in trail]
+            parts = [seeds[name] for name in lead] + units
+            seed = torch.cat(parts) if len(parts) > 1 else parts[0]
+        passes = FourPasses(Block(run, loss, points, factors), self.roles, self.cotangents)
+        with self.plan.autocast():
+            gradient = passes.cotangents(seed)
+        if points is not None:
+            self._penalise(run, passes, gradient, len(trail))
+        with self.plan.autocast():
+            passes.weights()
+        plan.curved |= passes.curved
+        plan.linear |= {str(n.target) for n in passes.nodes if n in self.roles.varying} - plan.curved
+
+    def _penalise(self, run: Run, passes: FourPasses, gradient: Tensor | None, parts: int) -> None:
+        objective = self.objective
+        if gradient is None:
+            gradient = torch.zeros_like(passes.block.points.values[self.captured.inputs[0]])  # type: ignore[union-attr]
+        with run.label("penalty"), self._plain():
+            v, penalty, norm = penalty_seed(
+                gradient,
+                weight=(objective.weight or 0.0) * parts,
+                target=objective.target,
+                one_sided=objective.one_sided,
+                group_size=objective.group_size,
+            )
+        self.penalties.append(penalty)
+        self.norms.append(norm)
+        with self.plan.autocast():
+            passes.tangents(v)
+
+    def _outputs(self) -> tuple[Any, ...]:
+        with self.base.label("result"):
+            penalty = sum(self.penalties[1:], self.penalties[0]) if self.penalties else None
+            norm = sum(self.norms[1:], self.norms[0]) if self.norms else None
+            norm = norm / len(self.norms) if len(self.norms) > 1 else norm  # type: ignore[assignment,operator]
+            loss = self.figures.get("loss")
+            if penalty is not None:
+                loss = penalty if loss is None else loss + penalty
+            gradients: dict[int, Tensor] = {}
+            for node, slot in zip(self.captured.parameters, self.plan._slots):
+                gradient, key = self.cotangents.get(node), id(_read(slot))
+                if gradient is not None:
+                    gradients[key] = gradients[key] + gradient if key in gradients else gradient
+        return (
+            loss,
+            penalty,
+            self.figures.get("real_score"),
+            self.figures.get("fake_score"),
+            norm,
+            [gradients.get(id(parameter)) for parameter in self.plan.parameters],
+        )
+
+
+def _slot(critic: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Where a parameter or buffer lives, so that every step reads it live."""
+    path, _, attribute = name.rpartition(".")
+    module = critic.get_submodule(path)
+    return (module._parameters if attribute in module._parameters else module._buffers), attribute
+
+
+def _read(slot: tuple[dict[str, Any], str]) -> Tensor:
+    owner, name = slot
+    return owner[name]  # type: ignore[no-any-return]

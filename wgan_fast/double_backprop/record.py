@@ -1,0 +1,172 @@
+"""Writes down every ATen operator that runs under it, as one flat FX graph.
+
+The passes are ordinary Python over tensors; running them on fake tensors under a ``Recorder`` turns them into a
+graph that needs neither the passes nor autograd. Equal calls are recorded once.
+"""
+
+import operator
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+_ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
+"""Operators that return their argument: what they return is the argument's node."""
+
+_RESHAPES = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.expand.default}
+"""Operators that return an alias of their argument where it has the shape asked for."""
+
+_REDUCTIONS = {torch.ops.aten.mean.default, torch.ops.aten.sum.default}
+"""Operators that say the same with and without the dtype of their argument."""
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode that appends to ``graph`` what it sees.
+
+    Attributes:
+        graph: The graph being written.
+        constants: Tensors that the recorded code closes over, by attribute name.
+        label: Name given to the nodes recorded from here on.
+        segment: Where these nodes run: the graph is ordered by segment, as far as its data flow allows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.fake = FakeTensorMode()
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        self.label = ""
+        self.segment = 0
+        # Fake tensors own no memory; holding them keeps their ids from being reused.
+        self._seen: dict[int, tuple[Tensor, fx.Node]] = {}
+        self._calls: dict[Hashable, fx.Node] = {}
+        self._owners: dict[int, set[fx.Node]] = {}
+
+    def input(self, name: str, example: Tensor) -> Tensor:
+        """Add a graph input that looks like ``example``; returns its stand-in."""
+        fake = self.fake.from_tensor(example, static_shapes=True).detach()
+        self._bind(fake, self.graph.placeholder(name))
+        return fake
+
+    def constant(self, name: str, value: Tensor) -> Tensor:
+        """Add a tensor that the graph owns; returns its stand-in."""
+        name = f"constant_{name}".replace(".", "_")
+        fake = self.fake.from_tensor(value, static_shapes=True).detach()
+        self.constants[name] = value
+        self._bind(fake, self.graph.get_attr(name))
+        return fake
+
+    def output(self, values: Any) -> None:
+        """Close the graph: ``values`` is a nest of tensors and None."""
+        self.graph.output(tree_map_only(Tensor, self.node, values))
+
+    def node(self, tensor: Tensor) -> fx.Node:
+        """Return the node that computes ``tensor``."""
+        if id(tensor) not in self._seen:
+            if self.fake.is_our_fake(tensor):
+                raise RuntimeError(f"a tensor of shape {list(tensor.shape)} was made outside the recording")
+            self._bind(tensor, self._lift(tensor))
+        return self._seen[id(tensor)][1]
+
+    @contextmanager
+    def labelled(self, label: str) -> Iterator[None]:
+        """Name the nodes recorded inside the block."""
+        before, self.label = self.label, label
+        try:
+            yield
+        finally:
+            self.label = before
+
+    def _bind(self, tensor: Tensor, node: fx.Node) -> None:
+        node.meta.setdefault("val", tensor)
+        node.meta.setdefault("segment", self.segment)
+        self._owners.setdefault(tensor.untyped_storage()._cdata, set()).add(node)
+        self._seen[id(tensor)] = (tensor, node)
+
+    def _lift(self, tensor: Tensor) -> fx.Node:
+        name = f"constant_{len(self.constants)}"
+        self.constants[name] = tensor
+        return self.graph.get_attr(name)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` on the fake tensors and record it."""
+        kwargs = kwargs or {}
+        if func in _REDUCTIONS and kwargs.get("dtype") == args[0].dtype:
+            kwargs = {name: value for name, value in kwargs.items() if name != "dtype"}
+        if func in _ALIASES or (func in _RESHAPES and list(args[0].shape) == list(args[1])):
+            out = func(*args, **kwargs)
+            self._bind(out, self.node(args[0]))
+            return out
+        node_args, node_kwargs = tree_map_only(Tensor, self.node, (args, kwargs))
+        out = func(*args, **kwargs)
+        leaves, _ = tree_flatten(out)
+        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+            return out
+        if func._schema.is_mutable:
+            return self._mutate(func, args, out, node_args, node_kwargs)
+        repeatable = torch.Tag.nondeterministic_seeded not in func.tags
+        key = (func, repr((node_args, node_kwargs)))
+        node = self._calls.get(key) if repeatable else None
+        # A node of a later segment would pull that segment, and its buffer updates, before this one.
+        if node is None or node.meta["segment"] > self.segment:
+            node = self.graph.create_node(
+                "call_function", func, node_args, node_kwargs, name=self.label or None
+            )
+            if repeatable:
+                self._calls[key] = node
+        self._bind_all(out, node)
+        return out
+
+    def _mutate(self, func: Any, args: Any, out: Any, node_args: Any, node_kwargs: Any) -> Any:
+        """Record an in-place operator: in its functional form where nothing else shares the memory."""
+        target = args[0]
+        functional = functional_form(func)
+        storage = target.untyped_storage()._cdata
+        private = target._base is None and self._owners.get(storage, set()) <= {self.node(target)}
+        if functional is not None and private and self.node(target).op == "call_function":
+            node = self.graph.create_node(
+                "call_function", functional, node_args, node_kwargs, name=self.label or None
+            )
+            self._owners[storage] = set()
+        else:
+            node = self.graph.create_node(
+                "call_function", func, node_args, node_kwargs, name=self.label or None
+            )
+            stale = self._owners.get(storage, set())
+            for key in [
+                key for key, made in self._calls.items() if made in stale or stale & set(made.all_input_nodes)
+            ]:
+                del self._calls[key]
+        self._bind_all(out, node)
+        return out
+
+    def _bind_all(self, out: Any, node: fx.Node) -> None:
+        node.meta.setdefault("segment", self.segment)
+        if isinstance(out, Tensor):
+            self._bind(out, node)
+            return
+        for i, leaf in enumerate(out):
+            if isinstance(leaf, Tensor):
+                self._bind(leaf, self._element(node, i))
+
+    def _element(self, node: fx.Node, i: int) -> fx.Node:
+        key = (node, i)
+        if key not in self._calls:
+            self._calls[key] = self.graph.create_node(
+                "call_function", operator.getitem, (node, i), name=f"{node.name}_{i}"
+            )
+        return self._calls[key]
+
+
+def functional_form(func: Any) -> Any:
+    """Return the operator that computes what an in-place one writes; None where there is none."""
+    name = func._schema.name.removeprefix("aten::")
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+    if not name.endswith("_") or packet is None or func._overloadname not in packet.overloads():
+        return None
+    return getattr(packet, func._overloadname)

@@ -1,0 +1,215 @@
+"""A call of one operator, the generic rule, and the registry of rules.
+
+An operator is a function f of its tensor operands; everything else it was given is part of f. With operands x,
+tangents t, and cotangents δ of the output, a rule knows
+
+- ``vjp``: ∂⟨δ, f(x)⟩/∂x,
+- ``jvp``: the derivative of f at x along t,
+- ``second``: ∂⟨δ, JVP f(x)[t]⟩/∂x, which is how f curves and, for an operand that is a weight, its share of the
+  penalty's gradient.
+
+None stands for an operand that is not asked for, a tangent that is zero, or a derivative that is zero.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+Derivatives = list[Tensor | None]
+Output = Any
+"""A tensor, or a list of tensors for operators that return several."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for operand ``index`` among an operator's arguments."""
+
+    index: int
+
+
+@dataclass
+class Call:
+    """One operator applied to its operands.
+
+    Attributes:
+        op: The ATen overload.
+        args: Positional arguments with a ``Slot`` for every tensor.
+        kwargs: Keyword arguments, likewise.
+        operands: The tensors, in order of their slots.
+        sampled: For each operand, whether it has rows that belong to samples (or is shared by all of them).
+        output: What the operator returned.
+        saved: What the rule kept from the forward, with the batch in the same dimension as the output.
+    """
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    operands: list[Tensor]
+    sampled: list[bool]
+    output: Output = None
+    saved: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(self, operands: Sequence[Tensor] | None = None) -> Output:
+        """Apply the operator to ``operands``, by default its own."""
+        filled = self.operands if operands is None else operands
+        args, kwargs = tree_map_only(Slot, lambda slot: filled[slot.index], (self.args, self.kwargs))
+        return self.op(*args, **kwargs)
+
+    def argument(self, name: str) -> Any:
+        """The argument that the operator's schema calls ``name``; a ``Slot`` where it is a tensor."""
+        for position, argument in enumerate(self.op._schema.arguments):
+            if argument.name == name:
+                if position < len(self.args):
+                    return self.args[position]
+                return self.kwargs.get(name, argument.default_value)
+        raise KeyError(name)
+
+    def slot(self, name: str) -> int | None:
+        """The index of the operand called ``name``; None where it was not given."""
+        value = self.argument(name)
+        return value.index if isinstance(value, Slot) else None
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The operand called ``name``; None where it was not given."""
+        slot = self.slot(name)
+        return None if slot is None else self.operands[slot]
+
+    def with_operand(self, index: int, value: Tensor) -> "Call":
+        """The same call with one operand replaced."""
+        operands = list(self.operands)
+        operands[index] = value
+        return replace(self, operands=operands)
+
+
+class Rule:
+    """The generic rule: everything follows from autograd on this operator alone.
+
+    Attributes:
+        data: Name of the argument that the operator is linear in while its other operands are fixed, and linear in
+            those, up to a bias, while the data is fixed: the gradient of such a weight for loss and penalty
+            together is one VJP at the data with the tangent written over the penalised rows.
+    """
+
+    data: str | None = None
+
+    def forward(self, call: Call) -> Output:
+        """Run the operator; may leave tensors in ``call.saved``."""
+        return call.run()
+
+    def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
+        """Return ∂⟨δ, f(x)⟩/∂x for the operands ``wanted``."""
+        operands = _leaves(call)
+        with torch.enable_grad():
+            outputs, cotangents = _paired(call.run(operands), cotangent)
+            return _grad(outputs, [operands[i] for i in wanted], cotangents)
+
+    def jvp(self, call: Call, tangents: Sequence[Tensor | None]) -> Output:
+        """Return the derivative of f along ``tangents``."""
+        # The VJP is linear in its cotangent, so differentiating ⟨VJP(δ), t⟩ for δ gives the JVP. Unlike forward-mode
+        # AD this needs nothing but the operator's double backward, and what it computes on the way is dead code.
+        moving = [i for i, t in enumerate(tangents) if t is not None]
+        operands = _leaves(call)
+        with torch.enable_grad():
+            output = call.run(operands)
+            outputs = [output] if isinstance(output, Tensor) else list(output)
+            dummies = [torch.zeros_like(out).requires_grad_() for out in outputs]
+            gradients = _grad(outputs, [operands[i] for i in moving], dummies, create_graph=True)
+            pairs = [(g, tangents[i]) for g, i in zip(gradients, moving) if g is not None and g.requires_grad]
+            if not pairs:
+                result: Derivatives = [None] * len(outputs)
+            else:
+                result = _grad([g for g, _ in pairs], dummies, [t for _, t in pairs])
+        return result[0] if isinstance(output, Tensor) else result
+
+    def second(
+        self, call: Call, tangents: Sequence[Tensor | None], cotangent: Output, wanted: Sequence[int]
+    ) -> Derivatives:
+        """Return ∂⟨δ, JVP f(x)[t]⟩/∂x for the operands ``wanted``."""
+        moving = [i for i, t in enumerate(tangents) if t is not None]
+        operands = _leaves(call)
+        with torch.enable_grad():
+            outputs, cotangents = _paired(call.run(operands), cotangent)
+            gradients = _grad(outputs, [operands[i] for i in moving], cotangents, create_graph=True)
+            pairs = [(g, tangents[i]) for g, i in zip(gradients, moving) if g is not None and g.requires_grad]
+            if not pairs:
+                return [None] * len(wanted)
+            return _grad([g for g, _ in pairs], [operands[i] for i in wanted], [t for _, t in pairs])
+
+
+class PiecewiseLinear(Rule):
+    """An operator of one tensor whose Jacobian is constant almost everywhere."""
+
+    def second(
+        self, call: Call, tangents: Sequence[Tensor | None], cotangent: Output, wanted: Sequence[int]
+    ) -> Derivatives:
+        """Zero: autograd would carry a tensor of zeros instead."""
+        return [None] * len(wanted)
+
+
+_GENERIC = Rule()
+_RULES: dict[Any, Rule] = {}
+
+
+def register(*operators: str) -> Callable[[type[Rule]], type[Rule]]:
+    """Give ATen overloads, such as ``"relu"`` or ``"mean.dim"``, their rule."""
+
+    def decorate(rule: type[Rule]) -> type[Rule]:
+        for operator in operators:
+            name, _, overload = operator.partition(".")
+            _RULES[getattr(getattr(torch.ops.aten, name), overload or "default")] = rule()
+        return rule
+
+    return decorate
+
+
+def rule_for(op: Any) -> Rule:
+    """Return the rule of an ATen overload."""
+    return _RULES.get(op, _GENERIC)
+
+
+def has_own_rule(op: Any) -> bool:
+    """Whether ``op`` has a rule besides the generic one."""
+    return op in _RULES
+
+
+def registered() -> dict[Any, Rule]:
+    """Every operator with a rule of its own."""
+    return dict(_RULES)
+
+
+def _leaves(call: Call) -> list[Tensor]:
+    return [
+        operand.detach().requires_grad_() if operand.is_floating_point() else operand
+        for operand in call.operands
+    ]
+
+
+def _paired(output: Output, cotangent: Output) -> tuple[list[Tensor], list[Tensor]]:
+    if isinstance(output, Tensor):
+        return [output], [cotangent]
+    kept = [(out, cot) for out, cot in zip(output, cotangent) if cot is not None]
+    return [out for out, _ in kept], [cot for _, cot in kept]
+
+
+def _grad(
+    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Any], create_graph: bool = False
+) -> Derivatives:
+    kept = [(out, cot) for out, cot in zip(outputs, cotangents) if out.requires_grad]
+    differentiable = [x for x in inputs if x.requires_grad]
+    if not kept or not differentiable:
+        return [None] * len(inputs)
+    gradients = iter(
+        torch.autograd.grad(
+            [out for out, _ in kept],
+            differentiable,
+            [cot for _, cot in kept],
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(gradients) if x.requires_grad else None for x in inputs]

@@ -1,0 +1,143 @@
+"""Linear layers and convolutions: linear in the data for fixed weights and in the weights for fixed data."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Call, Derivatives, Output, Rule, register
+
+aten = torch.ops.aten
+
+
+class Affine(Rule):
+    """f(x) = W x + b. Tangents and cotangents move through W; the bias sees neither."""
+
+    data = "input"
+
+    def forward(self, call: Call) -> Output:
+        """Run the layer, in the autocast dtype where autocast is on."""
+        device = call.operands[0].device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            call.operands = [x.to(dtype) if x.dtype == torch.float32 else x for x in call.operands]
+        return call.run()
+
+    def second(
+        self, call: Call, tangents: Sequence[Tensor | None], cotangent: Output, wanted: Sequence[int]
+    ) -> Derivatives:
+        """With fixed weights only the weights themselves have one: the VJP at the tangent."""
+        data, weight, _bias = call.slot("input"), call.slot("weight"), call.slot("bias")
+        if any(t is not None for i, t in enumerate(tangents) if i != data):
+            return super().second(call, tangents, cotangent, wanted)
+        tangent = tangents[data]  # type: ignore[index]
+        if tangent is None or weight not in wanted:
+            return [None] * len(wanted)
+        gradients = self.vjp(call.with_operand(data, tangent), cotangent, [weight])  # type: ignore[arg-type,list-item]
+        return [gradients[0] if i == weight else None for i in wanted]
+
+    def jvp(self, call: Call, tangents: Sequence[Tensor | None]) -> Output:
+        """The layer without its bias, at the tangent."""
+        data = call.slot("input")
+        if any(t is not None for i, t in enumerate(tangents) if i != data):
+            return super().jvp(call, tangents)
+        return self.apply(call, tangents[data])  # type: ignore[index,arg-type]
+
+    def apply(self, call: Call, x: Tensor) -> Tensor:
+        """W x."""
+        raise NotImplementedError
+
+
+@register("linear")
+class Linear(Affine):
+    """x Wᵀ + b over the last dimension."""
+
+    def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
+        """Return δ W, δᵀ x and Σ δ."""
+        data, weight = call.slot("input"), call.slot("weight")
+        if call.operands[weight].dim() != 2:  # type: ignore[index]
+            return super().vjp(call, cotangent, wanted)
+        rows = cotangent.flatten(0, -2) if cotangent.dim() > 2 else cotangent
+        gradients: Derivatives = []
+        for i in wanted:
+            if i == data:
+                gradients.append(cotangent @ call.operands[weight])  # type: ignore[index]
+            elif i == weight:
+                x = call.operands[data]  # type: ignore[index]
+                gradients.append(rows.t() @ (x.flatten(0, -2) if x.dim() > 2 else x))
+            else:
+                gradients.append(rows.sum(0))
+        return gradients
+
+    def apply(self, call: Call, x: Tensor) -> Tensor:
+        """X Wᵀ."""
+        return torch.nn.functional.linear(x, call.tensor("weight"))  # type: ignore[arg-type]
+
+
+@register(
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"
+)
+class Convolution(Affine):
+    """Convolutions and transposed convolutions of every stride, padding, dilation and grouping."""
+
+    def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
+        """One call of PyTorch's convolution backward."""
+        data, weight, bias = call.slot("input"), call.slot("weight"), call.slot("bias")
+        x = call.operands[data]  # type: ignore[index]
+        if x.dim() != self._geometry(call)["dims"] + 2:
+            return super().vjp(call, cotangent, wanted)
+        mask = [data in wanted, weight in wanted, False]
+        gx, gw = None, None
+        if any(mask):
+            gx, gw, _ = aten.convolution_backward(
+                cotangent,
+                x,
+                call.operands[weight],  # type: ignore[index]
+                None,
+                *self._settings(call),
+                mask,
+            )
+        # convolution_backward would sum the bias along with the others, but it has fewer rows than they have.
+        gb = cotangent.sum([0, *range(2, x.dim())]) if bias is not None and bias in wanted else None
+        return [{data: gx, weight: gw, bias: gb}[i] for i in wanted]
+
+    def apply(self, call: Call, x: Tensor) -> Tensor:
+        """The convolution of x without a bias."""
+        return aten.convolution(x, call.tensor("weight"), None, *self._settings(call))  # type: ignore[no-any-return]
+
+    def _geometry(self, call: Call) -> dict[str, Any]:
+        name = call.op._schema.name
+        return {"dims": int(name[-2]), "transposed": "transpose" in name}
+
+    def _settings(self, call: Call) -> list[Any]:
+        dims, transposed = self._geometry(call).values()
+
+        def each(name: str) -> list[int]:
+            value = call.argument(name)
+            value = [value] if isinstance(value, int) else list(value)
+            return value * dims if len(value) == 1 else value
+
+        output_padding = each("output_padding") if transposed else [0] * dims
+        return [
+            each("stride"), each("padding"), each("dilation"), transposed, output_padding, call.argument("groups")
+        ]  # fmt: skip
+
+
+@register("scaled_dot_product_attention")
+class Attention(Rule):
+    """Attention in plain matrix products: the fused kernels have no double backward."""
+
+    def forward(self, call: Call) -> Output:
+        """Run the composite form from here on."""
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        call.args = tuple(call.argument(name) for name in names)
+        call.kwargs = {"scale": call.argument("scale"), "enable_gqa": call.argument("enable_gqa")}
+        call.op = _attention
+        return call.run()
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    if args[4]:
+        raise NotImplementedError("attention with dropout has no rule: its mask would be drawn twice")
+    return aten._scaled_dot_product_attention_math(*args[:4], 0.0, args[5], **kwargs)[0]  # type: ignore[no-any-return]
