@@ -286,10 +286,8 @@ def test_every_critic_step_sees_fresh_data_and_every_epoch_all_of_it(tmp_path):
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rates_follow_the_schedule(tmp_path, recorded, schedule):
     steps, rate, generator_rate = 7, 0.01, 0.003
-    trainer = trainer_of(
-        tmp_path, steps=steps, n_critic=2, schedule=schedule, learning_rate=rate, generator_learning_rate=generator_rate,
-        log_every=1,
-    )  # fmt: skip
+    settings = {"learning_rate": rate, "generator_learning_rate": generator_rate, "log_every": 1}
+    trainer = trainer_of(tmp_path, steps=steps, n_critic=2, schedule=schedule, **settings)
     recorder = recorded(trainer)
     trainer.fit()
     factors = {

@@ -40,8 +40,11 @@ class Train(TrainConfig):
         """Train and print the summary."""
         if self.resume is not None and self.out != self.resume:
             raise InputError(f"out is the resumed folder {self.resume}, got {self.out}: give --resume alone")
-        config = TrainConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)})
-        print(Trainer.from_config(config).fit(resume=self.resume is not None))
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
+        if self.resume is None:
+            print(Trainer.from_config(TrainConfig(**settings)).fit())
+        else:
+            print(Trainer.from_run(self.resume, **settings).fit(resume=True))
 
 
 @dataclass(frozen=True)

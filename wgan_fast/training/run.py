@@ -13,7 +13,7 @@ from ..data import load_data
 from ..errors import InputError
 from ..files import write_atomically
 from .checkpoint import load_checkpoint, load_module
-from .config import TrainConfig
+from .config import MAX_SEED, TrainConfig
 
 CONFIG_FILE = "config.json"
 FORMAT = 1
@@ -208,7 +208,13 @@ def latent_dim(generator: nn.Module, config: TrainConfig) -> int:
 
 
 def draw_noise(n: int, length: int, seed: int) -> Tensor:
-    """Draw standard normal noise ``[n, length]`` on the CPU without touching the default generator."""
+    """Draw standard normal noise ``[n, length]`` on the CPU without touching the default generator.
+
+    Raises:
+        InputError: The seed is out of range.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(f"seed must be in [0, {MAX_SEED}], got {seed}")
     return torch.randn(n, length, generator=torch.Generator().manual_seed(seed))
 
 

@@ -155,10 +155,13 @@ class Trainer:
             **changes: Settings to change, such as ``steps``.
 
         Raises:
-            InputError: There is no run, or its networks were given as objects and cannot be rebuilt.
+            InputError: There is no run, a setting may not change, or the networks were given as objects and cannot
+                be rebuilt.
         """
-        config = Description.read(folder).config
-        return cls.from_config(dataclasses.replace(config, **{**changes, "out": folder}))
+        before = Description.read(folder).config
+        config = dataclasses.replace(before, **{**changes, "out": folder})
+        _check_unchanged(before, config)
+        return cls.from_config(config)
 
     def _set_up(self, generator: nn.Module, critic: nn.Module, data: Data, config: TrainConfig) -> None:
         if config.out is None:
@@ -331,8 +334,8 @@ class Trainer:
 
     def _check_losses(self, step: int, result: CriticStepResult, generator_loss: Tensor) -> None:
         quantities = {
+            "the gradient penalty": result.penalty,  # before the loss, which contains it
             "the critic's loss": result.loss,
-            "the gradient penalty": result.penalty,
             "the generator's loss": generator_loss,
         }
         if not torch.stack([value.float() for value in quantities.values()]).isfinite().all():
@@ -404,13 +407,7 @@ class Trainer:
     def _check_folder(self, resume: bool) -> None:
         """Raise unless the folder is free for a new run, or holds the run to go on with."""
         if resume:
-            before = Description.read(self.out).config.to_json()
-            for name, value in self.config.to_json().items():
-                if value != before[name] and name not in CHANGEABLE:
-                    raise InputError(
-                        f"a resumed run keeps its settings: {name} was {before[name]!r}, got {value!r} "
-                        f"(what may change: {', '.join(sorted(CHANGEABLE))})"
-                    )
+            _check_unchanged(Description.read(self.out).config, self.config)
         elif any((self.out / name).exists() for name in (CONFIG_FILE, CHECKPOINTS)):
             raise InputError(
                 f"out {self.out} already holds a run: give another folder, or go on with --resume {self.out}"
@@ -451,6 +448,16 @@ class Trainer:
             raise InputError(f"{name} fails on an input of shape {list(x.shape)}: {reason}") from error
         finally:
             network.load_state_dict(before)
+
+
+def _check_unchanged(before: TrainConfig, after: TrainConfig) -> None:
+    settings = before.to_json()
+    for name, value in after.to_json().items():
+        if value != settings[name] and name not in CHANGEABLE:
+            raise InputError(
+                f"a resumed run keeps its settings: {name} was {settings[name]!r}, got {value!r} "
+                f"(what may change: {', '.join(sorted(CHANGEABLE))})"
+            )
 
 
 def _trainable(name: str, network: nn.Module) -> list[nn.Parameter]:
