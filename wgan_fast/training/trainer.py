@@ -186,6 +186,8 @@ class Trainer:
             penalty=config.penalty,
             engine=config.engine,
             precision=config.precision,
+            # Not "auto", which decides by timing: a resumed run must add in the same order.
+            schedule="batched",
         )
         self._critic_optimizer = _optimizer(self._trainable, config, config.learning_rate)
         self._generator_optimizer = _optimizer(
