@@ -21,9 +21,11 @@ $(VENV)/package: $(VENV)/environment setup.py $(SOURCES)
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,data,bench,dev]'
 	touch $@
 
-demo: $(VENV)/package  ## Train on 5000 MNIST digits, draw samples with the critic's scores
-	$(BIN)/wgan-fast train --data mnist5k --method wgan-gp --model mnist-dcgan --out runs/demo
+demo: $(VENV)/package  ## Train on 5,000 MNIST digits for a few minutes, draw and rate samples
+	$(BIN)/wgan-fast train --data mnist5k --method wgan-gp --model mnist-dcgan --width 32 --learning-rate 3e-4 \
+	    --steps 1200 --sample-every 200 --checkpoint-every 200 --out runs/demo
 	$(BIN)/wgan-fast sample runs/demo --grid 12x12 --scores
+	$(BIN)/wgan-fast evaluate runs/demo
 
 test: $(VENV)/package  ## The tests that take seconds each
 	$(BIN)/python -m pytest -m 'not slow'
