@@ -398,6 +398,20 @@ def frozen_critic(shape):
     return Generator(shape), critic(shape).requires_grad_(False)
 
 
+class Branching(nn.Module):
+    def __init__(self, units):
+        super().__init__()
+        self.first, self.last = nn.Linear(units, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        hidden = self.first(x.flatten(1)).tanh()
+        return self.last(hidden * 2 if hidden.sum() > 0 else hidden)
+
+
+def branching(shape):
+    return Generator(shape), Branching(math.prod(shape))
+
+
 def diverges_in_the_critics_step(shape):
     generator, d = good(shape)
     generator.broken_call = 7
@@ -482,6 +496,20 @@ def test_batch_too_small_for_batch_norm_is_refused(refused):
 def test_batch_of_one_is_allowed_without_batch_norm(workplace):
     main(["train", "--data", "digits", "--width", "4", "--batch-size", "1", "--steps", "1", "--out", "run"])
     assert newest_checkpoint(workplace / "run").name == "step-00000001.safetensors"
+
+
+@pytest.mark.usefixtures("networks")
+def test_engine_that_cannot_take_the_critic_is_refused(workplace, capfd):
+    arguments = ["train", "--data", "digits", "--model", "bad_networks:branching", "--batch-size", "5", "--out", "run"]
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--engine", "four_pass"])
+    assert end.value.code == 2
+    # torch.export itself may print what it could not capture before that.
+    last = capfd.readouterr().err.splitlines()[-1]
+    mentions(last, "wgan-fast: error: engine four_pass cannot take this critic", "capture")
+    assert not (workplace / "run").exists()
+    with pytest.warns(RuntimeWarning, match="autograd"):
+        main([*arguments, "--steps", "1"])
 
 
 # Divergence

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import textbook
 import torch
-from runs import TINY, config_of, metrics_of, newest_checkpoint, same_bits, tensors_of
+from runs import TINY, assert_same_checkpoint, config_of, metrics_of, newest_checkpoint, same_bits, tensors_of
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import Dataset
@@ -203,6 +203,13 @@ def test_training_equals_the_algorithm_written_out(method, tmp_path):
     for network, before in ((generator, start[0]), (critic, start[1])):
         moved = max((a - b).abs().max() for a, b in zip(network.parameters(), before.parameters()))
         assert moved > PAPERS[method].learning_rate
+
+
+def test_trying_the_engine_leaves_no_trace_in_the_run(tmp_path):
+    for engine in ("auto", "four_pass"):
+        out = str(tmp_path / engine)
+        main(["train", *TINY, "--steps", "3", "--engine", engine, "--out", out])
+    assert_same_checkpoint(*(newest_checkpoint(tmp_path / engine) for engine in ("auto", "four_pass")))
 
 
 def test_spectral_norm_holds_for_networks_given_as_objects(tmp_path):

@@ -189,6 +189,8 @@ class Trainer:
             # Not "auto", which decides by timing: a resumed run must add in the same order.
             schedule="batched",
         )
+        if config.engine == "four_pass":
+            self._try_engine()
         self._critic_optimizer = _optimizer(self._trainable, config, config.learning_rate)
         self._generator_optimizer = _optimizer(
             _trainable("generator", self.generator),
@@ -438,6 +440,20 @@ class Trainer:
             check_scores(scores, torch.empty(shape))
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
+
+    def _try_engine(self) -> None:
+        """Take a critic step on zeros, which leaves no trace, and raise if the engine cannot take this critic."""
+        before = copy.deepcopy(self.critic.state_dict())
+        zeros = torch.zeros(self.config.batch_size or 0, *self.data.sample_shape, device=self.device)
+        try:
+            self._critic_step(zeros, zeros)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"engine four_pass cannot take this critic: {reason}") from error
+        finally:
+            self.critic.load_state_dict(before)
+            self.critic.zero_grad(set_to_none=True)
+            self._critic_step.steps_taken = 0
 
     @torch.no_grad()
     def _try(self, name: str, network: nn.Module, x: Tensor) -> Any:
