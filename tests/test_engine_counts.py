@@ -43,9 +43,7 @@ def addmm_flops(bias, a, b, *args, **kwargs):
 
 
 def flops(function):
-    with FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten._addmm_activation: addmm_flops}
-    ) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._addmm_activation: addmm_flops}) as counter:
         function()
     return counter.get_total_flops()
 
@@ -75,7 +73,8 @@ def test_a_step_costs_no_more_than_its_passes(make, objective, units, schedule):
 
 
 def test_mlp_step_dispatches_at_most_40_operators():
-    engine, batches = step(*mlp(), "batched")
+    critic, shape = mlp()
+    engine, batches = step(critic, shape, "batched")
     with Dispatched() as counter:
         engine(batches)
     assert counter.count <= 40
@@ -83,7 +82,8 @@ def test_mlp_step_dispatches_at_most_40_operators():
 
 
 def test_piecewise_linear_critics_have_no_curvature_pass():
-    engine, batches = step(*dcgan_28(), "batched")
+    critic, shape = dcgan_28()
+    engine, batches = step(critic, shape, "batched")
     assert not engine.plan(batches).curved
     assert "beta" not in engine.plan(batches).code
 

@@ -69,14 +69,10 @@ def random_conv(draw):
         layers.append(draw.choice(ACTIVATIONS)())
         if draw.random() < 0.3:
             mode = draw.choice(["add", "cat", "mul"])
-            layers.append(
-                Residual(nn.Sequential(nn.Conv2d(width, width, 3, 1, 1), draw.choice(ACTIVATIONS)()), mode)
-            )
+            layers.append(Residual(nn.Sequential(nn.Conv2d(width, width, 3, 1, 1), draw.choice(ACTIVATIONS)()), mode))
             width *= 2 if mode == "cat" else 1
         if draw.random() < 0.3:
-            layers.append(
-                draw.choice([nn.AvgPool2d(2, 1, 1), nn.MaxPool2d(2, 1, 1), nn.Upsample(scale_factor=2)])
-            )
+            layers.append(draw.choice([nn.AvgPool2d(2, 1, 1), nn.MaxPool2d(2, 1, 1), nn.Upsample(scale_factor=2)]))
     layers += [nn.AdaptiveAvgPool2d(draw.choice([1, 2])), nn.Flatten(), nn.LazyLinear(1)]
     critic = nn.Sequential(*layers)
     critic(torch.randn(2, *shape))

@@ -23,9 +23,7 @@ def call(op, *args, **kwargs):
             return Slot(len(operands) - 1)
         return [slot(v) for v in value] if isinstance(value, list) else value
 
-    return Call(
-        op, tuple(map(slot, args)), {k: slot(v) for k, v in kwargs.items()}, operands, [True] * len(operands)
-    )
+    return Call(op, tuple(map(slot, args)), {k: slot(v) for k, v in kwargs.items()}, operands, [True] * len(operands))
 
 
 x2, x3, x4 = (3, 5), (3, 4, 7), (3, 6, 7, 5)
@@ -52,12 +50,8 @@ CALLS = {
     "linear": lambda: call(aten.linear.default, tensor(*x3), tensor(5, 7), tensor(5)),
     "linear, no bias": lambda: call(aten.linear.default, tensor(*x2), tensor(1, 5)),
     "conv1d": lambda: call(aten.conv1d.default, tensor(*x3), tensor(6, 2, 3), tensor(6), [2], [1], [2], 2),
-    "conv2d": lambda: call(
-        aten.conv2d.default, tensor(*x4), tensor(4, 3, 3, 2), tensor(4), [2, 1], [1, 0], [1, 2], 2
-    ),
-    "conv3d": lambda: call(
-        aten.conv3d.default, tensor(2, 3, 4, 5, 6), tensor(2, 3, 2, 2, 3), tensor(2), [2, 1, 3]
-    ),
+    "conv2d": lambda: call(aten.conv2d.default, tensor(*x4), tensor(4, 3, 3, 2), tensor(4), [2, 1], [1, 0], [1, 2], 2),
+    "conv3d": lambda: call(aten.conv3d.default, tensor(2, 3, 4, 5, 6), tensor(2, 3, 2, 2, 3), tensor(2), [2, 1, 3]),
     "conv_transpose1d": lambda: call(
         aten.conv_transpose1d.default, tensor(*x3), tensor(4, 3, 3), tensor(3), [2], [1], [1]
     ),
@@ -115,9 +109,7 @@ def test_fast_rule_agrees_with_autograd(name):
     for moving in ([0], wanted) if name in {"cat", "stack", "sub", "add, broadcast", "linear"} else ([0],):
         tangents = [torch.randn_like(x) if i in moving else None for i, x in enumerate(made.operands)]
         compare([rule.jvp(made, tangents)], [generic.jvp(made, tangents)])
-        compare(
-            rule.second(made, tangents, cotangent, wanted), generic.second(made, tangents, cotangent, wanted)
-        )
+        compare(rule.second(made, tangents, cotangent, wanted), generic.second(made, tangents, cotangent, wanted))
 
 
 def compare(ours, theirs):

@@ -63,9 +63,7 @@ def where(node: fx.Node) -> str:
     """Describe a node for an error message: its operator and the user's source line."""
     trace = (node.meta.get("stack_trace") or "").strip().splitlines()
     frames = [
-        i
-        for i, line in enumerate(trace)
-        if line.strip().startswith("File ") and "/torch/" not in line.split(",")[0]
+        i for i, line in enumerate(trace) if line.strip().startswith("File ") and "/torch/" not in line.split(",")[0]
     ]
     source = " ".join(line.strip() for line in trace[frames[-1] : frames[-1] + 2]) if frames else ""
     return f"{node.target}" + (f" at {source}" if source else "")
@@ -108,9 +106,7 @@ def capture(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         elif spec.kind == InputKind.USER_INPUT:
             captured.inputs.append(new)
         else:
-            raise CaptureError(
-                f"the critic holds a {spec.kind.name.lower()} ({spec.target}), which has no rule"
-            )
+            raise CaptureError(f"the critic holds a {spec.kind.name.lower()} ({spec.target}), which has no rule")
     outputs = _inline(program.graph_module, captured.graph, env, stops_gradient=False)
     scores, _ = tree_flatten(outputs)
     if len(scores) != 1 or not isinstance(scores[0], fx.Node):
@@ -137,9 +133,7 @@ def _export(critic: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         return torch.export.export(critic, detached[0], detached[1], dynamic_shapes=shapes, strict=False)
 
 
-def _inline(
-    module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, fx.Node], stops_gradient: bool
-) -> Any:
+def _inline(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, fx.Node], stops_gradient: bool) -> Any:
     """Copy the nodes of ``module`` into ``graph``; returns what its output node maps to."""
     tuples: dict[fx.Node, Any] = {}
 
@@ -231,6 +225,4 @@ def _aliases(mutated: fx.Node, writer: fx.Node, graph: fx.Graph) -> list[fx.Node
 
 def _chain(node: fx.Node) -> list[fx.Node]:
     """The tensors that ``node`` is, followed through in-place operators."""
-    return [
-        user for user in node.users if getattr(getattr(user.target, "_schema", None), "is_mutable", False)
-    ]
+    return [user for user in node.users if getattr(getattr(user.target, "_schema", None), "is_mutable", False)]

@@ -118,12 +118,7 @@ class FourPassEngine:
             )  # fmt: skip
 
         plan = make("split" if self.schedule == "split" else "batched")
-        if (
-            self.schedule == "auto"
-            and plan.schedule == "batched"
-            and plan.device == "cpu"
-            and not self.compile
-        ):
+        if self.schedule == "auto" and plan.schedule == "batched" and plan.device == "cpu" and not self.compile:
             leaves, _ = tree_flatten((critic_args, dict(critic_kwargs or {})))
             inputs = [batches[name].detach() for name in plan.inputs]
             plan = min([plan, make("split", plan.captured)], key=lambda p: _seconds(p, inputs, leaves))
@@ -146,9 +141,7 @@ class _Compiled:
             result = self._run(*args)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [repr(error)])[0]
-            warnings.warn(
-                f"the compiler failed, the step runs uncompiled: {reason}", RuntimeWarning, stacklevel=4
-            )
+            warnings.warn(f"the compiler failed, the step runs uncompiled: {reason}", RuntimeWarning, stacklevel=4)
             self._run = self._graph
             result = self._graph(*args)
         self._proven = True

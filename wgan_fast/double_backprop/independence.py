@@ -21,7 +21,7 @@ aten = torch.ops.aten
 Dims = dict[fx.Node, int]
 
 
-class Coupled(Exception):
+class CoupledError(Exception):
     """A node is not proven to keep samples apart; the message names it."""
 
 
@@ -40,7 +40,7 @@ def batch_dims(
         large: Values of every node for a multiple of it.
 
     Raises:
-        Coupled: Samples are not proven apart.
+        CoupledError: Samples are not proven apart.
     """
     dims: Dims = {}
     for node in captured.graph.nodes:
@@ -51,16 +51,12 @@ def batch_dims(
             dims[node] = dims[node.args[0]]
             continue
         if node not in calls or not _moved(small[node], large[node]):
-            if (
-                isinstance(value, Tensor)
-                and node in calls
-                and any(source in dims for source in node.all_input_nodes)
-            ):
-                raise Coupled(f"{where(node)} mixes samples")
+            if isinstance(value, Tensor) and node in calls and any(source in dims for source in node.all_input_nodes):
+                raise CoupledError(f"{where(node)} mixes samples")
             continue
         dim = _batch_dim(node, calls[node], dims, small, large)
         if dim is None:
-            raise Coupled(f"{where(node)} is not proven to keep samples apart")
+            raise CoupledError(f"{where(node)} is not proven to keep samples apart")
         dims[node] = dim
     return dims
 
@@ -124,11 +120,45 @@ def _propagate(
 
 
 _POINTWISE = {
-    "dropout", "alpha_dropout", "clone", "contiguous", "alias", "_to_copy", "to", "detach", "prelu", "relu6",
-    "hardtanh", "softplus", "elu", "gelu", "silu", "mish", "zeros_like", "ones_like", "full_like", "rand_like",
-    "randn_like", "square", "bernoulli", "fill", "copy", "rrelu", "log_sigmoid", "selu", "celu", "hardswish",
-    "hardsigmoid", "threshold", "expand_as", "type_as", "masked_fill", "where", "lerp", "to_copy",
-}  # fmt: skip
+    "_to_copy",
+    "alias",
+    "alpha_dropout",
+    "bernoulli",
+    "celu",
+    "clone",
+    "contiguous",
+    "copy",
+    "detach",
+    "dropout",
+    "elu",
+    "expand_as",
+    "fill",
+    "full_like",
+    "gelu",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "lerp",
+    "log_sigmoid",
+    "masked_fill",
+    "mish",
+    "ones_like",
+    "prelu",
+    "rand_like",
+    "randn_like",
+    "relu6",
+    "rrelu",
+    "selu",
+    "silu",
+    "softplus",
+    "square",
+    "threshold",
+    "to",
+    "to_copy",
+    "type_as",
+    "where",
+    "zeros_like",
+}
 _FACTORIES = {"zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full"}
 _JOINS = {"cat", "stack", "concat"}
 _LATE = {"embedding": 0}
@@ -152,11 +182,7 @@ def _permute(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int)
 
 def _transpose(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
     name = call.op._schema.name
-    pair = (
-        (0, 1)
-        if name.endswith("::t")
-        else (call.argument("dim0") % len(shape), call.argument("dim1") % len(shape))
-    )
+    pair = (0, 1) if name.endswith("::t") else tuple(call.argument(d) % len(shape) for d in ("dim0", "dim1"))
     return pair[1 - pair.index(dim)] if dim in pair else dim
 
 
@@ -213,36 +239,93 @@ def _batch_norm(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: i
     return 0 if dim == 0 and not call.argument("training") else None
 
 
+def _roll(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+    """Along given dimensions; without any, along the flattened tensor."""
+    axes = {axis % len(shape) for axis in call.argument("dims")}
+    return dim if axes and dim not in axes else None
+
+
+def _same(call: Call, dim: int, shape: torch.Size, out: Tensor, changed: int) -> int | None:
+    return dim
+
+
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(
-        ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "group_norm",
-         "instance_norm", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-         "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d",
-         "adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
-         "upsample_bilinear2d", "upsample_bicubic2d", "pixel_shuffle", "pixel_unshuffle", "feature_dropout",
-         "channel_shuffle", "local_response_norm"],
-        _keep_leading,
-    ),
-    **dict.fromkeys(["view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "view_as"], _view),
-    **dict.fromkeys(["transpose", "t", "swapaxes"], _transpose),
-    **dict.fromkeys(["mean", "sum", "amax", "amin", "prod", "var", "std", "linalg_vector_norm", "norm", "logsumexp"], _reduce),
-    **dict.fromkeys(["softmax", "log_softmax", "narrow", "split", "split_with_sizes", "chunk", "cumsum", "glu"], _along),
-    **dict.fromkeys(["flip", "roll"], lambda c, d, s, o, n: None if d in {a % len(s) for a in c.argument("dims")} or not c.argument("dims") else d),
-    **dict.fromkeys(["select", "unbind"], _select),
-    "permute": _permute,
-    "slice": _slice,
-    "unsqueeze": _unsqueeze,
-    "expand": _expand,
-    "repeat": _repeat,
+    "_unsafe_view": _view,
+    "adaptive_avg_pool1d": _keep_leading,
+    "adaptive_avg_pool2d": _keep_leading,
+    "adaptive_avg_pool3d": _keep_leading,
+    "adaptive_max_pool2d": _keep_leading,
+    "adaptive_max_pool3d": _keep_leading,
+    "amax": _reduce,
+    "amin": _reduce,
+    "avg_pool1d": _keep_leading,
+    "avg_pool2d": _keep_leading,
+    "avg_pool3d": _keep_leading,
     "batch_norm": _batch_norm,
-    "layer_norm": _last_dims(lambda call: len(call.argument("normalized_shape"))),
-    "rms_norm": _last_dims(lambda call: len(call.argument("normalized_shape"))),
-    "linear": _last_dims(lambda call: 1),
-    "pad": _last_dims(lambda call: len(call.argument("pad")) // 2),
+    "channel_shuffle": _keep_leading,
+    "chunk": _along,
     "constant_pad_nd": _last_dims(lambda call: len(call.argument("pad")) // 2),
-    "embedding": lambda c, d, s, o, n: d,
-    "one_hot": lambda c, d, s, o, n: d,
-}  # fmt: skip
+    "conv1d": _keep_leading,
+    "conv2d": _keep_leading,
+    "conv3d": _keep_leading,
+    "conv_transpose1d": _keep_leading,
+    "conv_transpose2d": _keep_leading,
+    "conv_transpose3d": _keep_leading,
+    "cumsum": _along,
+    "embedding": _same,
+    "expand": _expand,
+    "feature_dropout": _keep_leading,
+    "flatten": _view,
+    "flip": _roll,
+    "glu": _along,
+    "group_norm": _keep_leading,
+    "instance_norm": _keep_leading,
+    "layer_norm": _last_dims(lambda call: len(call.argument("normalized_shape"))),
+    "linalg_vector_norm": _reduce,
+    "linear": _last_dims(lambda call: 1),
+    "local_response_norm": _keep_leading,
+    "log_softmax": _along,
+    "logsumexp": _reduce,
+    "max_pool1d": _keep_leading,
+    "max_pool2d": _keep_leading,
+    "max_pool3d": _keep_leading,
+    "mean": _reduce,
+    "narrow": _along,
+    "norm": _reduce,
+    "one_hot": _same,
+    "pad": _last_dims(lambda call: len(call.argument("pad")) // 2),
+    "permute": _permute,
+    "pixel_shuffle": _keep_leading,
+    "pixel_unshuffle": _keep_leading,
+    "prod": _reduce,
+    "repeat": _repeat,
+    "reshape": _view,
+    "rms_norm": _last_dims(lambda call: len(call.argument("normalized_shape"))),
+    "roll": _roll,
+    "select": _select,
+    "slice": _slice,
+    "softmax": _along,
+    "split": _along,
+    "split_with_sizes": _along,
+    "squeeze": _view,
+    "std": _reduce,
+    "sum": _reduce,
+    "swapaxes": _transpose,
+    "t": _transpose,
+    "transpose": _transpose,
+    "unbind": _select,
+    "unflatten": _view,
+    "unsqueeze": _unsqueeze,
+    "upsample_bicubic2d": _keep_leading,
+    "upsample_bilinear2d": _keep_leading,
+    "upsample_linear1d": _keep_leading,
+    "upsample_nearest1d": _keep_leading,
+    "upsample_nearest2d": _keep_leading,
+    "upsample_nearest3d": _keep_leading,
+    "var": _reduce,
+    "view": _view,
+    "view_as": _view,
+}
 
 
 def _matmul(call: Call, given: list[int | None], shapes: list[torch.Size], out: Tensor) -> int | None:
@@ -273,9 +356,7 @@ def _einsum(equation: str, given: list[int | None]) -> int | None:
     if len(letters) != 1 or any(letters & set(term) for term, dim in zip(terms, given) if dim is None):
         return None
     letter = letters.pop()
-    return (
-        result.index(letter) if letter in result and all(term.count(letter) < 2 for term in terms) else None
-    )
+    return result.index(letter) if letter in result and all(term.count(letter) < 2 for term in terms) else None
 
 
 _PRODUCTS: dict[str, Callable[[Call, list[int | None], list[torch.Size], Tensor], int | None]] = {

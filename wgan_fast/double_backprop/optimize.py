@@ -42,9 +42,7 @@ def _fold_constants(recorder: Recorder) -> None:
         if node.op != "call_function" or not all(source in known for source in node.all_input_nodes):
             continue
         schema = getattr(node.target, "_schema", None)
-        if schema is not None and (
-            schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
-        ):
+        if schema is not None and (schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags):
             continue
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
         with torch.no_grad():
@@ -101,9 +99,7 @@ def _own_outputs(graph: fx.Graph) -> None:
         if not shared:
             return node
         with graph.inserting_before(end):
-            copy = graph.call_function(
-                aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
-            )
+            copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
         copy.meta["val"] = val
         return copy
 

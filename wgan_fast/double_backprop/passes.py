@@ -95,9 +95,7 @@ class Run:
         found: dict[fx.Node, None] = {}
         fx.node.map_arg(
             (node.args, dict(node.kwargs)),
-            lambda source: (
-                found.setdefault(source, None) if isinstance(self.values[source], Tensor) else None
-            ),
+            lambda source: found.setdefault(source, None) if isinstance(self.values[source], Tensor) else None,
         )
         return list(found)
 
@@ -220,9 +218,7 @@ class Cotangents:
         elements[index] = value if elements[index] is None else elements[index] + value
         self._sums[node] = elements
 
-    def pull(
-        self, run: Run, node: fx.Node, wanted: Sequence[fx.Node], gradients: Sequence[Tensor | None]
-    ) -> None:
+    def pull(self, run: Run, node: fx.Node, wanted: Sequence[fx.Node], gradients: Sequence[Tensor | None]) -> None:
         """Add one gradient per wanted operand of ``node``."""
         for source, gradient in zip(wanted, gradients):
             self.add(source, gradient, run.values[source])
@@ -262,9 +258,7 @@ class FourPasses:
         self.delta.add(self.captured.scores, seed)
         if self.captured.scores not in self.roles.learned:
             # Without a trainable parameter in it, the critic still has an input gradient.
-            self.point_delta.add(
-                self.captured.scores, points.take(self.captured.scores, seed) if points else None
-            )
+            self.point_delta.add(self.captured.scores, points.take(self.captured.scores, seed) if points else None)
         for node in reversed(self.nodes):
             if node in self.roles.learned:
                 self._back(node, run, self.delta, lambda s: s in self.roles.learned)
@@ -359,9 +353,7 @@ class FourPasses:
             if call is None:
                 continue
             operands = self.block.run.operands(node)
-            weights = [
-                i for i, s in enumerate(operands) if s not in self.roles.sampled and s in self.roles.learned
-            ]
+            weights = [i for i, s in enumerate(operands) if s not in self.roles.sampled and s in self.roles.learned]
             inner = [i for i, s in enumerate(operands) if s in self.roles.sampled and s in self.roles.learned]
             with self.block.run.label(f"grad_{node.name}"), explained(node):
                 if weights and node in self.delta:
@@ -386,9 +378,7 @@ class FourPasses:
         if node in beta:
             beta.pull(points, node, sources, rule.vjp(call, beta.get(node), inner))
 
-    def _weights(
-        self, node: fx.Node, call: Call, operands: list[fx.Node], weights: list[int], beta: Any
-    ) -> None:
+    def _weights(self, node: fx.Node, call: Call, operands: list[fx.Node], weights: list[int], beta: Any) -> None:
         points, loss, rule = self.block.points, self.block.loss, rule_for(node.target)
         delta = self.delta.get(node)
 
@@ -470,9 +460,7 @@ def penalty_seed(
         return gradient * (2 * weight / groups), penalty, norm.mean()
     # Where the norm is 0 so is g, whatever it is multiplied by; threshold keeps the division finite and lets NaN pass.
     slope = excess / torch.threshold(norm, 0, torch.inf) * (2 * weight / groups)
-    slope = (
-        slope.to(gradient.dtype).repeat_interleave(group_size) if group_size > 1 else slope.to(gradient.dtype)
-    )
+    slope = slope.to(gradient.dtype).repeat_interleave(group_size) if group_size > 1 else slope.to(gradient.dtype)
     return gradient * slope.view(-1, *[1] * (gradient.dim() - 1)), penalty, norm.mean()
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from .capture import Captured, CaptureError, capture
-from .independence import Coupled, Dims, batch_dims
+from .independence import CoupledError, Dims, batch_dims
 from .optimize import finish, is_view, save_memory
 from .passes import (
     Block,
@@ -154,7 +154,7 @@ class Plan:
         try:
             large, _ = self._rehearse(2)
             self.dims = batch_dims(self.captured, calls, small, large)
-        except (Coupled, CaptureError) as error:
+        except (CoupledError, CaptureError) as error:
             self.coupled = str(error)
 
     def _rehearse(self, copies: int) -> tuple[dict[fx.Node, Any], dict[fx.Node, Any]]:
@@ -202,9 +202,7 @@ class Plan:
             for node, leaf in list(self._examples.items())[1:]
         }
         with recorder.fake, recorder, torch.no_grad():
-            constants = {
-                node: recorder.constant(node.name, value) for node, value in self.captured.constants.items()
-            }
+            constants = {node: recorder.constant(node.name, value) for node, value in self.captured.constants.items()}
             base = Run(self.captured, recorder.labelled)
             base.values.update(owned | constants | extras)
             shared = [node for node in self.captured.calls() if node not in self.roles.sampled]
@@ -236,9 +234,7 @@ class Plan:
         """The critic's parameters and buffers as they are now, in the order in which the graph takes them."""
         return [_read(slot) for slot in (*self._slots, *self._buffers)]
 
-    def run(
-        self, owned: Sequence[Tensor], batches: Sequence[Tensor], extras: Sequence[Any] = ()
-    ) -> StepOutput:
+    def run(self, owned: Sequence[Tensor], batches: Sequence[Tensor], extras: Sequence[Any] = ()) -> StepOutput:
         """Run the graph on given values of the critic's parameters and buffers."""
         tensors = [extra for extra in extras if isinstance(extra, Tensor)]
         with torch.no_grad(), torch.autocast(self.device, enabled=False):
@@ -255,10 +251,7 @@ class Plan:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
             self.graph(
-                *[
-                    torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
-                    for v in placeholders
-                ]
+                *[torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in placeholders]
             )
         return counter.get_total_flops()  # type: ignore[no-any-return]
 
@@ -367,9 +360,7 @@ class _Step:
             or scores.shape[0] != expected
             or scores.numel() != expected
         ):
-            raise CaptureError(
-                f"the critic must return one score per sample, it returned {list(scores.shape)}"
-            )
+            raise CaptureError(f"the critic must return one score per sample, it returned {list(scores.shape)}")
         return run
 
     def _loss(self, groups: list[tuple[list[str], list[str]]], runs: list[Run]) -> dict[str, Tensor]:
@@ -387,15 +378,11 @@ class _Step:
             wide = [s if s.dtype == torch.float64 else s.float() for s in leaves]
             loss = self.objective.loss(*wide)
             seeds = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-            self.figures["real_score"], self.figures["fake_score"] = (
-                s.detach().mean(dtype=s.dtype) for s in wide
-            )
+            self.figures["real_score"], self.figures["fake_score"] = (s.detach().mean(dtype=s.dtype) for s in wide)
         self.figures["loss"] = loss.detach()
         return dict(zip(("real", "fake"), seeds))
 
-    def _passes(
-        self, run: Run, lead: list[str], trail: list[str], seeds: Mapping[str, Tensor], shares: bool
-    ) -> None:
+    def _passes(self, run: Run, lead: list[str], trail: list[str], seeds: Mapping[str, Tensor], shares: bool) -> None:
         plan, total = self.plan, len(lead) + len(trail)
         dims = plan.dims
         points = Rows(run, dims, len(lead), total, total, plan._numbers) if trail else None

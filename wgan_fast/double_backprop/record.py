@@ -114,9 +114,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node = self._calls.get(key) if repeatable else None
         # A node of a later segment would pull that segment, and its buffer updates, before this one.
         if node is None or node.meta["segment"] > self.segment:
-            node = self.graph.create_node(
-                "call_function", func, node_args, node_kwargs, name=self.label or None
-            )
+            node = self.graph.create_node("call_function", func, node_args, node_kwargs, name=self.label or None)
             if repeatable:
                 self._calls[key] = node
         self._bind_all(out, node)
@@ -129,18 +127,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = target.untyped_storage()._cdata
         private = target._base is None and self._owners.get(storage, set()) <= {self.node(target)}
         if functional is not None and private and self.node(target).op == "call_function":
-            node = self.graph.create_node(
-                "call_function", functional, node_args, node_kwargs, name=self.label or None
-            )
+            node = self.graph.create_node("call_function", functional, node_args, node_kwargs, name=self.label or None)
             self._owners[storage] = set()
         else:
-            node = self.graph.create_node(
-                "call_function", func, node_args, node_kwargs, name=self.label or None
-            )
+            node = self.graph.create_node("call_function", func, node_args, node_kwargs, name=self.label or None)
             stale = self._owners.get(storage, set())
-            for key in [
-                key for key, made in self._calls.items() if made in stale or stale & set(made.all_input_nodes)
-            ]:
+            for key in [key for key, made in self._calls.items() if made in stale or stale & set(made.all_input_nodes)]:
                 del self._calls[key]
         self._bind_all(out, node)
         return out

@@ -182,10 +182,7 @@ def registered() -> dict[Any, Rule]:
 
 
 def _leaves(call: Call) -> list[Tensor]:
-    return [
-        operand.detach().requires_grad_() if operand.is_floating_point() else operand
-        for operand in call.operands
-    ]
+    return [operand.detach().requires_grad_() if operand.is_floating_point() else operand for operand in call.operands]
 
 
 def _paired(output: Output, cotangent: Output) -> tuple[list[Tensor], list[Tensor]]:

@@ -75,9 +75,7 @@ class Linear(Affine):
         return torch.nn.functional.linear(x, call.tensor("weight"))  # type: ignore[arg-type]
 
 
-@register(
-    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"
-)
+@register("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input")
 class Convolution(Affine):
     """Convolutions and transposed convolutions of every stride, padding, dilation and grouping."""
 

@@ -11,11 +11,44 @@ aten = torch.ops.aten
 
 
 @register(
-    "view", "reshape", "flatten.using_ints", "unflatten.int", "permute", "transpose.int", "t", "squeeze", "squeeze.dim",
-    "squeeze.dims", "unsqueeze", "expand", "repeat", "slice.Tensor", "select.int", "narrow", "movedim.int", "contiguous",
-    "clone", "alias", "neg", "flip", "roll", "mean", "mean.dim", "sum", "sum.dim_IntList", "pad", "constant_pad_nd",
-    "pixel_shuffle", "pixel_unshuffle", "unfold", "cumsum", "to.dtype", "_to_copy", "swapaxes", "numpy_T",
-)  # fmt: skip
+    "view",
+    "reshape",
+    "flatten.using_ints",
+    "unflatten.int",
+    "permute",
+    "transpose.int",
+    "t",
+    "squeeze",
+    "squeeze.dim",
+    "squeeze.dims",
+    "unsqueeze",
+    "expand",
+    "repeat",
+    "slice.Tensor",
+    "select.int",
+    "narrow",
+    "movedim.int",
+    "contiguous",
+    "clone",
+    "alias",
+    "neg",
+    "flip",
+    "roll",
+    "mean",
+    "mean.dim",
+    "sum",
+    "sum.dim_IntList",
+    "pad",
+    "constant_pad_nd",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "unfold",
+    "cumsum",
+    "to.dtype",
+    "_to_copy",
+    "swapaxes",
+    "numpy_T",
+)
 class Linear(PiecewiseLinear):
     """A linear map of one tensor."""
 
@@ -26,9 +59,20 @@ class Linear(PiecewiseLinear):
         return call.run([tangents[0]])  # type: ignore[list-item]
 
 
-@register("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-          "adaptive_avg_pool3d", "upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_nearest1d.vec",
-          "upsample_linear1d.vec", "upsample_bicubic2d.vec", "upsample_nearest3d.vec")  # fmt: skip
+@register(
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "upsample_nearest2d.vec",
+    "upsample_bilinear2d.vec",
+    "upsample_nearest1d.vec",
+    "upsample_linear1d.vec",
+    "upsample_bicubic2d.vec",
+    "upsample_nearest3d.vec",
+)
 class Resampling(Linear):
     """Average pooling and interpolation."""
 
