@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
 
+# A thread that waits by spinning takes the core from the thread that it waits for, where the machine is shared.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: help demo test test-slow check bench wheel-test cuda-compile clean
 .DELETE_ON_ERROR:
 
