@@ -1,13 +1,16 @@
 """What the four-pass step costs: FLOPs in critic forwards over one batch, and operators dispatched."""
 
 import time
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from wgan_fast import models, reference
 from wgan_fast.double_backprop import FourPassEngine, Objective
 
 
@@ -86,6 +89,52 @@ def test_piecewise_linear_critics_have_no_curvature_pass():
     engine, batches = step(critic, shape, "batched")
     assert not engine.plan(batches).curved
     assert "beta" not in engine.plan(batches).code
+
+
+@pytest.mark.parametrize(
+    ("make", "batch", "schedule"), [(mlp, 256, "batched"), (dcgan_28, 64, "batched"), (dcgan_64, 64, "split")]
+)
+def test_batches_are_joined_unless_their_activations_are_large(make, batch, schedule):
+    critic, (_, *sample) = make()
+    batches = {"real": torch.randn(batch, *sample), "fake": torch.randn(batch, *sample), "alpha": torch.rand(batch)}
+    for _ in range(3):
+        assert FourPassEngine(critic, Objective(wasserstein)).plan(batches).schedule == schedule
+
+
+class LiveBytes(TorchDispatchMode):
+    """Tracks the bytes of every storage that an operator made, from then until it is freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self._known = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self._known:
+                storage = leaf.untyped_storage()
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return out
+
+    def _free(self, key, size):
+        self.now -= size
+        self._known.remove(key)
+
+
+@pytest.mark.slow
+def test_a_dcgan_step_keeps_at_most_0_6_of_the_memory_of_double_backward():
+    critic = models.build("dcgan64", (3, 64, 64))[1]
+    real, fake, alpha = torch.randn(64, 3, 64, 64), torch.randn(64, 3, 64, 64), torch.rand(64)
+    with LiveBytes() as plain:
+        reference.critic_step(critic, real, fake, [reference.interpolate(real, fake, alpha)], loss=wasserstein)
+    engine, batches = FourPassEngine(critic, Objective(wasserstein)), {"real": real, "fake": fake, "alpha": alpha}
+    engine.plan(batches)
+    with LiveBytes() as four_passes:
+        engine(batches)
+    assert four_passes.peak <= 0.6 * plain.peak
 
 
 def test_planning_takes_at_most_three_seconds():

@@ -259,7 +259,7 @@ def combinations():
             yield pytest.param(name, objective, schedule, marks=marks, id=f"{name}-{objective}-{schedule}")
 
 
-@pytest.mark.parametrize(("name", "objective", "schedule"), combinations())
+@pytest.mark.parametrize(("name", "objective", "schedule"), list(combinations()))
 def test_value_gradients_and_buffers_are_those_of_double_backward(name, objective, schedule):
     torch.manual_seed(1)
     objective = OBJECTIVES[objective]

@@ -45,6 +45,20 @@ def check_scores(scores: object, x: Tensor, group_size: int = 1) -> Tensor:
     return scores
 
 
+def check_loss(loss: object) -> Tensor:
+    """Return what an adversarial loss gave, or raise unless that is a 0-dim tensor."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss must return a tensor, got {type(loss).__name__}")
+    if loss.dim() != 0:
+        raise ValueError(f"loss must return a 0-dim tensor, got shape {list(loss.shape)}")
+    return loss
+
+
+def unconnected() -> ValueError:
+    """What to raise where a critic has no input gradient."""
+    return ValueError("critic's scores do not depend on its input: it was detached or computed under torch.no_grad()")
+
+
 def check_critic_arguments(critic_args: object, critic_kwargs: object) -> None:
     """Raise unless a critic can be called with ``*critic_args, **critic_kwargs``."""
     # Not any iterable: a tensor of labels would arrive as one argument per sample.

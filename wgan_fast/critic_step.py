@@ -8,7 +8,15 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from .checks import Engine, check_alpha, check_critic_arguments, check_engine, check_samples, check_scores
+from .checks import (
+    Engine,
+    check_alpha,
+    check_critic_arguments,
+    check_engine,
+    check_loss,
+    check_samples,
+    check_scores,
+)
 from .double_backprop import Objective, StepOutput
 from .engines import EngineChoice
 from .losses import AdversarialLoss, get_loss
@@ -174,7 +182,7 @@ class CriticStep:
             return out.to(accumulation_dtype(out.dtype))
 
         real_scores, fake_scores = scores(real), scores(fake)
-        loss = _check_loss(self.loss.critic(real_scores, fake_scores))
+        loss = check_loss(self.loss.critic(real_scores, fake_scores))
         value = norm = None
         if penalty:
             value, norm = penalty_at(self.critic, points, penalty, critic_args, critic_kwargs)
@@ -235,11 +243,3 @@ def _result(
         fake_score,
         torch.full_like(loss, torch.nan) if gradient_norm is None else gradient_norm.detach(),
     )
-
-
-def _check_loss(loss: object) -> Tensor:
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"loss must return a tensor, got {type(loss).__name__}")
-    if loss.dim() != 0:
-        raise ValueError(f"loss must return a 0-dim tensor, got shape {list(loss.shape)}")
-    return loss

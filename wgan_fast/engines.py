@@ -1,11 +1,14 @@
 """Which engine runs a critic: four passes where it can be captured, autograd otherwise, and why."""
 
 import itertools
+import os
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Literal
 
 import torch
@@ -22,7 +25,8 @@ class EngineChoice:
     """Runs an objective in four passes, or says that autograd must.
 
     Args:
-        critic: Any callable; only an ``nn.Module`` can be captured.
+        critic: Any callable; only an ``nn.Module`` can be captured, and no ``DistributedDataParallel``, whose
+            reduction of the gradients hangs on autograd's backward.
         objective: What to compute.
         engine: "autograd" never captures, "four_pass" raises where capturing fails, "auto" warns once and gives way.
         schedule: As in ``CriticStep``.
@@ -50,11 +54,14 @@ class EngineChoice:
         _BY_NUMBER[self.number] = self
         if engine == "autograd":
             self.reason = 'engine="autograd" was asked for'
+        elif isinstance(critic, DistributedDataParallel):
+            reason = "a DistributedDataParallel critic's gradients are reduced by autograd's backward"
+            self._give_way(critic, CaptureError(reason))
         elif isinstance(critic, nn.Module):
-            module = critic.module if isinstance(critic, DistributedDataParallel) else critic
-            self.four_pass = FourPassEngine(module, objective, schedule=schedule, compile=compile)
+            self.four_pass = FourPassEngine(critic, objective, schedule=schedule, compile=compile)
         else:
-            self._give_way(CaptureError(f"critic is a {type(critic).__name__}; only an nn.Module can be captured"))
+            reason = f"the critic is {_description(critic)}, and only an nn.Module can be captured"
+            self._give_way(critic, CaptureError(reason))
 
     def __call__(
         self,
@@ -80,16 +87,46 @@ class EngineChoice:
         try:
             plan = self.four_pass.plan(batches, critic_args, critic_kwargs)
         except CaptureError as error:
-            self._give_way(error)
+            self._give_way(self.four_pass.critic, error)
             return None
         return self.four_pass(batches, critic_args, critic_kwargs), plan.parameters
 
-    def _give_way(self, error: CaptureError) -> None:
+    def _give_way(self, critic: Callable[..., Tensor], error: CaptureError) -> None:
         if self.engine == "four_pass":
             raise error
         self.reason = str(error)
         self.four_pass = None
-        warnings.warn(f"wgan_fast differentiates with autograd: {error}", RuntimeWarning, stacklevel=5)
+        # Once per critic, however many objectives it is given.
+        said = _SAID.setdefault(_lasting(critic), set())
+        if self.reason not in said:
+            said.add(self.reason)
+            warnings.warn(f"wgan_fast differentiates with autograd: {error}", RuntimeWarning, stacklevel=_callers())
+
+
+def _callers() -> int:
+    """How many frames up the user's own code is, for a warning raised by the calling function."""
+    package, frame, level = os.path.dirname(__file__), sys._getframe(1), 1
+    while frame.f_back and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _lasting(critic: Callable[..., Tensor]) -> Any:
+    """What stays of a critic between calls: a lambda or a bound method may be a new object at each."""
+    if isinstance(critic, nn.Module):
+        return critic
+    return getattr(getattr(critic, "__func__", critic), "__code__", type(critic))
+
+
+def _description(critic: Callable[..., Tensor]) -> str:
+    code = _lasting(critic)
+    if isinstance(code, CodeType):
+        return f'the function {code.co_qualname} at File "{code.co_filename}", line {code.co_firstlineno}'
+    return f"a {type(critic).__qualname__}"
+
+
+_SAID: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
+"""The reasons that a critic's owner has been warned of."""
 
 
 _numbers = itertools.count()
@@ -99,7 +136,12 @@ _CHOICES = weakref.WeakKeyDictionary()
 
 
 def choice_for(critic: Callable[..., Tensor], objective: Objective, engine: Engine) -> EngineChoice:
-    """Return the choice for a critic, kept as long as the critic lives, so that every caller shares its plans."""
+    """Return the choice for a critic, kept as long as the critic lives, so that every caller shares its plans.
+
+    Of a ``DistributedDataParallel`` it is the choice for the module within: the caller's own backward reduces.
+    """
+    if isinstance(critic, DistributedDataParallel):
+        critic = critic.module
     if not isinstance(critic, nn.Module):
         return EngineChoice(critic, objective, engine)
     choices = _CHOICES.setdefault(critic, {})

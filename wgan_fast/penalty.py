@@ -21,6 +21,7 @@ from .checks import (
     check_matches,
     check_samples,
     check_scores,
+    unconnected,
 )
 from .double_backprop import Objective, attach
 from .engines import choice_for
@@ -308,9 +309,7 @@ def _input_gradient(scores: Tensor, x: Tensor, create_graph: bool) -> Tensor:
             scores, x, torch.ones_like(scores), create_graph=create_graph, allow_unused=True
         )
     if gradient is None:
-        raise ValueError(
-            "critic's scores do not depend on its input: it was detached or computed under torch.no_grad()"
-        )
+        raise unconnected()
     return gradient
 
 

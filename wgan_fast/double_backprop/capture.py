@@ -6,16 +6,22 @@ critic's own arguments.
 """
 
 import inspect
+import io
+import logging
+import os
+import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only, tree_unflatten
 
+from ..checks import check_scores
 from .record import functional_form
 
 STOPS_GRADIENT = "stops_gradient"
@@ -69,6 +75,26 @@ def where(node: fx.Node) -> str:
     return f"{node.target}" + (f" at {source}" if source else "")
 
 
+_NOT_THE_CRITIC = tuple(map(os.path.dirname, (torch.__file__, __file__)))
+_STANDARD_LIBRARY = os.path.dirname(os.__file__)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, short enough for a message."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]
+
+
+def raised_at(error: BaseException) -> str:
+    """Describe where in the critic's own code ``error`` arose, in the words of ``where``."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = frame.filename
+        # Decorators of the standard library and generated code stand between the critic's frames and torch's.
+        outside = file.startswith(("<", *_NOT_THE_CRITIC)) or os.path.dirname(file) == _STANDARD_LIBRARY
+        if not outside:
+            return f' at File "{file}", line {frame.lineno}, in {frame.name} {frame.line}'
+    return ""
+
+
 def capture(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
     """Capture ``critic(*args, **kwargs)``.
 
@@ -79,8 +105,8 @@ def capture(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         kwargs: Example keyword arguments.
 
     Raises:
-        CaptureError: The critic branches on data, mutates its activations through views, or does not return one
-            tensor.
+        CaptureError: The critic branches on data, or mutates its activations through views.
+        TypeError: The critic does not return a tensor.
     """
     try:
         program, dynamic = _export(critic, args, dict(kwargs), dynamic=True), True
@@ -88,9 +114,8 @@ def capture(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         try:
             program, dynamic = _export(critic, args, dict(kwargs), dynamic=False), False
         except Exception as error:
-            reason = str(error).strip().splitlines()
             raise CaptureError(
-                f"torch.export could not capture the critic: {reason[0] if reason else error!r}"
+                f"torch.export could not capture the critic{raised_at(error)}: {first_line(error)}"
             ) from error
     captured = Captured(fx.Graph(), dynamic=dynamic)
     env: dict[fx.Node, fx.Node] = {}
@@ -108,10 +133,10 @@ def capture(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         else:
             raise CaptureError(f"the critic holds a {spec.kind.name.lower()} ({spec.target}), which has no rule")
     outputs = _inline(program.graph_module, captured.graph, env, stops_gradient=False)
-    scores, _ = tree_flatten(outputs)
-    if len(scores) != 1 or not isinstance(scores[0], fx.Node):
-        raise CaptureError(f"the critic must return one tensor of scores, it returned {len(scores)} values")
-    captured.graph.output(scores[0])
+    scores = tree_unflatten(outputs, program.call_spec.out_spec)
+    if not isinstance(scores, fx.Node):
+        check_scores(scores, args[0])
+    captured.graph.output(scores)
     return captured
 
 
@@ -128,9 +153,22 @@ def _export(critic: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         shapes = dict(inspect.signature(critic.forward).bind(*shapes_args, **shapes_kwargs).arguments)
         shapes |= shapes.pop("kwargs", {}) if "kwargs" not in kwargs else {}
     detached = tree_map_only(Tensor, lambda t: t.detach(), (args, kwargs))
-    with warnings.catch_warnings(), torch.enable_grad():
-        warnings.simplefilter("ignore")
+    with _quiet(), torch.enable_grad():
         return torch.export.export(critic, detached[0], detached[1], dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what torch prints about a critic that it cannot export: the ``CaptureError`` says it."""
+    log = logging.getLogger("torch")
+    level = log.level
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
 
 
 def _inline(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, fx.Node], stops_gradient: bool) -> Any:

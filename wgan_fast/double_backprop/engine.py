@@ -1,6 +1,5 @@
 """The engine as the rest of the package sees it: plans made on first use and kept per critic, shape and state."""
 
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten
 
+from .capture import first_line
 from .plan import Objective, Plan, Schedule, StepOutput
 
 
@@ -20,7 +20,7 @@ class FourPassEngine:
     Args:
         critic: The critic; its parameters are read at every call.
         objective: What to compute.
-        schedule: "batched", "split", or "auto": batched where samples are proven apart, on a CPU the faster of both.
+        schedule: As in ``Plan``.
         compile: Compile the flat graph with ``torch.compile``; where that fails, warn and run it as it is.
     """
 
@@ -111,17 +111,15 @@ class FourPassEngine:
     ) -> Plan:
         example = _example(batches).detach()
 
-        def make(schedule: Any, captured: Any = None) -> Plan:
-            return Plan(
-                self.critic, self.objective, example, critic_args, critic_kwargs, schedule=schedule,
-                in_place=not self.compile, captured=captured,
-            )  # fmt: skip
-
-        plan = make("split" if self.schedule == "split" else "batched")
-        if self.schedule == "auto" and plan.schedule == "batched" and plan.device == "cpu" and not self.compile:
-            leaves, _ = tree_flatten((critic_args, dict(critic_kwargs or {})))
-            inputs = [batches[name].detach() for name in plan.inputs]
-            plan = min([plan, make("split", plan.captured)], key=lambda p: _seconds(p, inputs, leaves))
+        plan = Plan(
+            self.critic,
+            self.objective,
+            example,
+            critic_args,
+            critic_kwargs,
+            schedule=self.schedule,
+            in_place=not self.compile,
+        )
         if self.compile:
             plan.runner = _Compiled(plan.graph)
         return plan
@@ -140,8 +138,9 @@ class _Compiled:
         try:
             result = self._run(*args)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [repr(error)])[0]
-            warnings.warn(f"the compiler failed, the step runs uncompiled: {reason}", RuntimeWarning, stacklevel=4)
+            warnings.warn(
+                f"the compiler failed, the step runs uncompiled: {first_line(error)}", RuntimeWarning, stacklevel=4
+            )
             self._run = self._graph
             result = self._graph(*args)
         self._proven = True
@@ -158,18 +157,6 @@ def _laid_out(tensor: Tensor, like: tuple[torch.Size, tuple[int, ...]]) -> Tenso
     if tensor.stride() == stride or tensor.shape != shape:
         return tensor
     return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
-def _seconds(plan: Plan, inputs: Sequence[Tensor], extras: Sequence[Any]) -> float:
-    """Time a plan without touching buffers or random numbers."""
-    owned = [tensor.clone() for tensor in plan.owned()]
-    times = []
-    with torch.random.fork_rng(devices=[]):
-        for _ in range(3):
-            start = time.perf_counter()
-            plan.run(owned, inputs, extras)
-            times.append(time.perf_counter() - start)
-    return min(times)
 
 
 class _Attached(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from .capture import STOPS_GRADIENT, Captured, CaptureError, where
+from .capture import STOPS_GRADIENT, Captured, CaptureError, first_line, where
 from .independence import Dims
 from .rules import Call, Slot, rule_for
 
@@ -187,8 +187,7 @@ class explained:  # noqa: N801 (reads as a clause)
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Translate."""
         if isinstance(error, Exception) and not isinstance(error, CaptureError):
-            reason = (str(error).strip().splitlines() or [repr(error)])[0]
-            raise CaptureError(f"{where(self.node)} cannot run in four passes: {reason}") from error
+            raise CaptureError(f"{where(self.node)} cannot run in four passes: {first_line(error)}") from error
 
 
 class Cotangents:

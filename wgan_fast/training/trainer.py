@@ -186,8 +186,6 @@ class Trainer:
             penalty=config.penalty,
             engine=config.engine,
             precision=config.precision,
-            # Not "auto", which decides by timing: a resumed run must add in the same order.
-            schedule="batched",
         )
         if config.engine == "four_pass":
             self._try_engine()
