@@ -24,9 +24,10 @@ KILLED = -signal.SIGKILL
 DRIVER = '''
 """Runs the command line in forked processes and kills them when told: imports, seconds each, are paid once."""
 
-import json, os, pathlib, signal, sys, time, traceback
+import json, os, pathlib, random, signal, sys, time, traceback
 
-import torch._dynamo, torch.utils.tensorboard  # what training imports late
+import numpy as np
+import torch, torch._dynamo, torch.utils.tensorboard  # what training imports late
 
 import wgan_fast.data, wgan_fast.plots
 from wgan_fast import cli
@@ -81,6 +82,8 @@ def child(order):
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.chdir(order["cwd"])
+    # A process of its own would not share the parent's random numbers.
+    random.seed(), np.random.seed(), torch.seed()
     if order["resident_bytes"] is not None:
         wgan_fast.data.RESIDENT_BYTES = order["resident_bytes"]
     if order["disk_call"] is not None:
