@@ -200,14 +200,23 @@ def _inline(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, fx.Node]
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(f"{where(node)} is a higher-order operator, which has no rule")
         elif not name.startswith(_ASSERTIONS):
-            mutated = _mutated_activation(node, module.graph)
+            written = _written(node)
+            lasting = written is not None and _is_buffer(written, module.graph)
             new = graph.node_copy(node, value)
-            if mutated is not None:
+            made = [new]
+            if written is not None and (not lasting or "out" in node.kwargs):
                 new.target = _functional(node)
-                for alias in _aliases(mutated, node, module.graph):
+                new.kwargs = {name: argument for name, argument in new.kwargs.items() if name != "out"}
+            if written is not None and not lasting:
+                for alias in _aliases(written, node, module.graph):
                     env[alias] = new
+            elif written is not None and "out" in node.kwargs:
+                new = graph.call_function(torch.ops.aten.copy_.default, (value(written), new))
+                new.meta = dict(node.meta)
+                made.append(new)
             if stops_gradient or node.target in _DETACHING:
-                new.meta[STOPS_GRADIENT] = True
+                for call in made:
+                    call.meta[STOPS_GRADIENT] = True
             env[node] = new
     raise CaptureError("the captured critic has no output")
 
@@ -217,14 +226,24 @@ def _storage(node: fx.Node) -> int | None:
     return val.untyped_storage()._cdata if isinstance(val, Tensor) else None
 
 
-def _mutated_activation(node: fx.Node, graph: fx.Graph) -> fx.Node | None:
-    """Return the argument that ``node`` writes to, unless that is a buffer, whose updates are meant to last."""
+def _written(node: fx.Node) -> fx.Node | None:
+    """Return the argument that ``node`` writes to."""
     schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable or not isinstance(node.args[0], fx.Node):
+    if schema is None or not schema.is_mutable:
         return None
-    mutated = node.args[0]
-    owned = {_storage(n) for n in graph.nodes if n.op == "placeholder" and not _is_argument(n)}
-    return None if _storage(mutated) in owned else mutated
+    written = [
+        node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
+        for i, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    if len(written) != 1 or not isinstance(written[0], fx.Node):
+        raise CaptureError(f"{where(node)} writes to several tensors, which has no rule")
+    return written[0]
+
+
+def _is_buffer(node: fx.Node, graph: fx.Graph) -> bool:
+    """Whether ``node`` is a parameter or buffer, or a view of one: updates of those are meant to last."""
+    return _storage(node) in {_storage(n) for n in graph.nodes if n.op == "placeholder" and not _is_argument(n)}
 
 
 def _is_argument(placeholder: fx.Node) -> bool:

@@ -156,9 +156,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def functional_form(func: Any) -> Any:
-    """Return the operator that computes what an in-place one writes; None where there is none."""
-    name = func._schema.name.removeprefix("aten::")
-    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-    if not name.endswith("_") or packet is None or func._overloadname not in packet.overloads():
-        return None
-    return getattr(packet, func._overloadname)
+    """Return the operator that computes what an in-place or ``out=`` one writes; None where there is none."""
+    packet = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    taken = _signature(func, without_out=True)
+    for overload in packet.overloads() if packet is not None else ():
+        candidate = getattr(packet, overload)
+        makes = not candidate._schema.is_mutable and not any(out.alias_info for out in candidate._schema.returns)
+        if makes and _signature(candidate) == taken:
+            return candidate
+    return None
+
+
+def _signature(func: Any, without_out: bool = False) -> list[tuple[str, str, str]]:
+    # With the defaults: a call that leaves bernoulli_'s p to its default cannot be one of bernoulli.p.
+    arguments = [argument for argument in func._schema.arguments if not (without_out and argument.is_out)]
+    return [(argument.name, str(argument.type), repr(argument.default_value)) for argument in arguments]
