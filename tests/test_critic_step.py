@@ -337,6 +337,14 @@ CONSTRUCTION_ERRORS: list[Row] = [
     ("precision is unknown", {"precision": "fp16"}, ValueError, ("precision", "'fp16'", "bf16")),
     ("precision is a dtype", {"precision": torch.bfloat16}, ValueError, ("precision", "torch.bfloat16", "bf16")),
     ("schedule is unknown", {"schedule": "fast"}, ValueError, ("schedule", "'fast'", "batched")),
+    ("compile is a backend", {"compile": "inductor"}, TypeError, ("compile", "'inductor'", "True or False")),
+    ("compile is a number", {"compile": 1}, TypeError, ("compile", "1", "True or False")),
+    (
+        "compile is asked of autograd",
+        {"compile": True, "engine": "autograd"},
+        ValueError,
+        ("compile", "True", "four-pass", '"autograd"'),
+    ),
 ]
 
 

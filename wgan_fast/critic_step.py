@@ -62,7 +62,7 @@ class CriticStep:
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: A setting is unknown.
+        ValueError: A setting is unknown, or ``compile`` is asked for with ``engine="autograd"``.
     """
 
     def __init__(
@@ -85,6 +85,10 @@ class CriticStep:
         if schedule not in get_args(Schedule):
             raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}, got {schedule!r}")
         check_engine(engine)
+        if not isinstance(compile, bool):
+            raise TypeError(f"compile must be True or False, got {compile!r}")
+        if compile and engine == "autograd":
+            raise ValueError('compile needs the four-pass engine, got compile=True with engine="autograd"')
         self.critic = critic
         self.loss = get_loss(loss)
         self.penalty = penalty
