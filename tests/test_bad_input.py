@@ -22,6 +22,12 @@ from wgan_fast.training import Run, TrainConfig, Trainer
 Refused = Callable[..., str]
 
 
+@pytest.fixture(autouse=True)
+def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them takes a second, most of the time of runs as small as these."""
+    monkeypatch.setattr("wgan_fast.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder; the command line puts it on the path of modules."""

@@ -21,6 +21,12 @@ from wgan_fast.training import Run, Trainer
 from wgan_fast.training.checkpoint import load_checkpoint, load_module, load_optimizer, optimizer_state, save_checkpoint
 
 
+@pytest.fixture(autouse=True)
+def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them takes a second, most of the time of runs as small as these."""
+    monkeypatch.setattr("wgan_fast.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 6 steps with checkpoints at 2, 4 and 6."""

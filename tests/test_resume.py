@@ -176,7 +176,21 @@ def finish(cli: Runner, command: list[str], out: Path, cwd: Path, **options: Any
 # Killed at random instants
 
 STEPS = 30
-COMMAND = ["train", *TINY, "--steps", str(STEPS), "--checkpoint-every", "1", "--keep", "2", "--sample-every", "10"]
+# Autograd, because preparing the four passes would take most of the time of a short run; the variants below use them.
+COMMAND = [
+    "train",
+    *TINY,
+    "--engine",
+    "autograd",
+    "--steps",
+    str(STEPS),
+    "--checkpoint-every",
+    "1",
+    "--keep",
+    "2",
+    "--sample-every",
+    "10",
+]
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +262,7 @@ def test_run_killed_again_and_again_resumes_bit_for_bit(cli, undisturbed, tmp_pa
 
 # Killed inside a write
 
-SHORT = ["train", *TINY, "--steps", "2", "--checkpoint-every", "1", "--keep", "1"]
+SHORT = ["train", *TINY, "--engine", "autograd", "--steps", "2", "--checkpoint-every", "1", "--keep", "1"]
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,18 @@ PAPERS = {
 }
 
 
+@pytest.fixture
+def real_curves() -> None:
+    """For a test that looks at the curves."""
+
+
+@pytest.fixture(autouse=True)
+def _curves_are_not_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them takes a second, most of the time of runs as small as these."""
+    if "real_curves" not in request.fixturenames:
+        monkeypatch.setattr("wgan_fast.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
+
+
 def test_every_method_is_known():
     assert PAPERS.keys() == RECIPES.keys()
 
@@ -115,6 +127,7 @@ def assert_trained(out: Path, method: str, steps: int) -> None:
         assert any((weight.abs() == weight.new_tensor(clip)).any() for weight in weights.values())
 
 
+@pytest.mark.usefixtures("real_curves")
 @pytest.mark.parametrize("method", PAPERS)
 def test_method_trains_200_steps_from_the_command_line(method, tmp_path):
     main(["train", "--method", method, "--data", "mnist5k", "--model", "mlp", "--width", "32", "--batch-size", "16",
@@ -124,6 +137,7 @@ def test_method_trains_200_steps_from_the_command_line(method, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("real_curves")
 @pytest.mark.parametrize("method", PAPERS)
 def test_method_trains_200_steps_with_nothing_but_defaults(method, tmp_path):
     main(["train", "--method", method, "--steps", "200", "--out", str(tmp_path / "run")])
@@ -443,6 +457,7 @@ def test_bfloat16_training_keeps_parameters_in_float32(tmp_path):
     assert not same_bits(trainer.critic[0].weight.detach(), rounded.critic[0].weight.detach())
 
 
+@pytest.mark.usefixtures("real_curves")
 def test_summary_says_what_is_there(tmp_path):
     trainer = trainer_of(tmp_path, steps=3)
     summary = trainer.fit()
