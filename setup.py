@@ -5,7 +5,7 @@ one) or without a working compiler the install goes on without it, and ``wgan_fa
 
 Environment:
     WGAN_FAST_REQUIRE_EXT=1: fail instead of installing without the extension, or without CUDA where torch has it.
-    TORCH_CUDA_ARCH_LIST: the GPU architectures, as for any torch extension; by default 8.0, 9.0 and 10.0, with PTX.
+    TORCH_CUDA_ARCH_LIST: the GPU architectures, as for any torch extension; by default 7.5, 8.0, 9.0, 10.0, with PTX.
     CXX, CUDA_HOME: the compiler and the CUDA toolkit, as for any torch extension.
 
 ``python setup.py cuda_compile`` checks the CUDA sources, also where torch has no CUDA.
@@ -39,7 +39,7 @@ TORCH_ABI = ("WGAN_FAST_TORCH_ABI", "0x020B000000000000")
 # -g0 undoes the interpreter's own -g: debug information would be most of the library.
 CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3"]
-ARCHITECTURES = ["8.0", "9.0", "10.0"]
+ARCHITECTURES = ["7.5", "8.0", "9.0", "10.0"]
 
 missing: dict[str, str | None] = {"extension": None, "cuda": None}
 """Why a part is not built, for build_info(); None for a part that is."""
@@ -217,6 +217,7 @@ extensions, build_ext = extension_build()
 setup(
     packages=PACKAGES,
     package_dir={"wgan_fast": "wgan_fast", "wgan_fast.kernels": "kernels"},
+    package_data={"wgan_fast": ["py.typed"]},
     ext_modules=extensions,
     cmdclass={"build_py": BuildPython, "cuda_compile": CompileCuda, **build_ext},
 )

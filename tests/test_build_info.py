@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,30 @@ def test_the_extension_needs_only_the_stable_abi_of_torch() -> None:
     run = subprocess.run(["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True)
     assert "aoti_torch" in run.stdout
     assert not [line for line in run.stdout.splitlines() if "at::" in line or "c10::" in line]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "reason"),
+    [
+        ("7.5;8.0;9.0;10.0+PTX", (7, 0), "built for compute capability 7.5 and newer, but Some GPU has 7.0"),
+        ("10.0 9.0a", (8, 9), "built for compute capability 9.0 and newer, but Some GPU has 8.9"),
+        ("7.5;8.0;9.0;10.0+PTX", (7, 5), None),
+        ("9.0+PTX", (12, 0), None),
+        ("10.0", (10, 0), None),
+        ("Turing+PTX", (8, 0), None),
+    ],
+)
+def test_a_gpu_older_than_every_architecture_built_is_reported(
+    monkeypatch: pytest.MonkeyPatch, architectures: str, capability: tuple[int, int], reason: str | None
+) -> None:
+    config = dict.fromkeys(("compiler", "flags", "torch", "torch_abi"), "some")
+    config |= {"cuda": "13.0", "cuda_architectures": architectures}
+    monkeypatch.setattr("wgan_fast.build.extension", SimpleNamespace(build_config=lambda: config))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    details = {"toolkit": "13.0", "architectures": architectures, "device": "Some GPU"}
+    assert build_info()["cuda"] == {"active": reason is None, "reason": reason, **details}
 
 
 CLIP_AND_REPORT = """

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import warnings
@@ -86,7 +87,14 @@ def _cuda_info() -> dict[str, Any]:
         return _part(_recorded("cuda") or "not built", **details)
     if not torch.cuda.is_available():
         return _part("built, but torch finds no CUDA device", **details)
-    return _part(None, **{**details, "device": torch.cuda.get_device_name()})
+    details["device"] = torch.cuda.get_device_name()
+    capability = torch.cuda.get_device_capability()
+    # A list given in names ("Turing") has no numbers to compare with.
+    built = [(int(major), int(minor)) for major, minor in re.findall(r"(\d+)\.(\d+)", config["cuda_architectures"])]
+    if built and capability < min(built):
+        lowest, own = (".".join(map(str, version)) for version in (min(built), capability))
+        return _part(f"built for compute capability {lowest} and newer, but {details['device']} has {own}", **details)
+    return _part(None, **details)
 
 
 def _triton_info() -> dict[str, Any]:
