@@ -16,8 +16,10 @@ CHECKOUT = Path(__file__).parents[1]
 
 # Runs outside the checkout: what it imports can only come from the wheel.
 USE = """
-import subprocess, sys
+import importlib.resources, subprocess, sys
 import torch, wgan_fast, wgan_fast.kernels, wgan_fast.training
+
+assert importlib.resources.files(wgan_fast).joinpath("py.typed").is_file()
 
 reason = sys.argv[1]
 extension = wgan_fast.build_info()["extension"]
