@@ -176,27 +176,3 @@ def test_wasserstein_estimate_restores_the_modes_after_an_error():
 def test_wasserstein_estimate_refuses_empty_sets(real, fake, batch_size, message):
     with pytest.raises(InputError, match=message):
         metrics.wasserstein_estimate(CountingCritic(), real, fake, batch_size)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_rank_correlation_is_spearmans_with_ties(seed):
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(seed)
-    a = rng.integers(10, size=63)
-    b = a + rng.integers(8, size=63)
-    assert metrics.rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
-
-
-def test_rank_correlation_sees_only_the_order():
-    a = torch.randn(100, generator=torch.Generator().manual_seed(0))
-    assert metrics.rank_correlation(a, a.exp()) == pytest.approx(1)
-    assert metrics.rank_correlation(a, -(a**3)) == pytest.approx(-1)
-
-
-def test_rank_correlation_with_a_constant_is_undefined():
-    assert math.isnan(metrics.rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]))
-
-
-def test_rank_correlation_refuses_different_lengths():
-    with pytest.raises(InputError, match="one length, got 2 and 3"):
-        metrics.rank_correlation([1.0, 2.0], [1.0, 2.0, 3.0])

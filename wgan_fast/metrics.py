@@ -160,31 +160,3 @@ def _mean_score(critic: nn.Module, samples: Tensor, batch_size: int) -> float:
     device = next((p.device for p in critic.parameters()), samples.device)
     scores = [critic(batch.to(device)).double() for batch in torch.split(samples, batch_size)]
     return float(torch.cat(scores).mean())
-
-
-def rank_correlation(a: _Samples, b: _Samples) -> float:
-    """Spearman's rank correlation, for example of two scorings of the same samples.
-
-    Args:
-        a: One value per item, `[N]`.
-        b: One value per item, `[N]`.
-
-    Returns:
-        The correlation of the ranks, equal values sharing their mean rank; NaN where a or b is constant.
-
-    Raises:
-        InputError: a and b differ in length, or hold values that are not finite.
-    """
-    values_a, values_b = _rows(a, "a").ravel(), _rows(b, "b").ravel()
-    if len(values_a) != len(values_b):
-        raise InputError(f"a and b must have one length, got {len(values_a)} and {len(values_b)}")
-    ranks_a, ranks_b = _centred_ranks(values_a), _centred_ranks(values_b)
-    spread = math.sqrt((ranks_a @ ranks_a) * (ranks_b @ ranks_b))
-    return float(ranks_a @ ranks_b) / spread if spread > 0 else math.nan
-
-
-def _centred_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    mean_ranks = np.cumsum(counts) - (counts - 1) / 2
-    ranks: NDArray[np.float64] = mean_ranks[inverse] - (len(values) + 1) / 2
-    return ranks

@@ -298,7 +298,6 @@ class ModelSpec:
     """A pair of networks that `build` knows by name.
 
     Attributes:
-        description: One line.
         shapes: The sample shapes it makes, in words.
         makes: Whether it makes a given sample shape.
         latent_dim: Default length of the latent vector; None means the number of values in a sample.
@@ -307,7 +306,6 @@ class ModelSpec:
         critic: Called with (sample shape, width).
     """
 
-    description: str
     shapes: str
     makes: Callable[[_Shape], bool]
     latent_dim: int | None
@@ -322,7 +320,6 @@ def _square_image(side: int) -> Callable[[_Shape], bool]:
 
 MODELS: dict[str, ModelSpec] = {
     "toy-mlp": ModelSpec(
-        "vectors: 3 hidden ReLU layers in both networks (Gulrajani et al., toy data)",
         shapes="vectors [D]",
         makes=lambda shape: len(shape) == 1,
         latent_dim=None,
@@ -331,7 +328,6 @@ MODELS: dict[str, ModelSpec] = {
         critic=mlp_critic,
     ),
     "mlp": ModelSpec(
-        "any shape: the toy networks on flattened samples, images in [-1, 1]",
         shapes="any shape",
         makes=lambda shape: True,
         latent_dim=128,
@@ -340,7 +336,6 @@ MODELS: dict[str, ModelSpec] = {
         critic=mlp_critic,
     ),
     "mnist-dcgan": ModelSpec(
-        "28x28 images: 3 convolutions, no normalisation (Gulrajani et al., MNIST)",
         shapes="images [C, 28, 28]",
         makes=_square_image(28),
         latent_dim=128,
@@ -349,7 +344,6 @@ MODELS: dict[str, ModelSpec] = {
         critic=dcgan_critic,
     ),
     "cifar-dcgan": ModelSpec(
-        "32x32 images: 3 convolutions, batch norm in the generator (Gulrajani et al., CIFAR-10)",
         shapes="images [C, 32, 32]",
         makes=_square_image(32),
         latent_dim=128,
@@ -358,7 +352,6 @@ MODELS: dict[str, ModelSpec] = {
         critic=dcgan_critic,
     ),
     "cifar-resnet": ModelSpec(
-        "32x32 images: residual networks, layer norm in the critic (Gulrajani et al., CIFAR-10)",
         shapes="images [C, 32, 32]",
         makes=_square_image(32),
         latent_dim=128,
@@ -367,7 +360,6 @@ MODELS: dict[str, ModelSpec] = {
         critic=resnet_critic,
     ),
     "dcgan64": ModelSpec(
-        "64x64 images: 4 convolutions, batch norm in the generator (Gulrajani et al., LSUN)",
         shapes="images [C, 64, 64]",
         makes=_square_image(64),
         latent_dim=128,
@@ -376,7 +368,6 @@ MODELS: dict[str, ModelSpec] = {
         critic=partial(dcgan_critic, stages=4),
     ),
     "article": ModelSpec(
-        "images, meant for MNIST: dense generator 256-512-1024 with batch norm, critic of 2 convolutions",
         shapes="images [C, H, W]",
         makes=lambda shape: len(shape) == 3,
         latent_dim=100,

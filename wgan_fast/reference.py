@@ -129,10 +129,3 @@ def critic_step(
     return StepTruth(
         total.detach(), value.detach(), norm.detach(), real_scores.detach(), fake_scores.detach(), gradients
     )
-
-
-@torch.no_grad()
-def clip_weights_(tensors: Iterable[Tensor], low: float, high: float) -> None:
-    """Clamp every tensor to [low, high] in place."""
-    for tensor in tensors:
-        tensor.clamp_(low, high)
