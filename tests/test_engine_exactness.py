@@ -297,7 +297,7 @@ CONDITIONAL = {
 
 
 @pytest.mark.parametrize("schedule", ["batched", "split"])
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("objective", [OBJECTIVES["wgan-gp"], OBJECTIVES["one-sided at both"]])
 @pytest.mark.parametrize("critic", CONDITIONAL.values(), ids=CONDITIONAL)
 def test_conditional_critics_are_exact(critic, objective, schedule):
     critic = critic.double()
