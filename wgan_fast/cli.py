@@ -73,10 +73,12 @@ class Sample:
         if match is None:
             raise InputError(f"grid must be ROWSxCOLUMNS, such as 12x12, got {self.grid!r}")
         rows, columns = int(match[1]), int(match[2])
+        path = self.out or self.folder / "samples" / f"grid-{self.grid}.png"
+        if path.suffix != ".png":
+            raise InputError(f"out must end in .png, got {path}")
         run = _load(self.folder, self.device)
         samples = run.sample(rows * columns, seed=self.seed)
         scores = run.score(samples) if self.scores else None
-        path = self.out or self.folder / "samples" / f"grid-{self.grid}.png"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             plots.save_grid(samples, path, columns=columns, scores=scores)
@@ -95,7 +97,7 @@ class Evaluate:
 
     Attributes:
         folder: The run's folder.
-        samples: Generated samples, and real ones where the data has that many.
+        samples: Samples on each side of a comparison; fewer where less data was held out.
         seed: Seed of the noise and of the projections.
         device: "cpu", "cuda", "cuda:1", or "auto".
     """
@@ -165,15 +167,18 @@ def _parse(arguments: list[str]) -> Any:
     except SystemExit as end:
         if not end.code:
             raise
-        # tyro writes a title, a rule, the message, a rule and a hint: every error here is one line.
-        title, *rest = re.split(r"-{5,}", framed.getvalue())
-        raise InputError((rest or [title])[0].strip().removeprefix("Error parsing Train: ")) from None
+        # tyro writes a title, a rule, the message, a rule and a hint, in a frame and in colour where it can: every
+        # error here is one plain line.
+        plain = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", " ", framed.getvalue())
+        title, *rest = re.split(r"[-─]{5,}", plain)
+        message = next(part for part in [*rest, title] if part.strip())
+        raise InputError(message.strip().removeprefix("Error parsing Train: ")) from None
 
 
 def _option(arguments: list[str], flag: str) -> str | None:
     for argument, following in zip(arguments, [*arguments[1:], None]):
         if argument == flag:
-            return following
+            return None if following is None or following.startswith("--") else following
         if argument.startswith(f"{flag}="):
             return argument.removeprefix(f"{flag}=")
     return None
@@ -195,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (InputError, DivergenceError, OSError) as error:
         sys.exit(_fail(error, 2))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; a run goes on with: wgan-fast train --resume RUN", 130))
+        sys.exit(_fail("interrupted; train goes on with --resume and the run's folder", 130))
 
 
 def _fail(error: object, status: int) -> int:

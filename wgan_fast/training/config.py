@@ -128,7 +128,8 @@ class TrainConfig:
         schedule: Course of the learning rates: constant, or falling to 0 linearly or as a cosine.
         penalty_weight: Weight of the gradient penalty; 0 switches it off.
         clip: Bound c that keeps every critic weight in [-c, c] (wgan-clip).
-        ema: Decay of the generator's moving average, which is what is sampled; 0 keeps none.
+        ema: Decay of the generator's moving average, which is what is sampled; 0 keeps none. After k steps it is at
+            most k/(k+10), so that a young average forgets the first networks.
         seed: Seed of initialisation, data order and noise.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
         engine: How the penalty is differentiated: auto, four_pass, autograd.
@@ -225,6 +226,8 @@ class TrainConfig:
             raise InputError(f"penalty_weight was given, but method {self.method} has no gradient penalty")
         if self.clip is not None and recipe.clip is None:
             raise InputError(f"clip was given, but method {self.method} does not clip weights: use wgan-clip")
+        if self.beta1 is not None and (self.optimizer or recipe.optimizer) == "rmsprop":
+            raise InputError("beta1 was given, but RMSprop has none: use optimizer adam")
         toy = sample_shape == (2,)
         penalty_weight = recipe.penalty.weight if recipe.penalty else None
         if toy and self.method in ("wgan-gp", "wgan-lp"):
@@ -234,7 +237,7 @@ class TrainConfig:
             "n_critic": recipe.n_critic,
             "optimizer": recipe.optimizer,
             "learning_rate": recipe.learning_rate,
-            "beta1": recipe.betas[0],
+            "beta1": recipe.betas[0] if (self.optimizer or recipe.optimizer) == "adam" else None,
             "beta2": recipe.betas[1],
             "penalty_weight": penalty_weight,
             "clip": recipe.clip,

@@ -9,16 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics, models
-from ..data import load_data
+from ..data import Data, load_data
 from ..errors import InputError
 from ..files import write_atomically
 from .checkpoint import load_checkpoint, load_module
 from .config import MAX_SEED, TrainConfig
+from .randomness import NOISE, stream_seed, undisturbed
 
 CONFIG_FILE = "config.json"
 FORMAT = 1
 OWN_MODEL = "custom"
 """What a run records as its model when its networks were given as objects."""
+
+
+CHANGEABLE = {"out", "steps", "device", "workers", "log_every", "sample_every", "checkpoint_every", "keep"}
+"""Settings that a resumed run may change."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,41 @@ class Description:
         config: The resolved configuration.
         sample_shape: Shape of one sample.
         kind: "images" or "vectors".
+        samples: How many there are to train on, and held out.
     """
 
     config: TrainConfig
     sample_shape: tuple[int, ...]
     kind: str
+    samples: tuple[int, int]
+
+    @classmethod
+    def of(cls, config: TrainConfig, data: Data) -> Self:
+        """Describe a run on ``data``."""
+        return cls(config, data.sample_shape, data.kind, (len(data.train), len(data.held_out)))
+
+    def check(self, config: TrainConfig, data: Data) -> None:
+        """Raise unless a run may go on with this configuration and this data.
+
+        Raises:
+            InputError: A setting that must stay was changed, or the data is not what it was.
+        """
+        check_unchanged(self.config, config)
+        self.check_data(data)
+
+    def check_data(self, data: Data) -> None:
+        """Raise unless ``data`` looks like what the run was trained on.
+
+        Raises:
+            InputError: The shape or the number of samples differs.
+        """
+        was = [list(self.sample_shape), *self.samples]
+        now = [list(data.sample_shape), len(data.train), len(data.held_out)]
+        if was != now:
+            raise InputError(
+                f"data {self.config.data} is not what the run was trained on: samples of shape {was[0]}, {was[1]} to "
+                f"train on and {was[2]} held out, are now {now[0]}, {now[1]} and {now[2]}"
+            )
 
     def write(self, folder: Path) -> None:
         """Write ``config.json`` into a run's folder."""
@@ -42,6 +77,7 @@ class Description:
             "config": self.config.to_json(),
             "sample_shape": list(self.sample_shape),
             "kind": self.kind,
+            "samples": list(self.samples),
         }
         write_atomically(folder / CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode())
 
@@ -60,7 +96,7 @@ class Description:
             if values["format"] != FORMAT:
                 raise ValueError(f"its format is {values['format']}, this version reads {FORMAT}")
             config = TrainConfig.from_json(values["config"])
-            return cls(config, tuple(values["sample_shape"]), values["kind"])
+            return cls(config, tuple(values["sample_shape"]), values["kind"], tuple(values["samples"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
 
@@ -119,7 +155,8 @@ class Run:
     def sample(self, n: int, *, seed: int = 0) -> Tensor:
         """Generate ``n`` samples ``[n, *sample_shape]`` on the CPU; the same for the same seed."""
         noise = draw_noise(n, self.latent_dim, seed)
-        return generate(self.generator, noise.to(self.device)).cpu()
+        with undisturbed(self.device, seed):
+            return generate(self.generator, noise.to(self.device)).cpu()
 
     def score(self, samples: Tensor) -> Tensor:
         """Rate samples ``[N, *sample_shape]`` with the critic; returns ``[N]`` float32 on the CPU."""
@@ -129,7 +166,7 @@ class Run:
         """Measure the run against data that it did not train on.
 
         Args:
-            samples: Generated samples, and real ones where the data has that many.
+            samples: Samples on each side of a comparison; fewer where less data was held out.
             seed: Of the noise and of the projections.
 
         Returns:
@@ -141,6 +178,7 @@ class Run:
             InputError: The run's data cannot be loaded any more.
         """
         data = load_run_data(self.description.config)
+        self.description.check_data(data)
         if not len(data.held_out):
             raise InputError("this run held no data out (holdout 0): there is nothing to evaluate against")
         held_out = data.held_out.take(min(samples, len(data.held_out), len(data.train)), seed=seed)
@@ -165,7 +203,29 @@ class Run:
         return report
 
 
-def load_run_data(config: TrainConfig) -> Any:
+def check_unchanged(before: TrainConfig, after: TrainConfig) -> None:
+    """Raise where a resumed run would change a setting that decides its course.
+
+    Raises:
+        InputError: Naming the setting, what it was and what may change.
+    """
+    settings = before.to_json()
+    for name, value in after.to_json().items():
+        if value == settings[name] or (name in CHANGEABLE and name != "steps"):
+            continue
+        if name != "steps":
+            raise InputError(
+                f"a resumed run keeps its settings: {name} was {settings[name]!r}, got {value!r} "
+                f"(what may change: {', '.join(sorted(CHANGEABLE))})"
+            )
+        if before.schedule != "constant":
+            raise InputError(
+                f"a resumed run keeps its steps where the learning rate depends on them (schedule "
+                f"{before.schedule}): steps was {settings[name]}, got {value}"
+            )
+
+
+def load_run_data(config: TrainConfig) -> Data:
     """Load the data that a configuration names, with its split and image settings."""
     return load_data(
         config.data,
@@ -215,7 +275,7 @@ def draw_noise(n: int, length: int, seed: int) -> Tensor:
     """
     if not 0 <= seed <= MAX_SEED:
         raise InputError(f"seed must be in [0, {MAX_SEED}], got {seed}")
-    return torch.randn(n, length, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(n, length, generator=torch.Generator().manual_seed(stream_seed(seed, NOISE)))
 
 
 @torch.no_grad()

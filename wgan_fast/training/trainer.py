@@ -3,15 +3,15 @@
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import itertools
 import math
-import random
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from ..checks import check_scores
 from ..clipping import clip_weights_
 from ..critic_step import CriticStep, CriticStepResult
 from ..data import Data, Split, batches, load_data
+from ..double_backprop import CaptureError
 from ..errors import DivergenceError, InputError
 from ..files import write_atomically
 from ..losses import get_loss
@@ -36,12 +37,14 @@ from .checkpoint import (
 )
 from .config import TrainConfig
 from .log import MetricsLog, ProgressLine
+from .randomness import NETWORKS, TRAINING, random_state, seed_everything, set_random_state, undisturbed
 from .run import (
     CONFIG_FILE,
     OWN_MODEL,
     Description,
     build_networks,
     check_rebuildable,
+    check_unchanged,
     draw_noise,
     generate,
     latent_dim,
@@ -54,9 +57,6 @@ GRID = {"images": 64, "vectors": 2048}
 
 HELD_OUT = 512
 """Held-out samples behind the held-out Wasserstein estimate, taken whenever a picture is written."""
-
-CHANGEABLE = {"out", "steps", "device", "workers", "log_every", "sample_every", "checkpoint_every", "keep"}
-"""Settings that a resumed run may change."""
 
 
 class Summary(NamedTuple):
@@ -140,7 +140,7 @@ class Trainer:
         check_rebuildable(config)
         data = load_run_data(config)
         config = config.resolved(data.sample_shape)
-        _seed_everything(config.seed)
+        seed_everything(config.seed, NETWORKS)
         generator, critic = build_networks(config, data.sample_shape)
         trainer = cls.__new__(cls)
         trainer._set_up(generator, critic, data, config)
@@ -160,10 +160,11 @@ class Trainer:
         """
         before = Description.read(folder).config
         config = dataclasses.replace(before, **{**changes, "out": folder})
-        _check_unchanged(before, config)
+        check_unchanged(before, config)
         return cls.from_config(config)
 
     def _set_up(self, generator: nn.Module, critic: nn.Module, data: Data, config: TrainConfig) -> None:
+        self._named = config.out is None
         if config.out is None:
             config = dataclasses.replace(config, out=_new_folder(data.name, config.method))
         if (config.batch_size or 0) > len(data.train):
@@ -187,8 +188,7 @@ class Trainer:
             engine=config.engine,
             precision=config.precision,
         )
-        if config.engine == "four_pass":
-            self._try_engine()
+        self._try_step()
         self._critic_optimizer = _optimizer(self._trainable, config, config.learning_rate)
         self._generator_optimizer = _optimizer(
             _trainable("generator", self.generator),
@@ -198,6 +198,7 @@ class Trainer:
         self._fixed_noise = draw_noise(GRID[data.kind], self.latent_dim, config.seed).to(self.device)
         self._held_out = _some(data.held_out, HELD_OUT, config.seed)
         self.step = 0
+        self._begun = False
 
     def fit(self, *, resume: bool = False) -> Summary:
         """Train to ``config.steps``. Seeds the default generators of torch, NumPy and Python.
@@ -213,12 +214,17 @@ class Trainer:
             InputError: The folder holds another run, or none to resume.
             DivergenceError: A loss or a parameter is not finite; the last good checkpoint is kept.
         """
-        self._check_folder(resume)
-        checkpoint = load_checkpoint(self.out) if resume else None
-        _seed_everything(self.config.seed)
+        with self._claimed_folder(resume):
+            return self._fit(load_checkpoint(self.out) if resume else None)
+
+    def _fit(self, checkpoint: Checkpoint | None) -> Summary:
+        if checkpoint is None and self._begun:
+            raise InputError(f"{self.out} has no checkpoint to go back to: build the Trainer anew")
+        seed_everything(self.config.seed, TRAINING)
         if checkpoint is not None:
             self._restore(checkpoint)
-        self._claim_folder()
+        Description.of(self.config, self.data).write(self.out)
+        self._begun = True
         self.generator.train()
         self.critic.train()
         first, started = self.step, time.perf_counter()
@@ -234,7 +240,10 @@ class Trainer:
             seconds = time.perf_counter() - started
             curves = self.out / "curves.png"
             target = self.config.penalty.target if self.config.penalty else None
-            plots.save_curves(log.records, curves, title=f"{self.config.method} on {self.data.name}", target=target)
+            if log.records:
+                plots.save_curves(log.records, curves, title=f"{self.config.method} on {self.data.name}", target=target)
+        if not self._grid_path(self.step).exists():
+            self._save_picture()
         images = (self.step - first) * (self.config.n_critic or 0) * (self.config.batch_size or 0)
         summary = Summary(
             out=self.out,
@@ -246,7 +255,8 @@ class Trainer:
             grid=self._grid_path(self.step),
             curves=curves,
         )
-        write_atomically(self.out / "summary.txt", f"{summary}\n".encode())
+        if self.step > first or not (self.out / "summary.txt").exists():
+            write_atomically(self.out / "summary.txt", f"{summary}\n".encode())
         return summary
 
     def _train(self, progress: ProgressLine, log: MetricsLog) -> None:
@@ -329,9 +339,10 @@ class Trainer:
             figures |= {"penalty": result.penalty.item(), "gradient_norm": result.gradient_norm.item()}
         if held_out and self._held_out is not None:
             noise = draw_noise(self._held_out.shape[0], self.latent_dim, self.config.seed)
-            fake = generate(self.generator, noise.to(self.device))
-            real = self._held_out.to(self.device)
-            figures["held_out_wasserstein"] = wasserstein_estimate(self.critic, real, fake)
+            with undisturbed(self.device, self.config.seed):
+                fake = generate(self.generator, noise.to(self.device))
+                real = self._held_out.to(self.device)
+                figures["held_out_wasserstein"] = wasserstein_estimate(self.critic, real, fake)
         return figures
 
     def _check_losses(self, step: int, result: CriticStepResult, generator_loss: Tensor) -> None:
@@ -352,7 +363,8 @@ class Trainer:
     def _save_picture(self) -> None:
         path = self._grid_path(self.step)
         path.parent.mkdir(exist_ok=True)
-        samples = generate(self.ema or self.generator, self._fixed_noise).float().cpu()
+        with undisturbed(self.device, self.config.seed):
+            samples = generate(self.ema or self.generator, self._fixed_noise).float().cpu()
         if self.data.kind == "vectors" and self.data.sample_shape == (2,):
             real = self.data.train.take(min(samples.shape[0], len(self.data.train)), seed=self.config.seed)
             plots.save_scatter(samples, real, path, modes=self.data.modes)
@@ -377,12 +389,7 @@ class Trainer:
             "generator_optimizer": optimizer_state(self._generator_optimizer),
             "critic_optimizer": optimizer_state(self._critic_optimizer),
             "critic_steps": self._critic_step.steps_taken,
-            "random": {
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-                "numpy": _json_numbers(np.random.get_state()),  # noqa: NPY002
-                "python": random.getstate(),
-            },
+            "random": random_state(self.device),
         }
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -396,31 +403,50 @@ class Trainer:
         load_optimizer(self._generator_optimizer, state["generator_optimizer"])
         load_optimizer(self._critic_optimizer, state["critic_optimizer"])
         self._critic_step.steps_taken = state["critic_steps"]
-        torch.set_rng_state(state["random"]["torch"])
-        if self.device.type == "cuda" and state["random"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
-        name, keys, *rest = state["random"]["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
-        version, internal, gauss = state["random"]["python"]
-        random.setstate((version, tuple(internal), gauss))
+        set_random_state(state["random"], self.device)
         self.step = checkpoint.step
         self._checkpoint_path = source
 
-    def _check_folder(self, resume: bool) -> None:
-        """Raise unless the folder is free for a new run, or holds the run to go on with."""
+    @contextlib.contextmanager
+    def _claimed_folder(self, resume: bool) -> Iterator[None]:
+        """Hold the folder of a new run, or of the one to go on with, against every other process."""
         if resume:
-            _check_unchanged(Description.read(self.out).config, self.config)
-        elif any((self.out / name).exists() for name in (CONFIG_FILE, CHECKPOINTS)):
+            Description.read(self.out).check(self.config, self.data)
+        else:
+            self._make_folder()
+        folder = os.open(self.out, os.O_RDONLY)
+        try:
+            # On the folder itself: there is no lock file to leave behind, and the kernel lets go when a process dies.
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not resume:
+                self._check_free()
+            yield
+        except BlockingIOError as error:
+            raise InputError(f"out {self.out} is being trained by another process") from error
+        finally:
+            os.close(folder)
+
+    def _make_folder(self) -> None:
+        self._check_free()
+        try:
+            if not self._named:
+                self.out.mkdir(parents=True, exist_ok=True)
+                return
+            while True:
+                try:
+                    return self.out.mkdir(parents=True)
+                except FileExistsError:
+                    # Another run has taken the name since this one chose it.
+                    self.out = _new_folder(self.data.name, self.config.method)
+                    self.config = dataclasses.replace(self.config, out=self.out)
+        except OSError as error:
+            raise InputError(f"out {self.out} cannot be written: {error.strerror}") from error
+
+    def _check_free(self) -> None:
+        if not self._named and any((self.out / name).exists() for name in (CONFIG_FILE, CHECKPOINTS)):
             raise InputError(
                 f"out {self.out} already holds a run: give another folder, or go on with --resume {self.out}"
             )
-
-    def _claim_folder(self) -> None:
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            Description(self.config, self.data.sample_shape, self.data.kind).write(self.out)
-        except OSError as error:
-            raise InputError(f"out {self.out} cannot be written: {error.strerror}") from error
 
     def _check_networks(self) -> None:
         """Run both networks on two samples (one where a batch has one) and raise unless the shapes fit."""
@@ -439,15 +465,17 @@ class Trainer:
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
 
-    def _try_engine(self) -> None:
-        """Take a critic step on zeros, which leaves no trace, and raise if the engine cannot take this critic."""
+    def _try_step(self) -> None:
+        """Take a critic step on zeros, which leaves no trace, and raise if that fails."""
         before = copy.deepcopy(self.critic.state_dict())
         zeros = torch.zeros(self.config.batch_size or 0, *self.data.sample_shape, device=self.device)
         try:
+            self.critic.train()
             self._critic_step(zeros, zeros)
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"engine four_pass cannot take this critic: {reason}") from error
+        except CaptureError as error:
+            raise InputError(f"engine four_pass cannot take this critic: {error}") from error
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise InputError(f"critic fails in a training step: {str(error).partition(chr(10))[0]}") from error
         finally:
             self.critic.load_state_dict(before)
             self.critic.zero_grad(set_to_none=True)
@@ -461,19 +489,14 @@ class Trainer:
             return network.train()(x)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             reason = str(error).partition("\n")[0]
-            raise InputError(f"{name} fails on an input of shape {list(x.shape)}: {reason}") from error
+            hint = (
+                "; the noise's length is latent_dim, of the configuration or the generator"
+                if name == "generator"
+                else ""
+            )
+            raise InputError(f"{name} fails on an input of shape {list(x.shape)}: {reason}{hint}") from error
         finally:
             network.load_state_dict(before)
-
-
-def _check_unchanged(before: TrainConfig, after: TrainConfig) -> None:
-    settings = before.to_json()
-    for name, value in after.to_json().items():
-        if value != settings[name] and name not in CHANGEABLE:
-            raise InputError(
-                f"a resumed run keeps its settings: {name} was {settings[name]!r}, got {value!r} "
-                f"(what may change: {', '.join(sorted(CHANGEABLE))})"
-            )
 
 
 def _trainable(name: str, network: nn.Module) -> list[nn.Parameter]:
@@ -481,12 +504,6 @@ def _trainable(name: str, network: nn.Module) -> list[nn.Parameter]:
     if not parameters:
         raise InputError(f"{name} has no trainable parameters")
     return parameters
-
-
-def _seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 (user networks may draw from it)
 
 
 @contextlib.contextmanager
@@ -547,7 +564,3 @@ def _new_folder(data: str, method: str) -> Path:
         f"{Path(data).stem}-{method}{suffix}" for suffix in itertools.chain([""], map("-{}".format, itertools.count(2)))
     )
     return next(path for name in names if not (path := Path("runs") / name).exists())
-
-
-def _json_numbers(state: Any) -> list[Any]:
-    return [value.tolist() if isinstance(value, np.ndarray) else value for value in state]
