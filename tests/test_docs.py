@@ -1,0 +1,68 @@
+"""The documents are finished, point to what is there, and show commands that the command line takes."""
+
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from wgan_fast import cli
+from wgan_fast.training import TrainConfig
+
+CHECKOUT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def read(name: str) -> str:
+    return (CHECKOUT / name).read_text()
+
+
+def documented_commands(name: str) -> list[list[str]]:
+    """What follows ``wgan-fast`` in the shell blocks of a document or in the demo target of the Makefile."""
+    if name == "Makefile":
+        (script,) = re.findall(r"^demo:.*\n((?:\t.*\n)+)", read(name), re.MULTILINE)
+    else:
+        script = "".join(body for language, body in FENCED.findall(read(name)) if language == "sh")
+    lines = script.replace("\\\n", " ").replace("$(BIN)/", "").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [arguments for program, *arguments in filter(None, words) if program == "wgan-fast"]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_and_picture_of_the_project_is_there(name: str) -> None:
+    prose = FENCED.sub("", read(name))
+    targets = re.findall(r"\]\(([^)\s]+)", prose) + re.findall(r'(?:src|href)="([^"]+)"', prose)
+    local = [target.partition("#")[0] for target in targets if not re.match(r"https?:|#", target)]
+    assert [target for target in local if not (CHECKOUT / target).exists()] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_nothing_is_left_to_fill_in(name: str) -> None:
+    assert re.findall(r"\{[A-Z_]+\}", read(name)) == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_no_path_is_one_machines_own(name: str) -> None:
+    assert re.findall(r"(?<![\w.])/(?:work|tmp|root|home)\b\S*", read(name)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "subcommands"),
+    [
+        ("README.md", {"train", "sample", "evaluate", "info"}),
+        ("Makefile", {"train", "sample", "evaluate"}),
+    ],
+)
+def test_documented_commands_are_taken(name: str, subcommands: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    for command in (cli.Train, cli.Sample, cli.Evaluate, cli.Info):
+        monkeypatch.setattr(command, "run", lambda self: taken.append(self))
+    # The run that an example resumes need not be there.
+    monkeypatch.setattr(cli, "Description", SimpleNamespace(read=lambda folder: SimpleNamespace(config=TrainConfig())))
+    commands = documented_commands(name)
+    assert {arguments[0] for arguments in commands} == subcommands
+    for arguments in commands:
+        cli.main(arguments)
+    assert len(taken) == len(commands)
