@@ -24,9 +24,11 @@ $(VENV)/package: $(VENV)/environment setup.py $(SOURCES)
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,data,bench,dev]'
 	touch $@
 
+DEMO := --data mnist5k --method wgan-gp --model mnist-dcgan --width 32 --learning-rate 3e-4 --steps 1200 \
+	--sample-every 200 --checkpoint-every 200 --out runs/demo
+
 demo: $(VENV)/package  ## Train on 5,000 MNIST digits for a few minutes, draw and rate samples
-	$(BIN)/wgan-fast train --data mnist5k --method wgan-gp --model mnist-dcgan --width 32 --learning-rate 3e-4 \
-	    --steps 1200 --sample-every 200 --checkpoint-every 200 --out runs/demo
+	$(BIN)/wgan-fast train $(if $(wildcard runs/demo/config.json),--resume runs/demo,$(DEMO))
 	$(BIN)/wgan-fast sample runs/demo --grid 12x12 --scores
 	$(BIN)/wgan-fast evaluate runs/demo
 
@@ -48,7 +50,7 @@ bench: $(VENV)/package  ## Benchmarks against the alternatives
 wheel-test: $(VENV)/package  ## Wheels with and without the extension, each used outside the checkout
 	$(BIN)/python tests/check_wheel.py
 
-cuda-compile: $(VENV)/package  ## The CUDA sources for sm_80, sm_90 and sm_100; needs nvcc, no GPU
+cuda-compile: $(VENV)/package  ## The CUDA sources for every default architecture; needs nvcc, no GPU
 	$(BIN)/python setup.py --quiet cuda_compile
 
 clean:  ## Remove everything that the targets made, except runs/

@@ -32,6 +32,7 @@ from wgan_fast.cli import main
 from wgan_fast.data import load_data
 from wgan_fast.metrics import mode_coverage, sliced_wasserstein
 from wgan_fast.training import Run
+from wgan_fast.training.run import draw_noise
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_interrupted_training_says_how_to_go_on_and_goes_on(tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     last = error.splitlines()[-1]
-    assert last == "wgan-fast: error: interrupted; a run goes on with: wgan-fast train --resume RUN"
+    assert last == "wgan-fast: error: interrupted; train goes on with --resume and the run's folder"
     assert "Traceback" not in error
     reached = int(newest_checkpoint(tmp_path / "run").stem.removeprefix("step-"))
     main(["train", "--resume", str(tmp_path / "run"), "--steps", str(reached + 2)])
@@ -205,7 +206,7 @@ def test_scores_are_the_critics_and_sorted(finished, tmp_path, capsys):
     assert len(set(scores)) > 1
 
     run = Run.load(finished)
-    noise = torch.randn(12, 3, generator=torch.Generator().manual_seed(7))
+    noise = draw_noise(12, 3, seed=7)
     with torch.no_grad():
         samples = run.generator(noise)
         expected = run.critic(samples).flatten()

@@ -351,7 +351,8 @@ class Restless(nn.Module):
     def forward(self, z):
         if self.training:
             self.calls += 1
-            z = z * (1 + 0.1 * random.gauss(0, 1)) + 0.1 * float(np.random.standard_normal())
+        # In eval mode too, as StyleGAN's noise does: looking at samples must not move the training's numbers.
+        z = z * (1 + 0.1 * random.gauss(0, 1)) + 0.1 * float(np.random.standard_normal()) + 0.1 * torch.randn_like(z)
         return (self.scale * self.layers(z)).tanh()
 
 
@@ -417,15 +418,36 @@ def test_killed_run_resumes_bit_for_bit_with(cli, workplace, tmp_path, variant):
     assert bool(tensors_of(tmp_path / "whole", "ema.")) == (variant != "no average")
 
 
-def test_extended_run_equals_one_that_was_planned_longer(cli, tmp_path):
-    command = ["train", *TINY, "--sample-every", "4", "--checkpoint-every", "4"]
-    assert cli(*command, "--steps", "8", "--out", tmp_path / "planned", cwd=tmp_path).status == 0
-    assert cli(*command, "--steps", "4", "--out", tmp_path / "extended", cwd=tmp_path).status == 0
-    ended = cli("train", "--resume", tmp_path / "extended", "--steps", "8", cwd=tmp_path)
+@pytest.mark.parametrize("networks", ["own_networks:restless", "mlp"])
+def test_extended_run_equals_one_that_was_planned_longer(cli, workplace, tmp_path, networks):
+    # The shorter run draws its last picture where the longer one draws none.
+    command = ["train", *OWN, "--model", networks, "--sample-every", "3", "--checkpoint-every", "4"]
+    assert cli(*command, "--steps", "8", "--out", tmp_path / "planned", cwd=workplace).status == 0
+    assert cli(*command, "--steps", "4", "--out", tmp_path / "extended", cwd=workplace).status == 0
+    ended = cli("train", "--resume", tmp_path / "extended", "--steps", "8", cwd=workplace)
     assert ended.status == 0, ended.output
-    assert_same_run(tmp_path / "extended", tmp_path / "planned")
-    first = "checkpoints/step-00000004.safetensors"
-    assert_same_checkpoint(tmp_path / "extended" / first, tmp_path / "planned" / first)
+    last = "checkpoints/step-00000008.safetensors"
+    assert_same_checkpoint(tmp_path / "extended" / last, tmp_path / "planned" / last)
+
+
+def test_steps_may_not_change_where_the_learning_rate_depends_on_them(cli, tmp_path):
+    command = ["train", *TINY, "--schedule", "linear", "--steps", "2"]
+    assert cli(*command, "--out", tmp_path / "run", cwd=tmp_path).status == 0
+    ended = cli("train", "--resume", tmp_path / "run", "--steps", "4", cwd=tmp_path)
+    assert ended.status == 2
+    assert "steps where the learning rate depends on them (schedule linear): steps was 2, got 4" in ended.output
+
+
+def test_data_that_has_changed_is_not_trained_on(cli, tmp_path):
+    values = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    np.save(tmp_path / "x.npy", values)
+    command = ["train", "--data", tmp_path / "x.npy", "--width", "4", "--batch-size", "5", "--steps", "2"]
+    assert cli(*command, "--out", tmp_path / "run", cwd=tmp_path).status == 0
+    np.save(tmp_path / "x.npy", values[:60])
+    for again in (["train", "--resume", tmp_path / "run", "--steps", "4"], ["evaluate", tmp_path / "run"]):
+        ended = cli(*again, cwd=tmp_path)
+        assert ended.status == 2
+        assert "is not what the run was trained on" in ended.output
 
 
 def test_checkpoints_themselves_do_not_change_the_run(cli, tmp_path):

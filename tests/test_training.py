@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from wgan_fast.data import batches, load_data
 from wgan_fast.errors import InputError
 from wgan_fast.metrics import sliced_wasserstein
 from wgan_fast.training import RECIPES, Run, TrainConfig, Trainer
+from wgan_fast.training.randomness import TRAINING, seed_everything
+from wgan_fast.training.run import draw_noise
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,9 @@ def test_defaults_are_the_papers(method):
     assert config.recipe.loss == paper.loss
     assert config.optimizer == paper.optimizer
     assert (config.learning_rate, config.generator_learning_rate) == (paper.learning_rate, None)
-    assert (config.beta1, config.beta2) == paper.betas
+    # RMSprop takes the second as its smoothing constant, and has no use for the first.
+    beta1 = paper.betas[0] if paper.optimizer == "adam" else None
+    assert (config.beta1, config.beta2) == (beta1, paper.betas[1])
     assert (config.n_critic, config.batch_size) == (paper.n_critic, paper.batch_size)
     assert (config.clip, config.spectral_norm) == (paper.clip, paper.spectral_norm)
     assert config.penalty == (PenaltyConfig(*paper.penalty) if paper.penalty else None)
@@ -98,8 +104,8 @@ def test_points_in_the_plane_take_the_settings_of_the_papers_toy_code(method):
 
 
 def test_given_settings_win_over_the_papers():
-    given = {"batch_size": 7, "n_critic": 3, "optimizer": "rmsprop", "learning_rate": 0.5, "beta1": 0.1, "beta2": 0.2}
-    config = TrainConfig(method="wgan-gp", penalty_weight=3.0, spectral_norm=True, **given).resolved((2,))
+    given = {"batch_size": 7, "n_critic": 3, "optimizer": "adam", "learning_rate": 0.5, "beta1": 0.1, "beta2": 0.2}
+    config = TrainConfig(method="r1", penalty_weight=3.0, spectral_norm=True, **given).resolved((2,))
     assert {name: getattr(config, name) for name in given} == given
     assert (config.penalty.weight, config.spectral_norm) == (3.0, True)
     assert TrainConfig(penalty_weight=0.0).resolved((3,)).penalty is None
@@ -174,7 +180,7 @@ def textbook_optimizer(paper: Paper, network: nn.Module) -> torch.optim.Optimize
 def textbook_run(paper: Paper, generator: nn.Module, critic: nn.Module, reals: Iterator[Tensor], steps: int) -> None:
     """The papers' algorithms, line by line: noise before α, α before the critic."""
     optimizer_g, optimizer_d = textbook_optimizer(paper, generator), textbook_optimizer(paper, critic)
-    torch.manual_seed(0)
+    seed_everything(0, TRAINING)
     for _ in range(steps):
         for _ in range(paper.n_critic):
             real = next(reals)
@@ -475,7 +481,7 @@ def test_held_out_estimate_is_of_data_that_was_not_trained_on(tmp_path):
     trainer = trainer_of(tmp_path, steps=2, sample_every=2)
     trainer.fit()
     real = trainer.data.held_out.take(len(trainer.data.held_out), seed=0)
-    noise = torch.randn(len(real), 3, generator=torch.Generator().manual_seed(0))
+    noise = draw_noise(len(real), 3, seed=0)
     with torch.no_grad():
         fake = trainer.generator.eval()(noise)
         expected = trainer.critic(real).mean() - trainer.critic(fake).mean()
@@ -534,3 +540,58 @@ def test_training_leaves_tensorboard_the_same_figures(tmp_path):
     records = metrics_of(tmp_path / "run")
     assert [step for step, _ in logged] == [1, 2, 3]
     assert [value for _, value in logged] == pytest.approx([record["critic_loss"] for record in records], rel=1e-6)
+
+
+def test_trainers_built_before_any_of_them_runs_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainers = [Trainer(*networks(), points().numpy(), TrainConfig(steps=1, batch_size=5)) for _ in range(3)]
+    assert len({trainer.fit().out for trainer in trainers}) == 3
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path):
+    trainer_of(tmp_path, steps=2).fit()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "run" / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    other.stdout.readline()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="is being trained by another process"):
+        trainer_of(tmp_path, steps=4).fit(resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    other.kill()
+    other.communicate()
+    assert trainer_of(tmp_path, steps=4).fit(resume=True).steps == 4
+
+
+def test_an_interrupted_trainer_without_a_checkpoint_does_not_pretend_to_start_anew(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, steps=6)
+    iterate = trainer._iterate
+
+    def interrupted(step, reals):
+        if step == 3:
+            raise KeyboardInterrupt
+        return iterate(step, reals)
+
+    monkeypatch.setattr(trainer, "_iterate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="has no checkpoint to go back to: build the Trainer anew"):
+        trainer.fit(resume=True)
+
+
+def test_resuming_a_finished_run_keeps_its_summary(tmp_path):
+    trainer_of(tmp_path, steps=2).fit()
+    before = (tmp_path / "run" / "summary.txt").read_bytes()
+    trainer_of(tmp_path, steps=2).fit(resume=True)
+    assert (tmp_path / "run" / "summary.txt").read_bytes() == before
+
+
+def test_purposes_do_not_share_random_numbers(tmp_path):
+    trainer = trainer_of(tmp_path, steps=1)
+    seed_everything(0, TRAINING)
+    first_batch = torch.randn(5, 3)
+    assert not torch.equal(first_batch, trainer._fixed_noise[:5])
+    torch.manual_seed(0)
+    assert not torch.equal(torch.randn(5, 3), first_batch)

@@ -6,7 +6,6 @@ import dataclasses
 import fcntl
 import itertools
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +53,9 @@ from .run import (
 
 GRID = {"images": 64, "vectors": 2048}
 """Samples in the pictures written during training."""
+
+LOCK_FILE = ".lock"
+"""What the process that trains in a folder holds locked."""
 
 HELD_OUT = 512
 """Held-out samples behind the held-out Wasserstein estimate, taken whenever a picture is written."""
@@ -414,17 +416,15 @@ class Trainer:
             Description.read(self.out).check(self.config, self.data)
         else:
             self._make_folder()
-        folder = os.open(self.out, os.O_RDONLY)
-        try:
-            # On the folder itself: there is no lock file to leave behind, and the kernel lets go when a process dies.
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with (self.out / LOCK_FILE).open("w") as lock:
+            try:
+                # A record lock: the kernel lets go when this process dies, and worker processes do not inherit it.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(f"out {self.out} is being trained by another process") from error
             if not resume:
                 self._check_free()
             yield
-        except BlockingIOError as error:
-            raise InputError(f"out {self.out} is being trained by another process") from error
-        finally:
-            os.close(folder)
 
     def _make_folder(self) -> None:
         self._check_free()
