@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,12 +21,13 @@ def read(name: str) -> str:
 
 
 def documented_commands(name: str) -> list[list[str]]:
-    """What follows ``wgan-fast`` in the shell blocks of a document or in the demo target of the Makefile."""
+    """What follows ``wgan-fast`` in the shell blocks of a document or in what the demo target runs."""
     if name == "Makefile":
-        (script,) = re.findall(r"^demo:.*\n((?:\t.*\n)+)", read(name), re.MULTILINE)
+        make = ["make", "--dry-run", "demo"]
+        script = subprocess.run(make, cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
     else:
         script = "".join(body for language, body in FENCED.findall(read(name)) if language == "sh")
-    lines = script.replace("\\\n", " ").replace("$(BIN)/", "").splitlines()
+    lines = script.replace("\\\n", " ").replace(".venv/bin/", "").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [arguments for program, *arguments in filter(None, words) if program == "wgan-fast"]
 

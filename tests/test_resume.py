@@ -442,7 +442,10 @@ def test_data_that_has_changed_is_not_trained_on(cli, tmp_path):
     values = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
     np.save(tmp_path / "x.npy", values)
     command = ["train", "--data", tmp_path / "x.npy", "--width", "4", "--batch-size", "5", "--steps", "2"]
+    command[2] = "x.npy"
     assert cli(*command, "--out", tmp_path / "run", cwd=tmp_path).status == 0
+    (tmp_path / "elsewhere").mkdir()
+    assert cli("evaluate", "../run", cwd=tmp_path / "elsewhere").status == 0
     np.save(tmp_path / "x.npy", values[:60])
     for again in (["train", "--resume", tmp_path / "run", "--steps", "4"], ["evaluate", tmp_path / "run"]):
         ended = cli(*again, cwd=tmp_path)

@@ -527,8 +527,7 @@ def _path_data(path: Path, options: _Options) -> Data:
         if "idx3-ubyte" in path.name:
             return _tensor_data(what, _read_idx_images(path), options)
         raise InputError(f"file {path} is none of *-images-idx3-ubyte, *-images-idx3-ubyte.gz, *.npy and *.npz")
-    known = ", ".join((*_PACKAGED, *_TOYS))
-    raise InputError(f"data {what!r} is neither an existing path nor one of the names {known}")
+    raise InputError(f"data {what!r} is neither an existing path nor one of the names {', '.join(SOURCES)}")
 
 
 def _from_numpy(array: Array, what: str) -> Tensor:
@@ -741,3 +740,7 @@ def _toy_data(name: str, options: _Options) -> Data:
         raise InputError(f"image_size and channels are for images, and {name} is points of the plane")
     modes = None if toy.modes is None else torch.from_numpy(toy.modes.astype(np.float32))
     return Data(name, (2,), "vectors", _ToySplit(toy, 0), _ToySplit(toy, 1), modes, toy.mode_std)
+
+
+SOURCES = (*_PACKAGED, *_TOYS)
+"""The data sets that `load_data` knows by name."""

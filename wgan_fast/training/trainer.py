@@ -18,7 +18,7 @@ from .. import models, plots
 from ..checks import check_scores
 from ..clipping import clip_weights_
 from ..critic_step import CriticStep, CriticStepResult
-from ..data import Data, Split, batches, load_data
+from ..data import SOURCES, Data, Split, batches, load_data
 from ..double_backprop import CaptureError
 from ..errors import DivergenceError, InputError
 from ..files import write_atomically
@@ -140,6 +140,10 @@ class Trainer:
         """
         resolve_device(config.device)
         check_rebuildable(config)
+        path = Path(config.data).expanduser()
+        if config.data not in SOURCES and path.exists():
+            # A run is resumed and evaluated from wherever one happens to be.
+            config = dataclasses.replace(config, data=str(path.resolve()))
         data = load_run_data(config)
         config = config.resolved(data.sample_shape)
         seed_everything(config.seed, NETWORKS)
