@@ -1,5 +1,6 @@
 """The documents are finished, point to what is there, and show commands that the command line takes."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -68,3 +69,11 @@ def test_documented_commands_are_taken(name: str, subcommands: set[str], monkeyp
     for arguments in commands:
         cli.main(arguments)
     assert len(taken) == len(commands)
+
+
+def test_figures_of_the_demo_are_those_of_the_committed_run() -> None:
+    report = json.loads(read("docs/demo/evaluation.json"))
+    readme = " ".join(read("README.md").split())
+    assert f"({report['step']:,} generator steps)" in readme
+    assert f"did not see is {report['sliced_wasserstein']:.3f};" in readme
+    assert f"are {report['sliced_wasserstein_floor']:.3f} apart" in readme
