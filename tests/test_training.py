@@ -602,10 +602,8 @@ def test_purposes_do_not_share_random_numbers(tmp_path):
 @pytest.mark.timeout(1800)
 def test_25_gaussians_are_found_by_the_toy_networks(tmp_path):
     out = tmp_path / "run"
-    main(
-        ["train", "--data", "25gaussians", "--width", "256", "--learning-rate", "5e-4", "--steps", "3500"]
-        + ["--sample-every", "3500", "--out", str(out)]
-    )
+    options = ["--width", "256", "--learning-rate", "5e-4", "--steps", "3500", "--sample-every", "3500"]
+    main(["train", "--data", "25gaussians", *options, "--out", str(out)])
     main(["evaluate", str(out), "--samples", "2500"])
     report = json.loads((out / "evaluation.json").read_text())
     # Measured: 25 of 25, with 84 % of the samples within three standard deviations of a mode.
