@@ -49,7 +49,12 @@ class Recipe:
 _DCGAN_BETAS = (0.5, 0.999)
 
 RECIPES: dict[Method, Recipe] = {
-    "wgan-gp": Recipe("Gulrajani et al. 2017, arXiv:1704.00028", "wasserstein", PenaltyConfig.wgan_gp(), n_critic=5),
+    "wgan-gp": Recipe(
+        "Gulrajani et al. 2017, arXiv:1704.00028, with the moments of the authors' code",
+        "wasserstein",
+        PenaltyConfig.wgan_gp(),
+        n_critic=5,
+    ),
     "wgan-lp": Recipe("Petzka et al. 2018, arXiv:1709.08894", "wasserstein", PenaltyConfig.wgan_lp(), n_critic=5),
     "wgan-clip": Recipe(
         "Arjovsky et al. 2017, arXiv:1701.07875",
