@@ -697,7 +697,7 @@ def test_value_out_of_range_is_refused(refused, name, value):
     ("name", "value"),
     [
         ("steps", "3"), ("steps", 3.0), ("steps", True), ("steps", None), ("learning_rate", "0.1"), ("seed", None),
-        ("out", "folder"), ("data", Path("folder")), ("spectral_norm", 1), ("ema", None), ("clip", True),
+        ("out", 3), ("data", Path("folder")), ("spectral_norm", 1), ("ema", None), ("clip", True),
         ("batch_size", 0.5), ("method", None), ("model", None), ("device", torch.device("cpu")),
     ],
 )  # fmt: skip

@@ -608,3 +608,7 @@ def test_25_gaussians_are_found_by_the_toy_networks(tmp_path):
     report = json.loads((out / "evaluation.json").read_text())
     # Measured: 25 of 25, with 84 % of the samples within three standard deviations of a mode.
     assert report["modes_covered"] >= 23
+
+
+def test_the_folder_may_be_named_by_a_string():
+    assert TrainConfig(out="runs/mine").out == Path("runs/mine")

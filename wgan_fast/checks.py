@@ -38,7 +38,7 @@ def check_scores(scores: object, x: Tensor, group_size: int = 1) -> Tensor:
         per = "sample" if group_size == 1 else f"group of {group_size} samples"
         raise ValueError(
             f"critic must return one score per {per}, shape [{groups}] or [{groups}, 1], "
-            f"got {list(scores.shape)} for input {list(x.shape)}"
+            f"got {list(scores.shape)} for input {list(x.shape)} with group_size {group_size}"
         )
     if not scores.is_floating_point():
         raise TypeError(f"critic must return floating-point scores, got {scores.dtype}")

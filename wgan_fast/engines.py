@@ -194,6 +194,7 @@ def explain(
     critic: nn.Module,
     example_input: Tensor,
     *,
+    group_size: int = 1,
     critic_args: tuple[Any, ...] = (),
     critic_kwargs: Mapping[str, Any] | None = None,
 ) -> Explanation:
@@ -202,6 +203,7 @@ def explain(
     Args:
         critic: The critic.
         example_input: A batch ``[N, *D]`` like those to come.
+        group_size: Consecutive samples that the critic packs into one decision.
         critic_args: Further positional arguments of the critic.
         critic_kwargs: Its keyword arguments.
 
@@ -218,7 +220,7 @@ def explain(
     check_batch("example_input", example_input)
     check_critic_arguments(critic_args, critic_kwargs)
     batches = dict.fromkeys(("real", "fake", "points"), example_input)
-    engine = FourPassEngine(critic, Objective(wasserstein.critic, at="given"))
+    engine = FourPassEngine(critic, Objective(wasserstein.critic, at="given", group_size=group_size))
     try:
         plan = engine.plan(batches, critic_args, critic_kwargs)
     except CaptureError as error:

@@ -130,7 +130,7 @@ def gradient_penalty(
         target: The norm that costs nothing; 1 for WGAN-GP, 0 for R1 and R2.
         one_sided: Penalise only norms above the target.
         at: "interpolates", "real", "fake", "both" (the sum of the penalties at real and at fake) or "perturbed".
-        alpha: α per sample ``[N]`` (or ``[N, 1, ...]``; per group ``[N // group_size]``), in place of a draw from
+        alpha: α per sample ``[N]`` (or ``[N, 1, ...]``), or per group ``[N // group_size]``, in place of a draw from
             U[0, 1]. Ignored where no point is drawn ("real", "fake", "both").
         generator: Source of the draws; None means the default generator of the samples' device. α is drawn once
             per call, before the critic runs; "perturbed" then draws its noise.

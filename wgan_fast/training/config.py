@@ -117,21 +117,22 @@ class TrainConfig:
         channels: Colour channels that the images of a folder are converted to: 1 or 3.
         holdout: Share of the data kept from training, for evaluation.
         method: What is trained: loss, penalty and the settings of the paper behind it.
-        model: Name of a network pair, "auto" to choose by the shape of the data, or module:function of your own.
+        model: Name of a network pair (toy-mlp, mlp, mnist-dcgan, cifar-dcgan, cifar-resnet, dcgan64, article), "auto"
+            to choose by the shape of the data, or module:function of your own.
         width: Channels (or units) of the networks' narrowest hidden layer; the model's own default.
         latent_dim: Length of the noise vector; the model's own default.
         init: How weights are initialised: pytorch (layer defaults), he, dcgan (normal 0.02), orthogonal.
         spectral_norm: Whether the critic's layers are spectrally normalised.
         steps: Generator steps.
-        batch_size: Samples per step.
-        n_critic: Critic steps per generator step.
-        optimizer: Optimizer of both networks.
-        learning_rate: Learning rate of both networks.
+        batch_size: Samples per step; the method's by default.
+        n_critic: Critic steps per generator step; the method's by default.
+        optimizer: Optimizer of both networks; the method's by default.
+        learning_rate: Learning rate of both networks; the method's by default.
         generator_learning_rate: Learning rate of the generator where it differs from the critic's.
-        beta1: Adam's first decay rate.
-        beta2: Adam's second decay rate; RMSprop's smoothing constant.
+        beta1: Adam's first decay rate; the method's by default.
+        beta2: Adam's second decay rate; RMSprop's smoothing constant; the method's by default.
         schedule: Course of the learning rates: constant, or falling to 0 linearly or as a cosine.
-        penalty_weight: Weight of the gradient penalty; 0 switches it off.
+        penalty_weight: Weight of the gradient penalty, the method's by default; 0 switches it off.
         clip: Bound c that keeps every critic weight in [-c, c] (wgan-clip).
         ema: Decay of the generator's moving average, which is what is sampled; 0 keeps none. After k steps it is at
             most k/(k+10), so that a young average forgets the first networks.
@@ -181,6 +182,8 @@ class TrainConfig:
     keep: int = 3
 
     def __post_init__(self) -> None:
+        if isinstance(self.out, str):
+            object.__setattr__(self, "out", Path(self.out))
         for name, hint in typing.get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
         at_least = {

@@ -216,7 +216,7 @@ def check_unchanged(before: TrainConfig, after: TrainConfig) -> None:
         if name != "steps":
             raise InputError(
                 f"a resumed run keeps its settings: {name} was {settings[name]!r}, got {value!r} "
-                f"(what may change: {', '.join(sorted(CHANGEABLE))})"
+                f"(what may change: {', '.join(sorted(CHANGEABLE - {'out'}))})"
             )
         if before.schedule != "constant":
             raise InputError(
@@ -240,8 +240,8 @@ def check_rebuildable(config: TrainConfig) -> None:
     """Raise for a run whose networks were given as objects."""
     if config.model == OWN_MODEL:
         raise InputError(
-            "this run's networks were given as objects and cannot be rebuilt from its folder: "
-            "train with --model module:function"
+            "this run's networks were given as objects and cannot be rebuilt from its folder: build its Trainer again "
+            "and call fit(resume=True), or train with --model module:function"
         )
 
 

@@ -221,9 +221,9 @@ class Trainer:
             DivergenceError: A loss or a parameter is not finite; the last good checkpoint is kept.
         """
         with self._claimed_folder(resume):
-            return self._fit(load_checkpoint(self.out) if resume else None)
+            return self._fit(load_checkpoint(self.out) if resume else None, resume)
 
-    def _fit(self, checkpoint: Checkpoint | None) -> Summary:
+    def _fit(self, checkpoint: Checkpoint | None, resume: bool) -> Summary:
         if checkpoint is None and self._begun:
             raise InputError(f"{self.out} has no checkpoint to go back to: build the Trainer anew")
         seed_everything(self.config.seed, TRAINING)
@@ -242,6 +242,8 @@ class Trainer:
                 progress.message(f"passed over a damaged checkpoint: {skipped}")
             if checkpoint is not None:
                 progress.message(f"resuming after step {first} from {checkpoint.path}")
+            elif resume:
+                progress.message("there is no checkpoint yet: beginning again at step 1")
             self._train(progress, log)
             seconds = time.perf_counter() - started
             curves = self.out / "curves.png"
@@ -363,7 +365,9 @@ class Trainer:
 
     def _diverged(self, what: str, step: int) -> DivergenceError:
         good = load_checkpoint(self.out)
-        kept = f"the last good checkpoint is {good.path}" if good else "no checkpoint was written yet"
+        kept = (
+            f"the last good checkpoint is {good.path}" if good else f"no checkpoint was written yet, remove {self.out}"
+        )
         return DivergenceError(f"training diverged at step {step}: {what}; {kept}")
 
     def _save_picture(self) -> None:
