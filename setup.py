@@ -27,8 +27,13 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 REQUIRED = os.environ.get("WGAN_FAST_REQUIRE_EXT") == "1"
-SUBPACKAGES = sorted(path.parent.name for path in ROOT.glob("wgan_fast/*/__init__.py"))
-PACKAGES = ["wgan_fast", "wgan_fast.kernels", *(f"wgan_fast.{name}" for name in SUBPACKAGES)]
+PACKAGES = [
+    "wgan_fast",
+    "wgan_fast.double_backprop",
+    "wgan_fast.double_backprop.rules",
+    "wgan_fast.kernels",
+    "wgan_fast.training",
+]
 
 CPU_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp"))
 CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
