@@ -52,7 +52,10 @@ class Batch:
 
     def gradients(self, step: Step) -> Tensor:
         step()
-        return torch.cat([p.grad.flatten() for p in self.critic.parameters() if p.grad is not None]).double()
+        # A bias that the penalty does not reach has no gradient here and a gradient of zeros there.
+        parameters = self.critic.parameters()
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        return torch.cat([gradient.flatten() for gradient in found]).double()
 
 
 def naive_step(batch: Batch, precision: str = "fp32") -> Step:
