@@ -42,7 +42,9 @@ HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h"))
 # The stable ABI of torch 2.11, the oldest that is supported.
 TORCH_ABI = ("WGAN_FAST_TORCH_ABI", "0x020B000000000000")
 # -g0 undoes the interpreter's own -g: debug information would be most of the library.
-CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden"]
+# -fno-math-errno lets square roots be vectorised; no contraction, so that no result depends on which of its
+# instruction sets a processor has.
+CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"]
 NVCC_FLAGS = ["-O3"]
 ARCHITECTURES = ["7.5", "8.0", "9.0", "10.0"]
 

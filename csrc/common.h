@@ -1,4 +1,5 @@
-// What every operator shares: the range that values are clipped to, and a tensor list as flat memory.
+// What operators share: how they are compiled for a CPU, the range that values are clipped to, and a tensor
+// list as flat memory.
 //
 // LibTorch's stable ABI only, so that one build serves every torch from the targeted version on.
 #pragma once
@@ -23,10 +24,22 @@
 #include <utility>
 #include <vector>
 
+// One function body compiled for three instruction sets, chosen when the library is loaded: a wheel cannot
+// assume more than SSE2, which halves the rate from the cache. Other compilers and machines build the body
+// once.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define WGAN_FAST_CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define WGAN_FAST_CPU_CLONES
+#endif
+
 namespace wgan_fast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// at::internal::GRAIN_SIZE: below it, waking a thread costs more than it saves.
+constexpr int64_t kGrainSize = 32768;
 
 // torch.clamp for low <= high: NaN compares false with both bounds and so stays as it is, payload included.
 template <typename T>

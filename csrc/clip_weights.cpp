@@ -1,21 +1,9 @@
-// The operators on a CPU.
+// Weight clipping on a CPU.
 
 #include "common.h"
 
-// One function body compiled for three instruction sets, chosen when the library is loaded: a wheel cannot
-// assume more than SSE2, which halves the rate from the cache. Other compilers and machines build the body
-// once.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define WGAN_FAST_CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define WGAN_FAST_CPU_CLONES
-#endif
-
 namespace wgan_fast {
 namespace {
-
-// at::internal::GRAIN_SIZE: below it, waking a thread costs more than it saves.
-constexpr int64_t kGrainSize = 32768;
 
 // Every element is stored, changed or not: testing blocks before storing was no faster on a CPU, from the
 // cache or from memory, with none, few or half of the elements out of range.
