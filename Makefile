@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
 # A thread that waits by spinning takes the core from the thread that it waits for, where the machine is shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test test-slow check bench wheel-test cuda-compile clean
+.PHONY: help demo test test-slow check bench kernel-check wheel-test cuda-compile clean
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -46,6 +46,9 @@ check: $(VENV)/package  ## Lint, formatting, types
 
 bench: $(VENV)/package  ## Benchmarks against the alternatives
 	$(BIN)/python -m pytest benchmarks
+
+kernel-check: $(VENV)/package  ## The Triton kernels for every architecture against their baselines; needs no GPU
+	$(BIN)/python tests/kernel_resources.py
 
 wheel-test: $(VENV)/package  ## Wheels with and without the extension, each used outside the checkout
 	$(BIN)/python tests/check_wheel.py

@@ -1,0 +1,164 @@
+"""Interpolates x̂ = αx + (1−α)x̃ on a GPU: one read of real and fake, one write, α given or drawn on the way.
+
+``reference.interpolate`` is the plain form and ``philox.uniform`` the draw.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .specialisation import Specialisation
+
+_TILE_BYTES = 8192
+"""What one program reads of the wider input: 4 loads of 16 bytes a thread, of each input."""
+
+
+@triton.jit
+def interpolate_fwd_kernel(
+    p_real,  # [N, D]
+    p_fake,  # [N, D]
+    p_alpha,  # [N // group_size], read, or written where it is drawn
+    p_state,  # [3]: seed, offset, programs that are done
+    p_out,  # [N, D], or [3N, D] for the whole batch
+    N,
+    D,
+    group_size,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    DRAW: tl.constexpr,
+    BATCH: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program mixes a tile of BLOCK_N samples and BLOCK_D of their elements."""
+    columns = tl.cdiv(D, BLOCK_D)
+    i_n = tl.program_id(0) // columns
+    i_d = tl.program_id(0) % columns
+    # 64 bits from here: a batch may pass 2^31 elements.
+    o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    m_n = o_n < N
+    group = o_n // group_size
+
+    if DRAW:
+        seed = tl.load(p_state)
+        offset = tl.load(p_state + 1)
+        b_alpha = tl.rand(seed, offset + group)
+        tl.store(p_alpha + group, b_alpha.to(p_alpha.dtype.element_ty), mask=m_n & (i_d == 0))
+    else:
+        b_alpha = tl.load(p_alpha + group, mask=m_n, other=0)
+    b_alpha = b_alpha.to(COMPUTE)[:, None]  # [BLOCK_N, 1]
+
+    o = o_n[:, None] * D + o_d[None, :]  # [BLOCK_N, BLOCK_D]
+    m = m_n[:, None] & (o_d[None, :] < D)
+    b_real = tl.load(p_real + o, mask=m).to(COMPUTE)
+    b_fake = tl.load(p_fake + o, mask=m).to(COMPUTE)
+    if SCALE != 1 or SHIFT != 0:
+        b_real = b_real * SCALE + SHIFT
+
+    # From the nearer end, as torch.lerp: both ends come out bit for bit.
+    near_fake = b_alpha < 0.5
+    b_step = tl.where(near_fake, b_alpha, b_alpha - 1) * (b_real - b_fake)
+    b_mixed = tl.where(near_fake, b_fake, b_real) + b_step
+
+    if BATCH:
+        size = N.to(tl.int64) * D
+        tl.store(p_out + o, b_real.to(p_out.dtype.element_ty), mask=m)
+        tl.store(p_out + size + o, b_fake.to(p_out.dtype.element_ty), mask=m)
+        tl.store(p_out + 2 * size + o, b_mixed.to(p_out.dtype.element_ty), mask=m)
+    else:
+        tl.store(p_out + o, b_mixed.to(p_out.dtype.element_ty), mask=m)
+
+    if DRAW:
+        # The last program to get here advances the state, when every other has read it: the next launch, or the
+        # next replay of a graph that holds this one, draws anew.
+        tl.debug_barrier()
+        done = tl.atomic_add(p_state + 2, 1)
+        if done == tl.num_programs(0) - 1:
+            tl.store(p_state + 1, offset + N // group_size)
+            tl.store(p_state + 2, 0)
+
+
+def interpolate(
+    real: Tensor,
+    fake: Tensor,
+    alpha: Tensor,
+    out: Tensor,
+    *,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    state: Tensor | None = None,
+) -> None:
+    """Write x̂ = α(scale·x + shift) + (1−α)x̃, computed in the dtype of ``alpha``.
+
+    Args:
+        real: x ``[N, *D]``, uint8 or floating point; each sample dense in memory, one after another.
+        fake: x̃ ``[N, *D]``, floating point, with the strides of ``real``.
+        alpha: α ``[N // group_size]``, float32 or float64: read, or written where ``state`` is given.
+        out: x̂ ``[N, *D]``, or [x; x̃; x̂] ``[3N, *D]``, floating point, laid out as ``real``.
+        scale: Factor of x, such as 1/127.5 for 8-bit images.
+        shift: Summand of x, such as -1.
+        state: ``[3]`` int64 on the device: seed, offset, and a counter that is 0 between launches. α is then
+            ``philox.uniform(seed, offset, N // group_size)``, and the offset advances by as much.
+    """
+    N = real.shape[0]
+    D = real.numel() // N
+    tile = _TILE_BYTES // max(real.element_size(), fake.element_size())
+    BLOCK_D = min(triton.next_power_of_2(D), tile)
+    BLOCK_N = tile // BLOCK_D
+    grid = (triton.cdiv(N, BLOCK_N) * triton.cdiv(D, BLOCK_D),)
+    interpolate_fwd_kernel[grid](
+        real,
+        fake,
+        alpha,
+        alpha if state is None else state,
+        out,
+        N,
+        D,
+        N // alpha.shape[0],
+        SCALE=scale,
+        SHIFT=shift,
+        DRAW=state is not None,
+        BATCH=out.shape[0] != N,
+        COMPUTE=tl.float64 if alpha.dtype == torch.float64 else tl.float32,
+        BLOCK_N=BLOCK_N,
+        BLOCK_D=BLOCK_D,
+    )
+
+
+def _specialisation(
+    name: str, real: str, fake: str, D: str, block: tuple[int, int], *, draw: bool = False, batch: bool = False
+) -> Specialisation:
+    return Specialisation(
+        name,
+        interpolate_fwd_kernel,
+        {
+            "p_real": f"*{real}",
+            "p_fake": f"*{fake}",
+            "p_alpha": "*fp32",
+            "p_state": "*i64" if draw else "*fp32",
+            "p_out": f"*{fake}",
+            "N": "i32:16",
+            "D": D,
+        },
+        {
+            "group_size": 1,
+            "SCALE": 1 / 127.5 if real == "u8" else 1.0,
+            "SHIFT": -1.0 if real == "u8" else 0.0,
+            "DRAW": draw,
+            "BATCH": batch,
+            "COMPUTE": tl.float32,
+            "BLOCK_N": block[0],
+            "BLOCK_D": block[1],
+        },
+    )
+
+
+SPECIALISATIONS = [
+    _specialisation("float32", "fp32", "fp32", "i32:16", (1, 2048)),
+    _specialisation("bfloat16", "bf16", "bf16", "i32:16", (1, 4096)),
+    _specialisation("narrow float32", "fp32", "fp32", "i32", (1024, 2)),
+    _specialisation("uint8 and bfloat16, whole batch, drawn", "u8", "bf16", "i32:16", (1, 4096), draw=True, batch=True),
+]

@@ -1,0 +1,127 @@
+import pytest
+import torch
+from torch import Tensor
+from wgan_fast.kernels.interpolate import interpolate
+
+from wgan_fast import philox, reference
+
+# Rows and columns below, at and above a block, and more columns than one program takes.
+SHAPES = [(1, 1), (3, 5), (63, 7), (100, 3), (7, 2, 6, 8), (3, 2, 3, 4, 5), (1, 3001), (2, 4096), (5, 2100)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def samples(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if dtype == torch.uint8:
+        return torch.randint(256, shape, dtype=dtype)
+    return torch.randn(shape).to(dtype)
+
+
+def expected(real: Tensor, fake: Tensor, alpha: Tensor, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    """In float64, α one value per group."""
+    alpha = alpha.double().repeat_interleave(real.shape[0] // alpha.shape[0])
+    return reference.interpolate(real.double() * scale + shift, fake.double(), alpha)
+
+
+def assert_rounded(actual: Tensor, exact: Tensor, compute: torch.dtype | None = None) -> None:
+    """Within a rounding to the output dtype, and 8 of ``compute`` (values are of order 4), of the float64 result."""
+    if compute is None:
+        compute = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    # The interpreter rounds to bfloat16 towards 0: a whole unit in the last place, where a GPU is half a unit off.
+    units = 1 if actual.dtype == torch.bfloat16 else 0.5
+    tolerance = units * torch.finfo(actual.dtype).eps
+    torch.testing.assert_close(actual.double(), exact, rtol=tolerance, atol=32 * torch.finfo(compute).eps)
+
+
+def alpha_for(dtype: torch.dtype, count: int) -> Tensor:
+    alpha = torch.rand(count, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    alpha[:2] = torch.tensor([1.0, 0.0])[:count]
+    return alpha
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_the_formula(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    real, fake, alpha = samples(shape, dtype), samples(shape, dtype), alpha_for(dtype, shape[0])
+    out = torch.empty_like(real)
+    interpolate(real, fake, alpha, out)
+    assert_rounded(out, expected(real, fake, alpha))
+    assert torch.equal(out[:1], real[:1])
+    assert torch.equal(out[1:2], fake[1:2])
+
+
+@pytest.mark.parametrize("fake_dtype", DTYPES)
+@pytest.mark.parametrize("real_dtype", [torch.uint8, *DTYPES])
+def test_reads_and_writes_every_pair_of_dtypes(real_dtype: torch.dtype, fake_dtype: torch.dtype) -> None:
+    real, fake, alpha = samples((5, 3, 7), real_dtype), samples((5, 3, 7), fake_dtype), alpha_for(fake_dtype, 5)
+    scale, shift = (1 / 127.5, -1.0) if real_dtype == torch.uint8 else (1.0, 0.0)
+    for out_dtype in DTYPES if fake_dtype != torch.float64 else [torch.float64]:
+        out = torch.empty(5, 3, 7, dtype=out_dtype)
+        interpolate(real, fake, alpha, out, scale=scale, shift=shift)
+        assert_rounded(out, expected(real, fake, alpha, scale, shift), compute=alpha.dtype)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (6, 2, 3, 4), (3, 3001)])
+@pytest.mark.parametrize("real_dtype", [torch.uint8, torch.float32, torch.bfloat16])
+def test_writes_the_whole_batch(real_dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    real, fake = samples(shape, real_dtype), samples(shape, torch.bfloat16)
+    scale, shift = (1 / 127.5, -1.0) if real_dtype == torch.uint8 else (1.0, 0.0)
+    alpha = torch.rand(shape[0])
+    out = torch.empty(3 * shape[0], *shape[1:], dtype=torch.bfloat16)
+    interpolate(real, fake, alpha, out, scale=scale, shift=shift)
+    first, second, third = out.chunk(3)
+    assert_rounded(first, real.double() * scale + shift)
+    assert torch.equal(second, fake)
+    assert_rounded(third, expected(real, fake, alpha, scale, shift))
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 6])
+def test_a_group_shares_one_alpha(group_size: int) -> None:
+    real, fake, alpha = torch.randn(6, 5), torch.randn(6, 5), torch.rand(6 // group_size)
+    out = torch.empty_like(real)
+    interpolate(real, fake, alpha, out)
+    assert_rounded(out, expected(real, fake, alpha))
+
+
+def test_samples_dense_in_another_order_stay_in_it() -> None:
+    real, fake = (torch.randn(3, 5, 6, 7).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    alpha = torch.rand(3)
+    out = torch.empty_like(real)
+    interpolate(real, fake, alpha, out)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert_rounded(out, expected(real, fake, alpha))
+
+
+def test_an_unaligned_start_is_read_and_nothing_beside_the_output_is_written() -> None:
+    real, fake, alpha = torch.randn(4, 7)[1:], torch.randn(4, 7)[1:], torch.rand(3)
+    buffer = torch.full((5, 7), 9.0)
+    interpolate(real, fake, alpha, buffer[1:4])
+    assert_rounded(buffer[1:4], expected(real, fake, alpha))
+    assert (buffer[[0, 4]] == 9).all()
+
+
+@pytest.mark.parametrize(("shape", "group_size"), [((63, 7), 1), ((6, 5), 3), ((3, 3001), 1), ((2100, 1), 1)])
+@pytest.mark.parametrize("offset", [0, 5, 2**32 - 2, 2**40])
+def test_a_drawn_alpha_can_be_drawn_again_on_a_cpu(shape: tuple[int, ...], group_size: int, offset: int) -> None:
+    real, fake = torch.randn(shape), torch.randn(shape)
+    state = torch.tensor([0x123456789ABCDEF0, offset, 0])
+    groups = shape[0] // group_size
+    twin, before = philox.uniform(state, groups), None
+    for _ in range(2):
+        alpha, out = torch.empty(groups), torch.empty_like(real)
+        interpolate(real, fake, alpha, out, state=state)
+        assert torch.equal(alpha, twin)
+        assert_rounded(out, expected(real, fake, alpha))
+        offset += groups
+        assert state.tolist() == [0x123456789ABCDEF0, offset, 0]
+        assert before is None or not torch.equal(before, alpha), "the next call draws anew"
+        twin, before = philox.uniform(state, groups), alpha
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_values_stay_in_their_place(bad: float) -> None:
+    real, fake, alpha = torch.randn(3, 5), torch.randn(3, 5), torch.rand(3)
+    real[1, 2] = bad
+    out = torch.empty_like(real)
+    interpolate(real, fake, alpha, out)
+    assert not out[1, 2].isfinite()
+    assert out.isfinite().sum() == 14
