@@ -74,6 +74,10 @@ class Run:
                 self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
                 continue
             call = self.calls[node] = self.call(node, sampled)
+            drawn = node.meta.get("val") if torch.Tag.nondeterministic_seeded in node.target.tags else None
+            if isinstance(drawn, Tensor) and drawn.is_contiguous():
+                # Random numbers are drawn in the order of memory, which must be that of the critic itself.
+                call.operands = [x.contiguous() for x in call.operands]
             with self.label(node.name), explained(node):
                 call.output = self.values[node] = rule_for(node.target).forward(call)
 
@@ -190,6 +194,16 @@ class explained:  # noqa: N801 (reads as a clause)
             raise CaptureError(f"{where(self.node)} cannot run in four passes: {first_line(error)}") from error
 
 
+def laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """Return ``value`` channels-last where ``like`` is, and not where it is not: to mix the two is slow."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim())
+    if layout is None or value.shape != like.shape:
+        return value
+    either = (torch.contiguous_format, layout)
+    ours, theirs = ([x.is_contiguous(memory_format=form) for form in either] for x in (value, like))
+    return value if ours == theirs or not any(theirs) else value.contiguous(memory_format=either[theirs.index(True)])
+
+
 class Cotangents:
     """Cotangents by node, summed where several consumers contribute."""
 
@@ -204,11 +218,11 @@ class Cotangents:
         return self._sums.get(node)
 
     def add(self, node: fx.Node, value: Tensor | None, like: Any = None) -> None:
-        """Add a contribution, in the dtype of the node's own value."""
+        """Add a contribution, in the dtype and layout of the node's own value."""
         if value is None:
             return
-        if isinstance(like, Tensor) and value.dtype != like.dtype:
-            value = value.to(like.dtype)
+        if isinstance(like, Tensor):
+            value = laid_out(value.to(like.dtype), like)
         self._sums[node] = value if node not in self._sums else self._sums[node] + value
 
     def add_element(self, node: fx.Node, index: int, count: int, value: Tensor) -> None:
@@ -393,8 +407,15 @@ class FourPasses:
         data = call.slot(rule.data) if rule.data else None
         linear = [i for i in weights if data is not None and i == call.slot("weight")]
         if linear and tangents[data] is not None and call.operands[data].shape[0] != 0:  # type: ignore[index]
-            # One VJP serves loss and penalty: the tangent stands where the points were.
             tangent: Tensor = tangents[data]  # type: ignore[assignment,index]
+            if beta is not None:
+                # The curvature's cotangent stands where the penalty's was: the rest is an ordinary backward pass.
+                pull(rule.vjp(point_call.with_operand(data, tangent), point_delta, linear), linear)  # type: ignore[arg-type]
+                if factors is not None:
+                    beta = points.scale(node, point_delta, factors) + beta
+                pull(rule.vjp(call, points.put(node, delta, beta), weights), weights)
+                return
+            # One VJP serves loss and penalty: the tangent stands where the points were.
             source = operands[data]  # type: ignore[index]
             if factors is not None:
                 tangent = points.scale(source, point_call.operands[data], factors) + tangent  # type: ignore[index]

@@ -22,6 +22,7 @@ from .passes import (
     Roles,
     Rows,
     Run,
+    laid_out,
     number_values,
     penalty_seed,
     shared_gradients,
@@ -454,6 +455,7 @@ class _Step:
             for node, slot in zip(self.captured.parameters, self.plan._slots):
                 gradient, key = self.cotangents.get(node), id(_read(slot))
                 if gradient is not None:
+                    gradient = laid_out(gradient, self.base.values[node])
                     gradients[key] = gradients[key] + gradient if key in gradients else gradient
         return (
             loss,

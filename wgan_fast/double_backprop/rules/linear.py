@@ -79,29 +79,37 @@ class Linear(Affine):
 class Convolution(Affine):
     """Convolutions and transposed convolutions of every stride, padding, dilation and grouping."""
 
+    def forward(self, call: Call) -> Output:
+        """Run the layer, on a CPU over channels-last memory: oneDNN's kernels for it are up to twice as fast."""
+        bias = call.slot("bias")
+        call.operands = [x if i == bias else _channels_last(x) for i, x in enumerate(call.operands)]
+        return super().forward(call)
+
     def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
         """One call of PyTorch's convolution backward."""
         data, weight, bias = call.slot("input"), call.slot("weight"), call.slot("bias")
         x = call.operands[data]  # type: ignore[index]
         if x.dim() != self._geometry(call)["dims"] + 2:
             return super().vjp(call, cotangent, wanted)
-        mask = [data in wanted, weight in wanted, False]
-        gx, gw = None, None
+        # With the weight's gradient comes the bias's at no cost; alone it is a sum.
+        mask = [data in wanted, weight in wanted, weight in wanted and bias is not None and bias in wanted]
+        gx = gw = gb = None
         if any(mask):
-            gx, gw, _ = aten.convolution_backward(
+            gx, gw, gb = aten.convolution_backward(
                 cotangent,
                 x,
                 call.operands[weight],  # type: ignore[index]
-                None,
+                [cotangent.shape[1]],
                 *self._settings(call),
                 mask,
             )
-        # convolution_backward would sum the bias along with the others, but it has fewer rows than they have.
-        gb = cotangent.sum([0, *range(2, x.dim())]) if bias is not None and bias in wanted else None
+        if bias is not None and bias in wanted and weight not in wanted:
+            gb = cotangent.sum([0, *range(2, x.dim())])
         return [{data: gx, weight: gw, bias: gb}[i] for i in wanted]
 
     def apply(self, call: Call, x: Tensor) -> Tensor:
         """The convolution of x without a bias."""
+        x = _channels_last(x)
         return aten.convolution(x, call.tensor("weight"), None, *self._settings(call))  # type: ignore[no-any-return]
 
     def _geometry(self, call: Call) -> dict[str, Any]:
@@ -120,6 +128,14 @@ class Convolution(Affine):
         return [
             each("stride"), each("padding"), each("dilation"), transposed, output_padding, call.argument("groups")
         ]  # fmt: skip
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    # Whether memory is channels-last cannot be told from one channel; its stride says what PyTorch takes it for.
+    if layout is None or x.device.type != "cpu" or x.stride(1) == 1:
+        return x
+    return x.clone(memory_format=layout)
 
 
 @register("scaled_dot_product_attention")

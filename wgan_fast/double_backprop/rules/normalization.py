@@ -1,190 +1,91 @@
-"""Normalisation: y = γ n(x) + β with n(x) = (x − μ) r, r = 1/√(σ² + ε), over the elements that share statistics.
+"""Normalisation: statistics per sample and group of channels, or per channel of the batch.
 
-The Jacobian J of n is symmetric, J u = r (u − ū − n ⟨u n⟩) with means over those elements, so one function serves
-VJP and JVP. For ⟨u, J t⟩ with u = γδ the curvature is
-
-    ∂⟨u, J t⟩/∂x = −r² n Σ(u t − ū t̄ − ⟨u n⟩⟨t n⟩)/m − r (⟨u n⟩ J t + ⟨t n⟩ J u),
-
-where the sum over the m elements divided by m is again a mean.
+The formulas are those of ``wgan_fast.normalization``; per sample they run as the operators ``wgan_fast::norm_*``.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ...normalization import curvature, jacobian
+from ...precision import accumulation_dtype
 from .base import Call, Derivatives, Output, Rule, register
 
-aten = torch.ops.aten
+aten, ops = torch.ops.aten, torch.ops.wgan_fast
 
 
-class Normalization(Rule):
-    """What the normalisations share; a subclass says which elements share statistics and how PyTorch runs it."""
-
-    def grouped(self, call: Call, x: Tensor) -> tuple[Tensor, list[int]]:
-        """View ``x`` so that the returned dimensions run over the elements that share statistics."""
-        raise NotImplementedError
-
-    def per_channel(self, call: Call, x: Tensor) -> Tensor:
-        """View a weight so that it broadcasts against the input."""
-        raise NotImplementedError
-
-    def jacobian(self, call: Call, vector: Tensor) -> Tensor:
-        """Return J vector."""
-        _x, dims = self.grouped(call, call.operands[0])
-        u, _ = self.grouped(call, vector)
-        normal = self.normal(call)
-        r = self.saved(call, "rstd")
-        centred = u - u.mean(dims, keepdim=True) - normal * (u * normal).mean(dims, keepdim=True)
-        return (r * centred).reshape(vector.shape).to(vector.dtype)
-
-    def normal(self, call: Call) -> Tensor:
-        """Return n(x), grouped."""
-        x, _ = self.grouped(call, call.operands[0])
-        return (x - self.saved(call, "mean")) * self.saved(call, "rstd")
-
-    def saved(self, call: Call, name: str) -> Tensor:
-        """A statistic, viewed so that it broadcasts against the grouped input."""
-        x, dims = self.grouped(call, call.operands[0])
-        return call.saved[name].reshape([1 if d in dims else size for d, size in enumerate(x.shape)])
-
-    def forward(self, call: Call) -> Output:
-        """Run the normalisation, in float32 under autocast, and keep its statistics."""
-        if torch.is_autocast_enabled(call.operands[0].device.type):
-            half = (torch.bfloat16, torch.float16)
-            call.operands = [x.float() if x.dtype in half else x for x in call.operands]
-        output, call.saved["mean"], call.saved["rstd"] = self.run(call)
-        return output
-
-    def run(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """Return output, μ and r, one of each per set of elements that share statistics."""
-        raise NotImplementedError
-
-    def weighted(self, call: Call, vector: Tensor) -> Tensor:
-        """Return γ vector."""
-        weight = call.tensor("weight")
-        return vector if weight is None else (vector * self.per_channel(call, weight)).to(vector.dtype)
-
-    def reduce(self, call: Call, values: Tensor, weight: Tensor) -> Tensor:
-        """Sum ``values`` like the input down to the shape of a weight."""
-        return values.to(weight.dtype).sum_to_size(self.per_channel(call, weight).shape).reshape(weight.shape)
-
-    def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
-        """J γδ for x, Σ n δ for γ, Σ δ for β."""
-        gradients: Derivatives = []
-        for i in wanted:
-            if i == call.slot("input"):
-                gradients.append(self.jacobian(call, self.weighted(call, cotangent)))
-            elif i == call.slot("weight"):
-                values = cotangent * self.normal(call).reshape(cotangent.shape)
-                gradients.append(self.reduce(call, values, call.operands[i]))
-            else:
-                gradients.append(self.reduce(call, cotangent, call.operands[i]))
-        return gradients
-
-    def jvp(self, call: Call, tangents: Sequence[Tensor | None]) -> Output:
-        """γ J t."""
-        if any(t is not None for t in tangents[1:]):
-            return super().jvp(call, tangents)
-        return self.weighted(call, self.jacobian(call, tangents[0]))  # type: ignore[arg-type]
-
-    def second(
-        self, call: Call, tangents: Sequence[Tensor | None], cotangent: Output, wanted: Sequence[int]
-    ) -> Derivatives:
-        """The formula of this module for x, Σ δ J t for γ."""
-        if any(t is not None for t in tangents[1:]):
-            return super().second(call, tangents, cotangent, wanted)
-        tangent: Tensor = tangents[0]  # type: ignore[assignment]
-        along = self.jacobian(call, tangent)
-        gradients: Derivatives = []
-        for i in wanted:
-            if i == call.slot("input"):
-                gradients.append(self._curvature(call, tangent, along, self.weighted(call, cotangent)))
-            elif i == call.slot("weight"):
-                gradients.append(self.reduce(call, cotangent * along, call.operands[i]))
-            else:
-                gradients.append(None)
-        return gradients
-
-    def _curvature(self, call: Call, tangent: Tensor, along: Tensor, u: Tensor) -> Tensor:
-        back = self.jacobian(call, u)
-        normal, r = self.normal(call), self.saved(call, "rstd")
-        (t, dims), (u, _) = self.grouped(call, tangent), self.grouped(call, u)
-        (jt, _), (ju, _) = self.grouped(call, along), self.grouped(call, back)
-        un, tn = (u * normal).mean(dims, keepdim=True), (t * normal).mean(dims, keepdim=True)
-        # ⟨u, J t⟩ / (m r) is the covariance left when mean and normal direction are taken out.
-        spread = (u * jt).mean(dims, keepdim=True) * r
-        return -(normal * spread + (un * jt + tn * ju) * r).reshape(tangent.shape).to(tangent.dtype)
-
-
-@register("layer_norm")
-class LayerNorm(Normalization):
-    """Statistics per sample over the last dimensions."""
-
-    def run(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """PyTorch's kernel."""
-        return aten.native_layer_norm(  # type: ignore[no-any-return]
-            call.operands[0], call.argument("normalized_shape"), call.tensor("weight"), call.tensor("bias"),
-            call.argument("eps"),
-        )  # fmt: skip
-
-    def grouped(self, call: Call, x: Tensor) -> tuple[Tensor, list[int]]:
-        """As it is."""
-        return x, list(range(x.dim() - len(call.argument("normalized_shape")), x.dim()))
-
-    def per_channel(self, call: Call, x: Tensor) -> Tensor:
-        """As it is: the last dimensions."""
-        return x
-
-    def jacobian(self, call: Call, vector: Tensor) -> Tensor:
-        """PyTorch's kernel."""
-        mask = [True, False, False]
-        return aten.native_layer_norm_backward(  # type: ignore[no-any-return]
-            vector, call.operands[0], call.argument("normalized_shape"), call.saved["mean"], call.saved["rstd"],
-            None, None, mask,
-        )[0]  # fmt: skip
+def _widen(call: Call) -> None:
+    """Under autocast normalise in float32, as autocast does."""
+    if torch.is_autocast_enabled(call.operands[0].device.type):
+        half = (torch.bfloat16, torch.float16)
+        call.operands = [x.float() if x.dtype in half else x for x in call.operands]
 
 
 @register("group_norm")
-class GroupNorm(Normalization):
+class GroupNorm(Rule):
     """Statistics per sample and group of channels."""
 
     def groups(self, call: Call) -> int:
         """How many sets of channels."""
         return int(call.argument("num_groups"))
 
-    def run(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """PyTorch's kernel."""
+    def channels(self, call: Call, x: Tensor) -> Tensor:
+        """View ``x`` as ``[N, C, *]``."""
+        return x
+
+    def forward(self, call: Call) -> Output:
+        """Run the normalisation and keep its statistics."""
+        _widen(call)
         x = call.operands[0]
-        return aten.native_group_norm(  # type: ignore[no-any-return]
-            x,
-            call.tensor("weight"),
-            call.tensor("bias"),
-            *self._sizes(x),
-            self.groups(call),
-            call.argument("eps"),
-        )
+        weight, bias = (None if w is None else w.flatten() for w in (call.tensor("weight"), call.tensor("bias")))
+        groups, eps = self.groups(call), call.argument("eps")
+        output, mean, rstd = ops.norm_forward(self.channels(call, x), weight, bias, groups, eps)
+        call.saved["mean"], call.saved["rstd"] = (self.per_sample(call, s) for s in (mean, rstd))
+        return output.reshape(x.shape)
 
-    def grouped(self, call: Call, x: Tensor) -> tuple[Tensor, list[int]]:
-        """Split the channels: a view of contiguous and of channels-last tensors."""
-        groups = self.groups(call)
-        x = x.unflatten(1, (groups, x.shape[1] // groups))  # type: ignore[no-untyped-call]
-        return x, list(range(2, x.dim()))
+    def per_sample(self, call: Call, statistic: Tensor) -> Tensor:
+        """View a statistic so that its rows lie where those of the output do."""
+        return statistic
 
-    def per_channel(self, call: Call, x: Tensor) -> Tensor:
-        """``[C]`` to ``[C, 1, ...]``."""
-        return x.reshape(-1, *[1] * (call.operands[0].dim() - 2))
+    def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
+        """J γδ for x, Σ n δ for γ, Σ δ for β."""
+        found: dict[int | None, Tensor] = {}
+        delta, saved, weight = self.channels(call, cotangent), self._saved(call), self._weight(call)
+        if call.slot("input") in wanted:
+            found[call.slot("input")] = ops.norm_vjp(delta, *saved, weight, self.groups(call))
+        if set(wanted) - {call.slot("input")}:
+            shares = ops.norm_parameters(delta, *saved, self.groups(call))
+            found |= dict(zip((call.slot("weight"), call.slot("bias")), shares))
+        return [found[i].reshape(call.operands[i].shape) for i in wanted]
 
-    def jacobian(self, call: Call, vector: Tensor) -> Tensor:
-        """PyTorch's kernel."""
-        x = call.operands[0]
-        return aten.native_group_norm_backward(  # type: ignore[no-any-return]
-            vector, x, call.saved["mean"], call.saved["rstd"], None, *self._sizes(x), self.groups(call),
-            [True, False, False],
-        )[0]  # fmt: skip
+    def jvp(self, call: Call, tangents: Sequence[Tensor | None]) -> Output:
+        """γ J t."""
+        if any(t is not None for t in tangents[1:]):
+            return super().jvp(call, tangents)
+        tangent: Tensor = tangents[0]  # type: ignore[assignment]
+        along = self.channels(call, tangent), *self._saved(call), self._weight(call), self.groups(call)
+        return ops.norm_jvp(*along).reshape(tangent.shape)
 
-    def _sizes(self, x: Tensor) -> tuple[int, int, int]:
-        return x.shape[0], x.shape[1], x.shape[2:].numel()
+    def second(
+        self, call: Call, tangents: Sequence[Tensor | None], cotangent: Output, wanted: Sequence[int]
+    ) -> Derivatives:
+        """The curvature for x, Σ δ J t for γ, nothing for β."""
+        if any(t is not None for t in tangents[1:]):
+            return super().second(call, tangents, cotangent, wanted)
+        tangent, delta = self.channels(call, tangents[0]), self.channels(call, cotangent)  # type: ignore[arg-type]
+        given = tangent, delta, None, *self._saved(call), self._weight(call), self.groups(call)
+        found = dict(zip((call.slot("input"), call.slot("weight")), ops.norm_second_order(*given)))
+        return [found[i].reshape(call.operands[i].shape) if i in found else None for i in wanted]
+
+    def _saved(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        x, groups = self.channels(call, call.operands[0]), self.groups(call)
+        return x, call.saved["mean"].reshape(-1, groups), call.saved["rstd"].reshape(-1, groups)
+
+    def _weight(self, call: Call) -> Tensor | None:
+        weight = call.tensor("weight")
+        return None if weight is None else weight.flatten()
 
 
 @register("instance_norm")
@@ -202,69 +103,123 @@ class InstanceNorm(GroupNorm):
         return super().forward(call)
 
 
+@register("layer_norm")
+class LayerNorm(GroupNorm):
+    """One group whose channels are all the elements that share statistics."""
+
+    def groups(self, call: Call) -> int:
+        """All of them."""
+        return 1
+
+    def channels(self, call: Call, x: Tensor) -> Tensor:
+        """Flatten what shares statistics, and what does not."""
+        return x.reshape(-1, math.prod(call.argument("normalized_shape")))
+
+    def per_sample(self, call: Call, statistic: Tensor) -> Tensor:
+        """``[*, 1]`` with the leading dimensions of the input."""
+        lead = call.operands[0].dim() - len(call.argument("normalized_shape"))
+        return statistic.reshape(*call.operands[0].shape[:lead], 1)
+
+
 @register("batch_norm")
-class BatchNorm(Normalization):
+class BatchNorm(Rule):
     """Statistics per channel: of the batch in training, fixed in evaluation."""
 
     def forward(self, call: Call) -> Output:
         """Run as PyTorch does, updating the running statistics."""
-        if call.argument("training"):
-            return super().forward(call)
-        self._fix(call)
-        scale, shift = self._scale(call), self._shift(call)
-        return call.operands[0] * self.per_channel(call, scale) + self.per_channel(call, shift)
-
-    def run(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """PyTorch's kernel."""
+        if not call.argument("training"):
+            return self._evaluate(call)
+        _widen(call)
         x, weight, bias = call.operands[0], call.tensor("weight"), call.tensor("bias")
         momentum, eps = call.argument("momentum"), call.argument("eps")
         if call.slot("running_mean") is None:
-            return aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)  # type: ignore[no-any-return]
-        running = call.tensor("running_mean"), call.tensor("running_var")
-        return aten._native_batch_norm_legit(x, weight, bias, *running, True, momentum, eps)  # type: ignore[no-any-return]
-
-    def grouped(self, call: Call, x: Tensor) -> tuple[Tensor, list[int]]:
-        """As it is."""
-        return x, [0, *range(2, x.dim())]
-
-    def per_channel(self, call: Call, x: Tensor) -> Tensor:
-        """``[C]`` to ``[C, 1, ...]``."""
-        return x.reshape(-1, *[1] * (call.operands[0].dim() - 2))
-
-    def normal(self, call: Call) -> Tensor:
-        """With the statistics that the forward used."""
-        if call.argument("training"):
-            return super().normal(call)
-        x = call.operands[0]
-        mean, rstd = call.tensor("running_mean"), self._rstd(call)
-        return (x - self.per_channel(call, mean)) * self.per_channel(call, rstd)  # type: ignore[arg-type]
-
-    def jacobian(self, call: Call, vector: Tensor) -> Tensor:
-        """Diagonal in evaluation."""
-        if call.argument("training"):
-            return super().jacobian(call, vector)
-        return vector * self.per_channel(call, self._rstd(call))
+            made = aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
+        else:
+            running = call.tensor("running_mean"), call.tensor("running_var")
+            made = aten._native_batch_norm_legit(x, weight, bias, *running, True, momentum, eps)
+        output, call.saved["mean"], call.saved["rstd"] = made
+        return output
 
     def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
-        """In evaluation the scale is applied at once."""
-        if call.argument("training") or list(wanted) != [0]:
-            return super().vjp(call, cotangent, wanted)
-        return [cotangent * self.per_channel(call, self._scale(call))]
+        """γ J δ for x, Σ n δ for γ, Σ δ for β."""
+        gradients: Derivatives = []
+        for i in wanted:
+            if i == call.slot("input"):
+                gradients.append(self._along(call, cotangent))
+            elif i == call.slot("weight"):
+                gradients.append(self._sum(cotangent * self._normal(call)))
+            else:
+                gradients.append(self._sum(cotangent))
+        return gradients
 
-    def _curvature(self, call: Call, tangent: Tensor, along: Tensor, u: Tensor) -> Tensor | None:  # type: ignore[override]
-        return super()._curvature(call, tangent, along, u) if call.argument("training") else None
+    def jvp(self, call: Call, tangents: Sequence[Tensor | None]) -> Output:
+        """γ J t."""
+        if any(t is not None for t in tangents[1:]):
+            return super().jvp(call, tangents)
+        return self._along(call, tangents[0])  # type: ignore[arg-type]
 
-    def _fix(self, call: Call) -> None:
+    def second(
+        self, call: Call, tangents: Sequence[Tensor | None], cotangent: Output, wanted: Sequence[int]
+    ) -> Derivatives:
+        """The curvature for x, none in evaluation; Σ δ J t for γ."""
+        if any(t is not None for t in tangents[1:]):
+            return super().second(call, tangents, cotangent, wanted)
+        tangent: Tensor = tangents[0]  # type: ignore[assignment]
+        training, r = call.argument("training"), self._channels(self._rstd(call), tangent)
+        gradients: Derivatives = []
+        for i in wanted:
+            if i == call.slot("weight"):
+                along = jacobian(tangent, self._normal(call), r, _shared(tangent)) if training else tangent * r
+                gradients.append(self._sum(cotangent * along))
+            elif i == call.slot("input") and training:
+                weight = call.tensor("weight")
+                u = cotangent if weight is None else cotangent * self._channels(weight, cotangent)
+                back = curvature(tangent, u, self._normal(call), r, _shared(tangent))
+                gradients.append(back.to(tangent.dtype))
+            else:
+                gradients.append(None)
+        return gradients
+
+    def _along(self, call: Call, vector: Tensor) -> Tensor:
+        """γ J vector, which is J (γ vector): elements that share statistics share γ."""
+        scale = self._channels(self._scale(call), vector)
+        if not call.argument("training"):
+            return vector * scale
+        return jacobian(vector, self._normal(call), scale, _shared(vector)).to(vector.dtype)
+
+    def _normal(self, call: Call) -> Tensor:
+        x = call.operands[0]
+        mean = call.saved["mean"] if call.argument("training") else call.tensor("running_mean")
+        return (x - self._channels(mean, x)) * self._channels(self._rstd(call), x)  # type: ignore[arg-type]
+
+    def _evaluate(self, call: Call) -> Tensor:
         if call.slot("running_mean") is None or call.slot("running_var") is None:
             raise NotImplementedError("batch normalisation in evaluation needs its running statistics")
+        x, bias, scale = call.operands[0], call.tensor("bias"), self._scale(call)
+        offset = call.tensor("running_mean") * scale  # type: ignore[operator]
+        shift = -offset if bias is None else bias - offset
+        return x * self._channels(scale, x) + self._channels(shift, x)
 
     def _rstd(self, call: Call) -> Tensor:
+        if call.argument("training"):
+            return call.saved["rstd"]
         return (call.tensor("running_var") + call.argument("eps")).rsqrt()  # type: ignore[no-any-return]
 
     def _scale(self, call: Call) -> Tensor:
         weight = call.tensor("weight")
         return self._rstd(call) if weight is None else self._rstd(call) * weight
 
-    def _shift(self, call: Call) -> Tensor:
-        bias, offset = call.tensor("bias"), call.tensor("running_mean") * self._scale(call)  # type: ignore[operator]
-        return -offset if bias is None else bias - offset
+    @staticmethod
+    def _channels(values: Tensor, like: Tensor) -> Tensor:
+        """``[C]`` to ``[C, 1, ...]``."""
+        return values.reshape(-1, *[1] * (like.dim() - 2))
+
+    @staticmethod
+    def _sum(values: Tensor) -> Tensor:
+        """Down to ``[C]``, in float32 at least."""
+        return values.sum(_shared(values), dtype=accumulation_dtype(values.dtype))
+
+
+def _shared(x: Tensor) -> list[int]:
+    """The dimensions over which the elements of a channel lie."""
+    return [0, *range(2, x.dim())]

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import Call, Output, PiecewiseLinear, Rule, register
+from .base import Call, Derivatives, Output, PiecewiseLinear, Rule, register
 
 aten = torch.ops.aten
 
 
 @register(
-    "view",
     "reshape",
     "flatten.using_ints",
     "unflatten.int",
@@ -57,6 +56,33 @@ class Linear(PiecewiseLinear):
         if call.op in (aten.constant_pad_nd.default, aten.pad.default) and call.argument("value"):
             return Rule.jvp(self, call, tangents)
         return call.run([tangents[0]])  # type: ignore[list-item]
+
+
+@register("view", "_unsafe_view", "view_as")
+class View(Linear):
+    """A view in the critic may have to be a copy here, where convolutions choose how memory is laid out."""
+
+    def forward(self, call: Call) -> Output:
+        """Reshape."""
+        like = call.operands[1].shape if len(call.operands) > 1 else call.argument("size")
+        return call.operands[0].reshape(like)
+
+    def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
+        """Reshape back."""
+        return [cotangent.reshape(call.operands[0].shape) if i == 0 else None for i in wanted]
+
+    def jvp(self, call: Call, tangents: Sequence[Tensor | None]) -> Output:
+        """Reshape the tangent."""
+        return None if tangents[0] is None else tangents[0].reshape(call.output.shape)
+
+
+@register("as_strided")
+class AsStrided(Rule):
+    """Reads memory by its layout, which the critic does not decide here."""
+
+    def forward(self, call: Call) -> Output:
+        """Refuse."""
+        raise NotImplementedError("an operator that reads memory by strides has no rule")
 
 
 @register(
