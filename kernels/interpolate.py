@@ -14,7 +14,8 @@ _TILE_BYTES = 8192
 """What one program reads of the wider input: 4 loads of 16 bytes a thread, of each input."""
 
 
-@triton.jit
+# N stays an argument where it is 1: a constant cannot be widened to 64 bits.
+@triton.jit(do_not_specialize=["N"])
 def interpolate_fwd_kernel(
     p_real,  # [N, D]
     p_fake,  # [N, D]
@@ -140,10 +141,11 @@ def _specialisation(
             "p_alpha": "*fp32",
             "p_state": "*i64" if draw else "*fp32",
             "p_out": f"*{fake}",
-            "N": "i32:16",
-            "D": D,
+            "N": "i32",
+            **({} if D == "1" else {"D": D}),
         },
         {
+            **({"D": 1} if D == "1" else {}),
             "group_size": 1,
             "SCALE": 1 / 127.5 if real == "u8" else 1.0,
             "SHIFT": -1.0 if real == "u8" else 0.0,
@@ -159,6 +161,7 @@ def _specialisation(
 SPECIALISATIONS = [
     _specialisation("float32", "fp32", "fp32", "i32:16", (1, 2048)),
     _specialisation("bfloat16", "bf16", "bf16", "i32:16", (1, 4096)),
-    _specialisation("narrow float32", "fp32", "fp32", "i32", (1024, 2)),
+    _specialisation("float32, narrow", "fp32", "fp32", "i32", (1024, 2)),
+    _specialisation("float32, one column", "fp32", "fp32", "1", (2048, 1)),
     _specialisation("uint8 and bfloat16, whole batch, drawn", "u8", "bf16", "i32:16", (1, 4096), draw=True, batch=True),
 ]

@@ -64,7 +64,9 @@ def compile_for(target: GPUTarget, entry: Specialisation) -> CompiledKernel:
 def resources_of(kernel: CompiledKernel) -> Resources:
     """Registers of a thread, spilled bytes, shared bytes, and loads from global memory by their width in bits."""
     if "ptx" in kernel.asm:
-        return {**_cubin_usage(kernel.asm["cubin"]), "loads": _by_width(_ptx_loads(kernel.asm["ptx"]))}
+        registers, spills = _cubin_usage(kernel.asm["cubin"])
+        loads = _by_width(_ptx_loads(kernel.asm["ptx"]))
+        return {"registers": registers, "spills": spills, "shared": kernel.metadata.shared, "loads": loads}
     assembly = kernel.asm["amdgcn"]
 
     def noted(name: str) -> int:
@@ -73,21 +75,19 @@ def resources_of(kernel: CompiledKernel) -> Resources:
     return {
         "registers": noted("vgpr_count"),
         "spills": noted("vgpr_spill_count") + noted("sgpr_spill_count") + noted("private_segment_fixed_size"),
-        "shared": noted("group_segment_fixed_size"),
+        "shared": kernel.metadata.shared,
         "loads": _by_width(_amd_loads(assembly)),
     }
 
 
-def _cubin_usage(cubin: bytes) -> Resources:
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, shared, local = map(
-        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report).groups()
-    )
-    return {"registers": registers, "spills": stack + local, "shared": shared}
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report).groups()
+    return int(registers), int(stack) + int(local)
 
 
 def _ptx_loads(ptx: str) -> Iterator[int]:
