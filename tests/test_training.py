@@ -567,14 +567,14 @@ def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path):
 
 def test_an_interrupted_trainer_without_a_checkpoint_does_not_pretend_to_start_anew(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path, steps=6)
-    iterate = trainer._iterate
+    put = trainer._watch.put
 
-    def interrupted(step, reals):
+    def interrupted(step, result):
         if step == 3:
             raise KeyboardInterrupt
-        return iterate(step, reals)
+        return put(step, result)
 
-    monkeypatch.setattr(trainer, "_iterate", interrupted)
+    monkeypatch.setattr(trainer._watch, "put", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     monkeypatch.undo()

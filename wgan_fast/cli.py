@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ try:
     import tyro
 
     from . import plots
-    from .training import Run, TrainConfig, Trainer
-    from .training.run import Description
+    from .training import InterruptedTraining, Run, Summary, TrainConfig, Trainer
+    from .training.distributed import LostProcessError, Replicas, processes, restarted
+    from .training.run import CHANGEABLE, CONFIG_FILE, Description, resolve_device
 except ImportError as missing:
     sys.exit(f"wgan-fast: {missing}; the command line needs pip install 'wgan_fast[train]'")
 
@@ -40,11 +42,20 @@ class Train(TrainConfig):
         """Train and print the summary."""
         if self.resume is not None and self.out != self.resume:
             raise InputError(f"out is the resumed folder {self.resume}, got {self.out}: give --resume alone")
+        with processes(resolve_device(self.device)):
+            summary = self._train()
+            if Replicas().leads:
+                print(summary)
+
+    def _train(self) -> Summary:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
-        if self.resume is None:
-            print(Trainer.from_config(TrainConfig(**settings)).fit())
-        else:
-            print(Trainer.from_run(self.resume, **settings).fit(resume=True))
+        if self.resume is not None:
+            return Trainer.from_run(self.resume, **settings).fit(resume=True)
+        if restarted() and self.out is not None and (self.out / CONFIG_FILE).exists():
+            # torchrun repeats the command that began the run.
+            changes = {name: settings[name] for name in CHANGEABLE}
+            return Trainer.from_run(self.out, **changes).fit(resume=True)
+        return Trainer.from_config(TrainConfig(**settings)).fit()
 
 
 @dataclass(frozen=True)
@@ -190,7 +201,8 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: What follows the program's name; None means the process's own.
 
-    Exits with 2 and one line on standard error when the input is at fault, with 130 when interrupted.
+    Exits with 2 and one line on standard error when the input is at fault, with 1 when another process of the same
+    training is lost, with 130 when interrupted and 143 when terminated.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     # Networks of one's own (module:function) lie where the command is run.
@@ -199,8 +211,11 @@ def main(arguments: list[str] | None = None) -> None:
         _parse(arguments).run()
     except (InputError, DivergenceError, OSError) as error:
         sys.exit(_fail(error, 2))
-    except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; train goes on with --resume and the run's folder", 130))
+    except LostProcessError as error:
+        sys.exit(_fail(f"{error}; train goes on with --resume and the run's folder", 1))
+    except KeyboardInterrupt as stop:
+        number = stop.signal if isinstance(stop, InterruptedTraining) else signal.SIGINT
+        sys.exit(_fail("interrupted; train goes on with --resume and the run's folder", 128 + number))
 
 
 def _fail(error: object, status: int) -> int:

@@ -51,6 +51,7 @@ _PICTURE_CHANNELS = (1, 3, 4)
 _BYTES, _UNIT = 127.5, 0.5  # divisors that bring 0..255 and [0, 1] to [0, 2], before 1 is taken off
 _PROBED_ITEMS = 64  # of a Dataset, to tell [0, 1] from [-1, 1]
 _SCANNED_VALUES = 1 << 24  # at a time, so that a file larger than memory can be checked
+_WHOLE = slice(None)
 _TOY_BLOCK = 64  # batches per draw: one call and one copy to the device for all of them
 
 # The first word of a random stream's key, so that no two purposes share their draws.
@@ -86,7 +87,7 @@ class Split(ABC):
 
     @abstractmethod
     def _batches(
-        self, batch_size: int, seed: int, start: int, device: torch.device, workers: int
+        self, batch_size: int, seed: int, start: int, device: torch.device, workers: int, part: slice
     ) -> Iterator[Tensor]: ...
 
 
@@ -187,6 +188,7 @@ def batches(
     start: int = 0,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    part: slice = _WHOLE,
 ) -> Iterator[Tensor]:
     """Draw batches from a split without end.
 
@@ -202,10 +204,11 @@ def batches(
         device: where the batches are wanted.
         workers: DataLoader processes for what streams; the order does not depend on it. Random augmentation
             inside a Dataset is the Dataset's own and does not resume.
+        part: the rows of every batch that are wanted, for one of several processes; the others are not read.
 
     Returns:
-        An iterator over tensors `[N, *sample_shape]`, float32, on `device`: images in [-1, 1], vectors as
-        they come.
+        An iterator over tensors `[N, *sample_shape]` (as many as `part` has), float32, on `device`: images in
+        [-1, 1], vectors as they come.
 
     Raises:
         InputError: for settings out of range, at once; for a file that cannot be read, when it is reached.
@@ -213,7 +216,7 @@ def batches(
     _check_at_least(1, batch_size=batch_size)
     _check_at_least(0, seed=seed, start=start, workers=workers)
     _check_at_most_split(split, batch_size=batch_size)
-    return split._batches(batch_size, seed, start, torch.device(device), workers)
+    return split._batches(batch_size, seed, start, torch.device(device), workers, part)
 
 
 def _check_at_least(least: int, **settings: int) -> None:
@@ -272,11 +275,13 @@ class _TensorSplit(Split):
         rows = self.indices[_permutation(len(self), seed, _TAKE)[:n]]
         return _normalise(self.data.index_select(0, rows.to(self.data.device)).cpu(), self.divisor)
 
-    def _batches(self, batch_size: int, seed: int, start: int, device: torch.device, workers: int) -> Iterator[Tensor]:
+    def _batches(
+        self, batch_size: int, seed: int, start: int, device: torch.device, workers: int, part: slice
+    ) -> Iterator[Tensor]:
         home = self.data.to(device) if self.data.nbytes <= RESIDENT_BYTES else self.data
         pin = device.type == "cuda" and home.device.type == "cpu"
         for rows in _index_batches(self.indices, batch_size, seed, start, home.device):
-            batch = home.index_select(0, rows)
+            batch = home.index_select(0, rows[part])
             batch = batch.pin_memory() if pin else batch
             yield _normalise(batch.to(device, non_blocking=True), self.divisor)
 
@@ -295,13 +300,15 @@ class _DatasetSplit(Split):
         samples = torch.stack([self.items.read(row) for row in rows.tolist()])
         return _normalise(samples, self.items.form.divisor)
 
-    def _batches(self, batch_size: int, seed: int, start: int, device: torch.device, workers: int) -> Iterator[Tensor]:
+    def _batches(
+        self, batch_size: int, seed: int, start: int, device: torch.device, workers: int, part: slice
+    ) -> Iterator[Tensor]:
         order = _index_batches(self.indices, batch_size, seed, start, torch.device("cpu"))
         worker_seed = int(_rng(seed, _WORKERS, start).integers(2**63))
         loader = DataLoader(
             self.items,
             batch_size=None,  # what the sampler yields and the items return are whole batches
-            sampler=(rows.tolist() for rows in order),
+            sampler=(rows[part].tolist() for rows in order),
             num_workers=workers,
             pin_memory=device.type == "cuda",
             generator=torch.Generator().manual_seed(worker_seed),  # or it would draw from the global one
@@ -324,12 +331,14 @@ class _ToySplit(Split):
     def _take(self, n: int, seed: int) -> Tensor:
         return torch.from_numpy(self.toy.draw(_rng(seed, _TAKE, self.side), n).astype(np.float32))
 
-    def _batches(self, batch_size: int, seed: int, start: int, device: torch.device, workers: int) -> Iterator[Tensor]:
+    def _batches(
+        self, batch_size: int, seed: int, start: int, device: torch.device, workers: int, part: slice
+    ) -> Iterator[Tensor]:
         block, skipped = divmod(start, _TOY_BLOCK)
         while True:
             points = self.toy.draw(_rng(seed, _EPOCH, self.side, block), _TOY_BLOCK * batch_size)
             on_device = torch.from_numpy(points.astype(np.float32)).to(device)
-            yield from on_device.view(_TOY_BLOCK, batch_size, 2)[skipped:].unbind()
+            yield from on_device.view(_TOY_BLOCK, batch_size, 2)[skipped:, part].unbind()
             block, skipped = block + 1, 0
 
 

@@ -10,6 +10,7 @@ except ImportError as error:
 
 from .config import RECIPES, TrainConfig
 from .run import Run
+from .stopping import InterruptedTraining
 from .trainer import Summary, Trainer
 
-__all__ = ["RECIPES", "Run", "Summary", "TrainConfig", "Trainer"]
+__all__ = ["RECIPES", "InterruptedTraining", "Run", "Summary", "TrainConfig", "Trainer"]

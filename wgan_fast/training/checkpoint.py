@@ -44,6 +44,11 @@ class Checkpoint:
     skipped: tuple[str, ...] = ()
 
 
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where a run's checkpoint of ``step`` lies."""
+    return run / CHECKPOINTS / f"step-{step:08d}.safetensors"
+
+
 def save_checkpoint(run: Path, step: int, state: Tree, *, keep: int) -> Path:
     """Write the checkpoint of ``step`` and remove all but the newest ``keep`` up to it.
 
@@ -67,7 +72,7 @@ def save_checkpoint(run: Path, step: int, state: Tree, *, keep: int) -> Path:
     structure = _pack(state, "", tensors)
     metadata = {"format": str(FORMAT), "step": str(step), "structure": json.dumps(structure)}
     body = save(tensors, metadata)
-    path = folder / f"step-{step:08d}.safetensors"
+    path = checkpoint_path(run, step)
     write_atomically(path, body)
     digest = {"format": FORMAT, "step": step, "sha256": hashlib.sha256(body).hexdigest(), "bytes": len(body)}
     write_atomically(path.with_suffix(".json"), json.dumps(digest).encode())
@@ -179,5 +184,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> Tree:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Tree) -> None:
-    """Load what ``optimizer_state`` returned."""
-    optimizer.load_state_dict({**state, "state": {int(index): values for index, values in state["state"].items()}})
+    """Load the moments that ``optimizer_state`` returned; settings stay those that the optimizer was built with."""
+    moments = {int(index): values for index, values in state["state"].items()}
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            # Fused optimizers go through memory side by side, whatever the strides say.
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)

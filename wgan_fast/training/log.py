@@ -1,5 +1,6 @@
 """What a run says while it trains: metrics on disk, and a progress line for people."""
 
+import contextlib
 import json
 import math
 import os
@@ -35,15 +36,20 @@ class MetricsLog:
     """Appends metrics to ``metrics.jsonl``, and to TensorBoard where it is installed.
 
     Args:
-        run: The run's folder.
+        run: The run's folder; None keeps the records in memory, for a process that does not write.
         step: The step to continue after; later lines of an interrupted run are dropped.
     """
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run: Path | None, step: int) -> None:
+        self.records: list[dict[str, Any]] = []
+        self._file: TextIO | None = None
+        self._board: Any = None
+        if run is None:
+            return
         self.records = [record for record in read_metrics(run) if record["step"] <= step]
         path = run / METRICS_FILE
         write_atomically(path, "".join(_line(record) for record in self.records).encode())
-        self._file: TextIO = path.open("a")
+        self._file = path.open("a")
         self._board = _summary_writer(run / "tensorboard", step)
 
     @property
@@ -55,8 +61,9 @@ class MetricsLog:
         """Append one record, which has a ``step``; figures that are not finite are written as null."""
         record = {key: None if _not_finite(value) else value for key, value in record.items()}
         self.records.append(record)
-        self._file.write(_line(record))
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(_line(record))
+            self._file.flush()
         if self._board is not None:
             for key, value in record.items():
                 if key != "step" and value is not None:
@@ -64,15 +71,20 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Bring every record to the disk: after a power cut no checkpoint may be newer than its metrics."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Where the disk is full, closing fails as writing did: the first error is the one to tell.
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+            for open_file in (self._file, self._board):
+                if open_file is not None:
+                    open_file.close()
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -97,11 +109,12 @@ class ProgressLine:
     Args:
         steps: Generator steps in all.
         step: Steps taken already.
+        shown: Whether this process speaks.
     """
 
-    def __init__(self, steps: int, step: int) -> None:
+    def __init__(self, steps: int, step: int, *, shown: bool = True) -> None:
         self.steps = steps
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=not shown)
         self._live = Progress(
             SpinnerColumn(),
             MofNCompleteColumn(),
@@ -110,7 +123,7 @@ class ProgressLine:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not (shown and self._console.is_terminal),
         )
         self._task = self._live.add_task("train", total=steps, completed=step, figures="")
         self._printed = time.monotonic()

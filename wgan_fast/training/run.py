@@ -22,8 +22,11 @@ OWN_MODEL = "custom"
 """What a run records as its model when its networks were given as objects."""
 
 
-CHANGEABLE = {"out", "steps", "device", "workers", "log_every", "sample_every", "checkpoint_every", "keep"}
-"""Settings that a resumed run may change."""
+CHANGEABLE = {
+    "out", "steps", "device", "workers", "log_every", "sample_every", "checkpoint_every", "keep",
+    "compile", "cuda_graph", "fused", "generate_ahead", "channels_last", "on_divergence", "max_rewinds",
+}  # fmt: skip
+"""Settings that a resumed run may change: none of them changes what is computed, beyond the rounding."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +287,7 @@ def generate(network: nn.Module, inputs: Tensor, batch_size: int = 256) -> Tenso
     training = network.training
     network.eval()
     try:
+        inputs = inputs.to(next(network.parameters(), inputs).dtype)
         return torch.cat([network(piece) for piece in torch.split(inputs, batch_size)])
     finally:
         network.train(training)

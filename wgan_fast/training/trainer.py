@@ -1,9 +1,7 @@
 """The training loop: from networks and data to samples, metrics, curves and checkpoints in one folder."""
 
 import contextlib
-import copy
 import dataclasses
-import fcntl
 import itertools
 import math
 import time
@@ -11,23 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import torch
 from torch import Tensor, nn
 
 from .. import models, plots
-from ..checks import check_scores
-from ..clipping import clip_weights_
-from ..critic_step import CriticStep, CriticStepResult
 from ..data import SOURCES, Data, Split, batches, load_data
-from ..double_backprop import CaptureError
 from ..errors import DivergenceError, InputError
 from ..files import write_atomically
-from ..losses import get_loss
 from ..metrics import wasserstein_estimate
 from .checkpoint import (
-    CHECKPOINTS,
     Checkpoint,
     Tree,
+    checkpoint_path,
     load_checkpoint,
     load_module,
     load_optimizer,
@@ -35,10 +27,13 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import TrainConfig
+from .distributed import Replicas
+from .divergence import DivergedError, LossWatch
+from .folder import held, make_folder, make_new_folder, new_folder
+from .iteration import Iteration, IterationResult
 from .log import MetricsLog, ProgressLine
-from .randomness import NETWORKS, TRAINING, random_state, seed_everything, set_random_state, undisturbed
+from .randomness import NETWORKS, random_state, seed_everything, set_random_state, undisturbed
 from .run import (
-    CONFIG_FILE,
     OWN_MODEL,
     Description,
     build_networks,
@@ -50,12 +45,11 @@ from .run import (
     load_run_data,
     resolve_device,
 )
+from .stopping import InterruptedTraining, StopRequests
+from .trial import check_networks, try_step
 
 GRID = {"images": 64, "vectors": 2048}
 """Samples in the pictures written during training."""
-
-LOCK_FILE = ".lock"
-"""What the process that trains in a folder holds locked."""
 
 HELD_OUT = 512
 """Held-out samples behind the held-out Wasserstein estimate, taken whenever a picture is written."""
@@ -170,44 +164,45 @@ class Trainer:
         return cls.from_config(config)
 
     def _set_up(self, generator: nn.Module, critic: nn.Module, data: Data, config: TrainConfig) -> None:
+        self._replicas = Replicas()
         self._named = config.out is None
         if config.out is None:
-            config = dataclasses.replace(config, out=_new_folder(data.name, config.method))
-        if (config.batch_size or 0) > len(data.train):
+            if self._replicas.world > 1:
+                raise InputError("out must be given where several processes train together")
+            config = dataclasses.replace(config, out=new_folder(data.name, config.method))
+        batch_size = config.batch_size or 0
+        if batch_size > len(data.train):
             n = len(data.train)
-            raise InputError(f"batch_size must be at most the {n} samples to train on, got {config.batch_size}")
+            raise InputError(f"batch_size must be at most the {n} samples to train on, got {batch_size}")
+        self._replicas.check_batch_size(batch_size)
         self.config = config
         self.data = data
         self.out = Path(config.out or "")
-        self.device = resolve_device(config.device)
+        self.device = self._replicas.device(resolve_device(config.device))
+        if config.cuda_graph and self._replicas.world > 1:
+            raise InputError("cuda_graph is for one process: train without it where several train together")
         self.latent_dim = latent_dim(generator, config)
         self.generator = generator.to(self.device)
         self.critic = critic.to(self.device)
-        self._check_networks()
-        self.ema = copy.deepcopy(self.generator).requires_grad_(False).eval() if config.ema else None
-        self._trainable = _trainable("critic", self.critic)
-        self._generator_loss = get_loss(config.recipe.loss).generator
-        self._critic_step = CriticStep(
-            self.critic,
-            loss=config.recipe.loss,
-            penalty=config.penalty,
-            engine=config.engine,
-            precision=config.precision,
-        )
-        self._try_step()
-        self._critic_optimizer = _optimizer(self._trainable, config, config.learning_rate)
-        self._generator_optimizer = _optimizer(
-            _trainable("generator", self.generator),
-            config,
-            config.generator_learning_rate or config.learning_rate,
-        )
+        check_networks(self.generator, self.critic, data.sample_shape, self.latent_dim, min(2, batch_size))
+        self._iteration = Iteration(self.generator, self.critic, config, self.latent_dim, self._replicas)
+        self.ema = self._iteration.ema
+        try_step(self._iteration, data.sample_shape, batch_size // self._replicas.world)
         self._fixed_noise = draw_noise(GRID[data.kind], self.latent_dim, config.seed).to(self.device)
         self._held_out = _some(data.held_out, HELD_OUT, config.seed)
-        self.step = 0
+        self._watch = LossWatch()
+        self._checkpoint: tuple[int, Path] | None = None
         self._begun = False
+
+    @property
+    def step(self) -> int:
+        """Generator steps taken."""
+        return self._iteration.step
 
     def fit(self, *, resume: bool = False) -> Summary:
         """Train to ``config.steps``. Seeds the default generators of torch, NumPy and Python.
+
+        In the main thread, Ctrl-C and SIGTERM end training after the iteration that is under way, with a checkpoint.
 
         Args:
             resume: Continue the run in ``config.out`` from its newest whole checkpoint (from the start if it has
@@ -217,26 +212,31 @@ class Trainer:
             What the run left behind.
 
         Raises:
-            InputError: The folder holds another run, or none to resume.
+            InputError: The folder holds another run, or none to resume; data cannot be read any more.
             DivergenceError: A loss or a parameter is not finite; the last good checkpoint is kept.
+            InterruptedTraining: A signal asked to stop; a ``KeyboardInterrupt``.
+            LostProcessError: Another process of the same training is gone.
+            OSError: The folder cannot be written; the last checkpoint is kept.
         """
         with self._claimed_folder(resume):
+            self._replicas.wait()
             return self._fit(load_checkpoint(self.out) if resume else None, resume)
 
     def _fit(self, checkpoint: Checkpoint | None, resume: bool) -> Summary:
         if checkpoint is None and self._begun:
             raise InputError(f"{self.out} has no checkpoint to go back to: build the Trainer anew")
-        seed_everything(self.config.seed, TRAINING)
+        self._iteration.seed()
         if checkpoint is not None:
             self._restore(checkpoint)
-        Description.of(self.config, self.data).write(self.out)
+        if self._replicas.leads:
+            Description.of(self.config, self.data).write(self.out)
         self._begun = True
         self.generator.train()
         self.critic.train()
         first, started = self.step, time.perf_counter()
         with (
-            ProgressLine(self.config.steps, first) as progress,
-            MetricsLog(self.out, first) as log,
+            StopRequests() as stop,
+            ProgressLine(self.config.steps, first, shown=self._replicas.leads) as progress,
         ):
             for skipped in checkpoint.skipped if checkpoint else ():
                 progress.message(f"passed over a damaged checkpoint: {skipped}")
@@ -244,131 +244,143 @@ class Trainer:
                 progress.message(f"resuming after step {first} from {checkpoint.path}")
             elif resume:
                 progress.message("there is no checkpoint yet: beginning again at step 1")
-            self._train(progress, log)
+            records = self._train_to_the_end(progress, stop)
             seconds = time.perf_counter() - started
-            curves = self.out / "curves.png"
-            target = self.config.penalty.target if self.config.penalty else None
-            if log.records:
-                plots.save_curves(log.records, curves, title=f"{self.config.method} on {self.data.name}", target=target)
-        if not self._grid_path(self.step).exists():
-            self._save_picture()
-        images = (self.step - first) * (self.config.n_critic or 0) * (self.config.batch_size or 0)
+        curves = self.out / "curves.png"
+        images = (self.step - first) * self._iteration.n_critic * self._iteration.batch_size
+        assert self._checkpoint is not None
         summary = Summary(
             out=self.out,
             steps=self.step,
             seconds=seconds,
             images_per_second=images / seconds,
-            wasserstein=log.last.get("wasserstein"),
-            checkpoint=self._checkpoint_path,
+            wasserstein=records[-1].get("wasserstein") if records else None,
+            checkpoint=self._checkpoint[1],
             grid=self._grid_path(self.step),
             curves=curves,
         )
-        if self.step > first or not (self.out / "summary.txt").exists():
-            write_atomically(self.out / "summary.txt", f"{summary}\n".encode())
+        if self._replicas.leads:
+            target = self.config.penalty.target if self.config.penalty else None
+            if records:
+                plots.save_curves(records, curves, title=f"{self.config.method} on {self.data.name}", target=target)
+            if not self._grid_path(self.step).exists():
+                self._save_picture()
+            if self.step > first or not (self.out / "summary.txt").exists():
+                write_atomically(self.out / "summary.txt", f"{summary}\n".encode())
+        self._replicas.wait()
         return summary
 
-    def _train(self, progress: ProgressLine, log: MetricsLog) -> None:
-        config = self.config
-        n_critic, batch_size = config.n_critic or 0, config.batch_size or 0
+    def _train_to_the_end(self, progress: ProgressLine, stop: StopRequests) -> list[dict[str, Any]]:
+        """Train, going back where the configuration says so; returns the metrics."""
+        while True:
+            try:
+                with MetricsLog(self.out if self._replicas.leads else None, self.step) as log:
+                    self._train(progress, log, stop)
+                    return log.records
+            except DivergedError as error:
+                self._go_back(error, progress)
+            except OSError as error:
+                why = f"{error.strerror or error}: {self.out} cannot be written at step {self.step}"
+                raise OSError(error.errno, f"{why}; {self._kept()}") from error
+
+    def _train(self, progress: ProgressLine, log: MetricsLog, stop: StopRequests) -> None:
+        config, iteration = self.config, self._iteration
         reals = batches(
             self.data.train,
-            batch_size,
+            iteration.batch_size,
             seed=config.seed,
-            start=self.step * n_critic,
+            start=self.step * iteration.n_critic,
             device=self.device,
             workers=config.workers,
+            part=self._replicas.rows(iteration.batch_size),
         )
         logged, since = self.step, time.perf_counter()
-        for step in range(self.step + 1, config.steps + 1):
-            result, generator_loss = self._iterate(step, itertools.islice(reals, n_critic))
-            self._check_losses(step, result, generator_loss)
-            self.step = step
-            last = step == config.steps
-            pictured = step % config.sample_every == 0 or last
-            if step % config.log_every == 0 or pictured:
+        while self.step < config.steps:
+            batch = self._read(reals)
+            result = iteration(batch, stop=stop.signal is not None)
+            stop.nothing_to_save = False
+            stopping = self._watch.put(self.step, result)
+            last = self.step == config.steps
+            pictured = self.step % config.sample_every == 0 or last
+            if self.step % config.log_every == 0 or pictured:
+                self._watch.flush()
                 now = time.perf_counter()
-                images = (step - logged) * n_critic * batch_size
-                logged, since, seconds = step, now, now - since
-                log.write(self._figures(result, generator_loss, images / seconds, held_out=pictured))
-            progress.advance(step, log.last)
-            if pictured:
+                images = (self.step - logged) * iteration.n_critic * iteration.batch_size
+                logged, since, seconds = self.step, now, now - since
+                log.write(self._figures(result, images / seconds, held_out=pictured))
+            progress.advance(self.step, log.last)
+            if pictured and self._replicas.leads:
                 self._save_picture()
-            if step % config.checkpoint_every == 0 or last:
+            if self.step % config.checkpoint_every == 0 or last:
                 log.sync()
                 self._save_checkpoint()
+            if not last and (stopping or (self._replicas.world == 1 and stop.signal is not None)):
+                log.sync()
+                self._save_unless_saved()
+                raise InterruptedTraining(f"stopped after step {self.step}; {self._kept()}", stop.number)
 
-    def _iterate(self, step: int, reals: Iterator[Tensor]) -> tuple[CriticStepResult, Tensor]:
-        """The critic's steps and the generator's step of one iteration; returns the last result and the loss."""
-        factor = learning_rate_factor(self.config.schedule, step, self.config.steps)
-        for optimizer in (self._critic_optimizer, self._generator_optimizer):
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
+    def _read(self, reals: Iterator[Tensor]) -> list[Tensor]:
+        """The real samples of one iteration, read before it begins: an error leaves nothing half done."""
+        try:
+            return list(itertools.islice(reals, self._iteration.n_critic))
+        except Exception as error:
+            if self._replicas.leads:
+                self._save_unless_saved()
+            if isinstance(error, InputError | OSError):
+                why = f"the data cannot be read after step {self.step}: {error}"
+                raise InputError(f"{why}; {self._kept()}") from error
+            error.add_note(f"while reading data after step {self.step}; {self._kept()}")
+            raise
 
-        for real in reals:
-            with torch.no_grad(), self._autocast():
-                fake = self.generator(self._noise()).to(real.dtype)
-            result = self._critic_step(real, fake)
-            self._critic_optimizer.step()
-            if self.config.clip is not None:
-                clip_weights_(self._trainable, self.config.clip)
-
-        with _frozen(self._trainable), self._autocast():
-            generator_loss = self._generator_loss(self.critic(self.generator(self._noise())))
-            self._generator_optimizer.zero_grad(set_to_none=True)
-            generator_loss.backward()  # type: ignore[no-untyped-call]
-        self._generator_optimizer.step()
-        if self.ema is not None:
-            # A young average forgets faster, or the first networks would linger in it.
-            update_ema_(self.ema, self.generator, min(self.config.ema, step / (step + 10)))
-        return result, generator_loss.detach()
-
-    def _noise(self) -> Tensor:
-        return torch.randn(self.config.batch_size or 0, self.latent_dim, device=self.device)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.precision == "bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
-
-    def _figures(
-        self, result: CriticStepResult, generator_loss: Tensor, images_per_second: float, *, held_out: bool
-    ) -> dict[str, Any]:
+    def _figures(self, result: IterationResult, images_per_second: float, *, held_out: bool) -> dict[str, Any]:
+        critic = result.critic
         figures = {
             "step": self.step,
-            "critic_loss": result.loss.item(),
-            "generator_loss": generator_loss.item(),
-            "wasserstein": result.wasserstein.item(),
-            "real_score": result.real_score.item(),
-            "fake_score": result.fake_score.item(),
-            "learning_rate": self._critic_optimizer.param_groups[0]["lr"],
+            "critic_loss": critic.loss.item(),
+            "generator_loss": result.generator_loss.item(),
+            "wasserstein": critic.wasserstein.item(),
+            "real_score": critic.real_score.item(),
+            "fake_score": critic.fake_score.item(),
+            "learning_rate": self._iteration.learning_rate("critic"),
             "images_per_second": images_per_second,
         }
         if self.config.penalty is not None:
-            figures |= {"penalty": result.penalty.item(), "gradient_norm": result.gradient_norm.item()}
-        if held_out and self._held_out is not None:
+            figures |= {"penalty": critic.penalty.item(), "gradient_norm": critic.gradient_norm.item()}
+        if self._iteration.rewinds:
+            figures["rewinds"] = self._iteration.rewinds
+        if held_out and self._held_out is not None and self._replicas.leads:
             noise = draw_noise(self._held_out.shape[0], self.latent_dim, self.config.seed)
             with undisturbed(self.device, self.config.seed):
                 fake = generate(self.generator, noise.to(self.device))
-                real = self._held_out.to(self.device)
+                real = self._held_out.to(fake)
                 figures["held_out_wasserstein"] = wasserstein_estimate(self.critic, real, fake)
         return figures
 
-    def _check_losses(self, step: int, result: CriticStepResult, generator_loss: Tensor) -> None:
-        quantities = {
-            "the gradient penalty": result.penalty,  # before the loss, which contains it
-            "the critic's loss": result.loss,
-            "the generator's loss": generator_loss,
-        }
-        if not torch.stack([value.float() for value in quantities.values()]).isfinite().all():
-            name, value = next((n, v.item()) for n, v in quantities.items() if not math.isfinite(v.item()))
-            raise self._diverged(f"{name} is {value}", step)
+    def _go_back(self, error: DivergedError, progress: ProgressLine) -> None:
+        """Return to the last good checkpoint with half the learning rates.
 
-    def _diverged(self, what: str, step: int) -> DivergenceError:
-        good = load_checkpoint(self.out)
-        kept = (
-            f"the last good checkpoint is {good.path}" if good else f"no checkpoint was written yet, remove {self.out}"
-        )
-        return DivergenceError(f"training diverged at step {step}: {what}; {kept}")
+        Raises:
+            DivergenceError: The configuration says to stop, or there is nothing to go back to.
+        """
+        self._watch.clear()
+        self._replicas.wait()
+        rewinds = self._iteration.rewinds
+        good = load_checkpoint(self.out) if self.config.on_divergence == "rewind" else None
+        if good is None or rewinds >= self.config.max_rewinds:
+            raise DivergenceError(
+                f"{error}; {self._kept()}" + f"; went back {rewinds} times" * bool(rewinds)
+            ) from error
+        self._restore(good)
+        self._iteration.rewinds = rewinds + 1
+        self.generator.train()
+        self.critic.train()
+        rate = self._iteration.learning_rate("critic")
+        progress.message(f"{error}; going back to step {good.step} with a learning rate of {rate:g}")
+
+    def _kept(self) -> str:
+        if self._checkpoint is None:
+            return f"no checkpoint was written yet, remove {self.out}"
+        return f"the last good checkpoint is {self._checkpoint[1]}"
 
     def _save_picture(self) -> None:
         path = self._grid_path(self.step)
@@ -384,191 +396,65 @@ class Trainer:
     def _grid_path(self, step: int) -> Path:
         return self.out / "samples" / f"step-{step:08d}.png"
 
+    def _save_unless_saved(self) -> None:
+        if self.step > 0 and (self._checkpoint is None or self._checkpoint[0] != self.step):
+            self._save_checkpoint()
+
     def _save_checkpoint(self) -> None:
+        self._watch.flush()
         for network, module in (("critic", self.critic), ("generator", self.generator)):
             for name, parameter in module.named_parameters():
                 if not parameter.isfinite().all():
-                    raise self._diverged(f"the {network}'s {name} is not finite", self.step)
-        self._checkpoint_path = save_checkpoint(self.out, self.step, self._state(), keep=self.config.keep)
+                    raise DivergedError(f"the {network}'s {name} is not finite", self.step)
+        if self._replicas.leads:
+            save_checkpoint(self.out, self.step, self._state(), keep=self.config.keep)
+        self._checkpoint = self.step, checkpoint_path(self.out, self.step)
 
     def _state(self) -> Tree:
+        iteration = self._iteration
         return {
             "generator": self.generator.state_dict(),
             "critic": self.critic.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
-            "generator_optimizer": optimizer_state(self._generator_optimizer),
-            "critic_optimizer": optimizer_state(self._critic_optimizer),
-            "critic_steps": self._critic_step.steps_taken,
-            "random": random_state(self.device),
+            "generator_optimizer": optimizer_state(iteration.optimizers["generator"]),
+            "critic_optimizer": optimizer_state(iteration.optimizers["critic"]),
+            "rewinds": iteration.rewinds,
+            "random": random_state(self.device, iteration.rng),
         }
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        state, source = checkpoint.state, checkpoint.path
+        state, source, iteration = checkpoint.state, checkpoint.path, self._iteration
         if checkpoint.step > self.config.steps:
             raise InputError(f"steps is {self.config.steps}, but {source} is at step {checkpoint.step} already")
         load_module(self.generator, state["generator"], "generator", source)
         load_module(self.critic, state["critic"], "critic", source)
         if self.ema is not None:
             load_module(self.ema, state["ema"], "generator", source)
-        load_optimizer(self._generator_optimizer, state["generator_optimizer"])
-        load_optimizer(self._critic_optimizer, state["critic_optimizer"])
-        self._critic_step.steps_taken = state["critic_steps"]
-        set_random_state(state["random"], self.device)
-        self.step = checkpoint.step
-        self._checkpoint_path = source
+        for name, optimizer in iteration.optimizers.items():
+            load_optimizer(optimizer, state[f"{name}_optimizer"])
+        iteration.forget_graphs()
+        iteration.step, iteration.rewinds = checkpoint.step, state.get("rewinds", 0)
+        set_random_state(state["random"], self.device, iteration.rng)
+        self._checkpoint = checkpoint.step, source
 
     @contextlib.contextmanager
     def _claimed_folder(self, resume: bool) -> Iterator[None]:
         """Hold the folder of a new run, or of the one to go on with, against every other process."""
+        if not self._replicas.leads:
+            yield
+            return
         if resume:
             Description.read(self.out).check(self.config, self.data)
+        elif self._named:
+            self.out = make_new_folder(self.data.name, self.config.method)
+            self.config = dataclasses.replace(self.config, out=self.out)
         else:
-            self._make_folder()
-        with (self.out / LOCK_FILE).open("w") as lock:
-            try:
-                # A record lock: the kernel lets go when this process dies, and worker processes do not inherit it.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InputError(f"out {self.out} is being trained by another process") from error
-            if not resume:
-                self._check_free()
+            make_folder(self.out)
+        with held(self.out, new=not resume):
             yield
-
-    def _make_folder(self) -> None:
-        self._check_free()
-        try:
-            if not self._named:
-                self.out.mkdir(parents=True, exist_ok=True)
-                return
-            while True:
-                try:
-                    return self.out.mkdir(parents=True)
-                except FileExistsError:
-                    # Another run has taken the name since this one chose it.
-                    self.out = _new_folder(self.data.name, self.config.method)
-                    self.config = dataclasses.replace(self.config, out=self.out)
-        except OSError as error:
-            raise InputError(f"out {self.out} cannot be written: {error.strerror}") from error
-
-    def _check_free(self) -> None:
-        if not self._named and any((self.out / name).exists() for name in (CONFIG_FILE, CHECKPOINTS)):
-            raise InputError(
-                f"out {self.out} already holds a run: give another folder, or go on with --resume {self.out}"
-            )
-
-    def _check_networks(self) -> None:
-        """Run both networks on two samples (one where a batch has one) and raise unless the shapes fit."""
-        n = min(2, self.config.batch_size or 0)
-        shape = [n, *self.data.sample_shape]
-        fake = self._try("generator", self.generator, torch.zeros(n, self.latent_dim, device=self.device))
-        if not isinstance(fake, Tensor) or list(fake.shape) != shape:
-            got = list(fake.shape) if isinstance(fake, Tensor) else type(fake).__name__
-            raise InputError(
-                f"generator must make samples of the data's shape {shape} from noise [{n}, {self.latent_dim}], "
-                f"got {got}"
-            )
-        scores = self._try("critic", self.critic, torch.zeros(shape, device=self.device))
-        try:
-            check_scores(scores, torch.empty(shape))
-        except (TypeError, ValueError) as error:
-            raise InputError(str(error)) from error
-
-    def _try_step(self) -> None:
-        """Take a critic step on zeros, which leaves no trace, and raise if that fails."""
-        before = copy.deepcopy(self.critic.state_dict())
-        zeros = torch.zeros(self.config.batch_size or 0, *self.data.sample_shape, device=self.device)
-        try:
-            self.critic.train()
-            self._critic_step(zeros, zeros)
-        except CaptureError as error:
-            raise InputError(f"engine four_pass cannot take this critic: {error}") from error
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise InputError(f"critic fails in a training step: {str(error).partition(chr(10))[0]}") from error
-        finally:
-            self.critic.load_state_dict(before)
-            self.critic.zero_grad(set_to_none=True)
-            self._critic_step.steps_taken = 0
-
-    @torch.no_grad()
-    def _try(self, name: str, network: nn.Module, x: Tensor) -> Any:
-        """What the network returns in training mode; its buffers stay as they were."""
-        before = copy.deepcopy(network.state_dict())
-        try:
-            return network.train()(x)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            reason = str(error).partition("\n")[0]
-            hint = (
-                "; the noise's length is latent_dim, of the configuration or the generator"
-                if name == "generator"
-                else ""
-            )
-            raise InputError(f"{name} fails on an input of shape {list(x.shape)}: {reason}{hint}") from error
-        finally:
-            network.load_state_dict(before)
-
-
-def _trainable(name: str, network: nn.Module) -> list[nn.Parameter]:
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise InputError(f"{name} has no trainable parameters")
-    return parameters
-
-
-@contextlib.contextmanager
-def _frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Keep autograd from computing gradients for parameters that the generator's step does not use."""
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
-def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
-    """What the learning rate is multiplied with at ``step`` (from 1) of ``steps``.
-
-    "constant" stays at 1; "linear" and "cosine" fall from 1 at the first step towards 0 after the last.
-    """
-    done = (step - 1) / steps
-    if schedule == "linear":
-        return 1 - done
-    if schedule == "cosine":
-        return (1 + math.cos(math.pi * done)) / 2
-    return 1.0
-
-
-@torch.no_grad()
-def update_ema_(average: nn.Module, module: nn.Module, decay: float) -> None:
-    """Move ``average`` towards ``module``: θ̄ ← decay·θ̄ + (1 − decay)·θ for parameters, a copy for buffers."""
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-    for mean, value in zip(average.buffers(), module.buffers()):
-        mean.copy_(value)
 
 
 def _some(split: Split, n: int, seed: int) -> Tensor | None:
     """Up to ``n`` samples of a split on the CPU; None where it has none."""
     n = min(n, len(split))
     return split.take(n, seed=seed) if n else None
-
-
-def _optimizer(
-    parameters: list[nn.Parameter], config: TrainConfig, learning_rate: float | None
-) -> torch.optim.Optimizer:
-    rate, beta1, beta2 = learning_rate or 0.0, config.beta1 or 0.0, config.beta2 or 0.0
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "adam":
-        optimizer = torch.optim.Adam(parameters, lr=rate, betas=(beta1, beta2), fused=True)
-    else:
-        optimizer = torch.optim.RMSprop(parameters, lr=rate, alpha=beta2)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = rate
-    return optimizer
-
-
-def _new_folder(data: str, method: str) -> Path:
-    names = (
-        f"{Path(data).stem}-{method}{suffix}" for suffix in itertools.chain([""], map("-{}".format, itertools.count(2)))
-    )
-    return next(path for name in names if not (path := Path("runs") / name).exists())

@@ -1,0 +1,142 @@
+"""Calls that repeat: replayed as CUDA graphs, from static input buffers that a stream of their own fills."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+WARM_UP = 3
+"""Calls of every kind that run uncaptured first: libraries allocate workspaces and optimizers their state in them."""
+
+
+class StaticInputs:
+    """Buffers that always lie at the same address.
+
+    The samples are brought to a staging buffer by a stream of its own while the device still works on the step
+    before, and moved from there to what the graph reads once that step is done.
+
+    Args:
+        example: A batch like those to come.
+        count: How many of them a call takes.
+    """
+
+    def __init__(self, example: Tensor, count: int) -> None:
+        shape = (count, *example.shape)
+        self.buffer = torch.empty(shape, dtype=example.dtype, device=example.device)
+        self._staging = torch.empty_like(self.buffer)
+        self._stream = _stream(example.device)
+
+    def fill(self, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Copy the batches in, and return the views that hold them.
+
+        Raises:
+            ValueError: They are not as many, or not of the shape, dtype and device of the first ones.
+        """
+        like = self.buffer
+        if len(batches) != len(like) or any(
+            (batch.shape, batch.dtype, batch.device) != (like.shape[1:], like.dtype, like.device) for batch in batches
+        ):
+            got = ", ".join(f"{list(batch.shape)} {batch.dtype} on {batch.device}" for batch in batches)
+            raise ValueError(f"batches must be {len(like)} of {list(like.shape[1:])} {like.dtype}, got {got}")
+        if self._stream is None:
+            self._stage(batches)
+        else:
+            current = torch.cuda.current_stream(like.device)
+            made = current.record_event()  # the batches themselves come from the current stream
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(made)
+                self._stage(batches)
+            for batch in batches:
+                batch.record_stream(self._stream)
+            current.wait_stream(self._stream)
+        self.buffer.copy_(self._staging)
+        if self._stream is not None:
+            # The next batches may be staged once these have left.
+            self._stream.wait_stream(torch.cuda.current_stream(like.device))
+        return self.buffer.unbind()
+
+    def _stage(self, batches: Sequence[Tensor]) -> None:
+        torch._foreach_copy_(list(self._staging.unbind()), list(batches))
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    result: Any
+
+
+class GraphedCalls:
+    """Runs a function of batches; on CUDA, after a warm-up, by replaying graphs of it.
+
+    On a CPU the function runs on the static buffers every time, so that this path is the same up to the replay.
+
+    Args:
+        function: Takes the batches; returns tensors, which every replay overwrites.
+        device: Where it computes.
+    """
+
+    def __init__(self, function: Callable[[Sequence[Tensor]], Any], device: torch.device) -> None:
+        self._function, self._device = function, device
+        self._inputs: StaticInputs | None = None
+        self._stream = _stream(device)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every graph: tensors that they read or wrote have been replaced."""
+        self._graphs: dict[Hashable, _Captured] = {}
+        self._calls: dict[Hashable, int] = {}
+
+    def __call__(self, batches: Sequence[Tensor], *, key: Hashable = None) -> Any:
+        """Run the function.
+
+        Args:
+            batches: The inputs; of the same number, shapes and dtype at every call.
+            key: What else decides the operations that run; each key has a graph of its own.
+
+        Raises:
+            InputError: The function does something that a graph cannot hold.
+        """
+        if self._inputs is None:
+            self._inputs = StaticInputs(batches[0], len(batches))
+        static = self._inputs.fill(batches)
+        if self._stream is None:
+            return self._function(static)
+        self._calls[key] = self._calls.get(key, 0) + 1
+        if self._calls[key] <= WARM_UP:
+            return self._warm_up(static, self._stream)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(static)
+        captured = self._graphs[key]
+        captured.graph.replay()
+        return captured.result
+
+    def _warm_up(self, static: Sequence[Tensor], stream: torch.cuda.Stream) -> Any:
+        """Run it for real on another stream, as a capture must be: nothing may be tied to the default stream."""
+        current = torch.cuda.current_stream(self._device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            result = self._function(static)
+        current.wait_stream(stream)
+        return result
+
+    def _capture(self, static: Sequence[Tensor]) -> _Captured:
+        """Record the operations without running them; random numbers are drawn anew at every replay."""
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
+        try:
+            # Threads that pin memory for the data may call CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = self._function(static)
+        except RuntimeError as error:
+            raise InputError(
+                f"cuda_graph cannot capture this training: {str(error).partition(chr(10))[0]}; train without it"
+            ) from error
+        return _Captured(graph, result)
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]

@@ -1,0 +1,72 @@
+"""Stopping when asked to: Ctrl-C and SIGTERM end training between two iterations, with everything saved."""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class InterruptedTraining(KeyboardInterrupt):
+    """Training was stopped by a signal; the message says where it is saved.
+
+    Attributes:
+        signal: The signal's number; a program that it stops exits with 128 more.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class StopRequests:
+    """Notes the first Ctrl-C or SIGTERM inside its ``with``; a second one interrupts at once.
+
+    Outside the main thread, where Python allows no handlers, it notes nothing.
+
+    Attributes:
+        signal: The number of the signal that came; None before.
+        nothing_to_save: Whether already the first one interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.nothing_to_save = True
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            _in_children()
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def number(self) -> int:
+        """The signal that stops training here; SIGTERM where another process was told."""
+        return self.signal or signal.SIGTERM
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None or self.nothing_to_save:
+            raise InterruptedTraining("stopped before there was anything to save", number)
+        self.signal = number
+
+
+def _as_a_child() -> None:
+    """Processes that decode data are ended by the one that started them, not by the terminal's Ctrl-C."""
+    for number, action in zip(SIGNALS, (signal.SIG_IGN, signal.SIG_DFL)):
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), StopRequests):
+            signal.signal(number, action)
+
+
+def _in_children(registered: list[bool] = []) -> None:  # noqa: B006 (once per process)
+    if not registered:
+        os.register_at_fork(after_in_child=_as_a_child)
+        registered.append(True)
