@@ -25,7 +25,7 @@ using torch::headeronly::Half;
 // on it.
 constexpr int64_t kParts = 64;
 
-enum class Kind { kVjp, kJvp, kParameters, kSecond };
+enum class Kind { kForward, kVjp, kJvp, kParameters, kSecond };
 
 // [N, C, S] in memory, or [N, S, C] where the channels come last.
 struct Shape {
@@ -45,13 +45,14 @@ struct Task {
   Kind kind;
   Shape shape;
   int vectors;  // how many operands besides x
-  std::array<Operand, 3>
-      given;  // cotangent or tangent; for kSecond: cotangent, tangent, cotangent of the output
+  // The cotangent or the tangent; for kSecond the cotangent, the tangent and the cotangent of the output.
+  std::array<Operand, 3> given;
   const void* x;
-  void* out;                  // nullptr for kParameters
-  const double *mean, *rstd;  // [N, groups]
-  const double* weight;       // [C], or nullptr for ones
-  double* parts;              // [kParts, 2, C]: shares of the weight's and the bias's gradient, or nullptr
+  void* out;                    // nullptr for kParameters
+  double *mean, *rstd;          // [N, groups], written by kForward
+  double eps;                   // for kForward
+  const double *weight, *bias;  // [C], or nullptr for ones and zeros; the bias for kForward
+  double* parts;                // [kParts, 2, C]: shares of the weight's and the bias's gradient, or nullptr
 };
 
 template <typename T>
@@ -87,6 +88,26 @@ WGAN_FAST_INLINE void moments(const T* v, const T* x, A mean, int64_t size, A* f
   *second += total(b);
 }
 
+// Adds sum(x - mean) and sum((x - mean)^2) over a line of one channel.
+template <typename T, typename A = Sum<T>>
+WGAN_FAST_INLINE void deviations(const T* x, A mean, int64_t size, A* first, A* second) {
+  A a[kLanes<A>] = {}, b[kLanes<A>] = {};
+  int64_t i = 0;
+  for (; i + kLanes<A> <= size; i += kLanes<A>)
+    for (int64_t l = 0; l < kLanes<A>; ++l) {
+      const A value = static_cast<A>(x[i + l]) - mean;
+      a[l] += value;
+      b[l] += value * value;
+    }
+  for (int64_t l = 0; i < size; ++i, ++l) {
+    const A value = static_cast<A>(x[i]) - mean;
+    a[l] += value;
+    b[l] += value * value;
+  }
+  *first += total(a);
+  *second += total(b);
+}
+
 template <typename T, typename A = Sum<T>>
 WGAN_FAST_INLINE A dot(const T* u, const T* v, int64_t size) {
   A a[kLanes<A>] = {};
@@ -95,6 +116,24 @@ WGAN_FAST_INLINE A dot(const T* u, const T* v, int64_t size) {
     for (int64_t l = 0; l < kLanes<A>; ++l) a[l] += static_cast<A>(u[i + l]) * static_cast<A>(v[i + l]);
   for (int64_t l = 0; i < size; ++i, ++l) a[l] += static_cast<A>(u[i]) * static_cast<A>(v[i]);
   return total(a);
+}
+
+// Per channel: sum(x - mean), then sum((x - mean)^2).
+template <typename T, typename A = Sum<T>>
+WGAN_FAST_INLINE void spread(const Shape& shape, const T* x, const A* mean, A* sums) {
+  const int64_t C = shape.C, S = shape.S;
+  A* __restrict first = sums, * __restrict second = sums + C;
+  std::fill(sums, sums + 2 * C, A(0));
+  if (!shape.last) {
+    for (int64_t c = 0; c < C; ++c) deviations(x + c * S, mean[c], S, first + c, second + c);
+    return;
+  }
+  for (int64_t s = 0; s < S; ++s)
+    for (int64_t c = 0; c < C; ++c) {
+      const A value = static_cast<A>(x[s * C + c]) - mean[c];
+      first[c] += value;
+      second[c] += value * value;
+    }
 }
 
 // Per channel: sum(v) and sum(v (x - mean)) for every operand, then sum(v0 v1) where there are two.
@@ -134,33 +173,25 @@ WGAN_FAST_INLINE void measure(const Shape& shape, const std::array<const T*, 3>&
 template <int V, typename T, typename A = Sum<T>>
 WGAN_FAST_INLINE void combine(const Shape& shape, const std::array<const T*, 3>& v, const T* x, const A* mean,
                               const A* factors, T* __restrict out) {
-  const int64_t C = shape.C, S = shape.S;
-  const A *f0 = factors, *f1 = factors + C, *f2 = factors + 2 * C, *slope = factors + V * C,
-          *shift = slope + C;
-  const auto value = [](T stored) __attribute__((always_inline)) { return static_cast<A>(stored); };
-  if (!shape.last) {
-    for (int64_t c = 0; c < C; ++c) {
-      const A a = f0[c], b = V > 1 ? f1[c] : 0, d = V > 2 ? f2[c] : 0, m = mean[c], p = slope[c],
-              q = shift[c];
-      const T *u0 = v[0] + c * S, *u1 = V > 1 ? v[1] + c * S : u0, *u2 = V > 2 ? v[2] + c * S : u0,
-              *row = x + c * S;
-      for (int64_t s = 0; s < S; ++s) {
-        A sum = p * (value(row[s]) - m) + q + a * value(u0[s]);
-        if (V > 1) sum += b * value(u1[s]);
-        if (V > 2) sum += d * value(u2[s]);
-        out[c * S + s] = static_cast<T>(sum);
+  const int64_t C = shape.C, S = shape.S, lines = shape.last ? S : C, size = shape.last ? C : S;
+  for (int64_t line = 0; line < lines; ++line) {
+    const int64_t at = line * size;
+    const T* given[V + 1];
+    for (int k = 0; k < V; ++k) given[k] = v[k] + at;
+    if (shape.last) {
+      for (int64_t c = 0; c < C; ++c) {
+        A sum = factors[V * C + c] * (static_cast<A>(x[at + c]) - mean[c]) + factors[(V + 1) * C + c];
+        for (int k = 0; k < V; ++k) sum += factors[k * C + c] * static_cast<A>(given[k][c]);
+        out[at + c] = static_cast<T>(sum);
       }
+      continue;
     }
-    return;
-  }
-  for (int64_t s = 0; s < S; ++s) {
-    const T *u0 = v[0] + s * C, *u1 = V > 1 ? v[1] + s * C : u0, *u2 = V > 2 ? v[2] + s * C : u0,
-            *row = x + s * C;
-    for (int64_t c = 0; c < C; ++c) {
-      A sum = slope[c] * (value(row[c]) - mean[c]) + shift[c] + f0[c] * value(u0[c]);
-      if (V > 1) sum += f1[c] * value(u1[c]);
-      if (V > 2) sum += f2[c] * value(u2[c]);
-      out[s * C + c] = static_cast<T>(sum);
+    A own[V + 2];
+    for (int k = 0; k < V + 2; ++k) own[k] = factors[k * C + line];
+    for (int64_t s = 0; s < S; ++s) {
+      A sum = own[V] * (static_cast<A>(x[at + s]) - mean[line]) + own[V + 1];
+      for (int k = 0; k < V; ++k) sum += own[k] * static_cast<A>(given[k][s]);
+      out[at + s] = static_cast<T>(sum);
     }
   }
 }
@@ -188,6 +219,8 @@ WGAN_FAST_INLINE void solve(const Task& task, int64_t begin, int64_t end, double
     share[C + c] += sums[2 * k * C + c];
   };
   switch (task.kind) {
+    case Kind::kForward:
+      return;
     case Kind::kParameters:
       for (int64_t c = begin; c < end; ++c) gradient(0, c);
       return;
@@ -233,6 +266,36 @@ WGAN_FAST_INLINE void solve(const Task& task, int64_t begin, int64_t end, double
   }
 }
 
+// The forward of one sample: statistics from the deviations about a first mean, so that a large mean costs
+// nothing.
+template <typename T, typename A = Sum<T>>
+WGAN_FAST_INLINE void normalize(const Task& task, int64_t n, const T* x, A* mean, A* sums, A* factors) {
+  const Shape& shape = task.shape;
+  const int64_t C = shape.C, channels = C / shape.groups;
+  const double m = static_cast<double>(channels * shape.S);
+  const auto group_mean = [&](int64_t g, const A* values) {
+    double sum = 0;
+    for (int64_t c = g * channels; c < (g + 1) * channels; ++c) sum += values[c];
+    return sum / m;
+  };
+  std::fill(mean, mean + C, A(0));
+  spread(shape, x, mean, sums);
+  for (int64_t g = 0; g < shape.groups; ++g)
+    std::fill(mean + g * channels, mean + (g + 1) * channels, static_cast<A>(group_mean(g, sums)));
+  spread(shape, x, mean, sums);
+  for (int64_t g = 0; g < shape.groups; ++g) {
+    const double rest = group_mean(g, sums), variance = group_mean(g, sums + C) - rest * rest;
+    const double r = 1 / std::sqrt(std::max(variance, 0.0) + task.eps);
+    task.mean[n * shape.groups + g] = mean[g * channels] + rest;
+    task.rstd[n * shape.groups + g] = r;
+    for (int64_t c = g * channels; c < (g + 1) * channels; ++c) {
+      const double scale = task.weight ? r * task.weight[c] : r;
+      factors[c] = static_cast<A>(scale);
+      factors[C + c] = static_cast<A>((task.bias ? task.bias[c] : 0.0) - scale * rest);
+    }
+  }
+}
+
 // The transpose of a [rows, columns] matrix, in blocks whose both sides stay in the first cache.
 template <typename T>
 WGAN_FAST_INLINE void turn(const T* from, int64_t rows, int64_t columns, T* __restrict to) {
@@ -248,8 +311,8 @@ WGAN_FAST_INLINE void samples(const Task& task, int64_t begin, int64_t end, doub
   using A = Sum<T>;
   const Shape& shape = task.shape;
   const int64_t C = shape.C, size = shape.sample(), channels = C / shape.groups;
-  std::vector<A> scratch((1 + (2 * V + 1) + (V + 2)) * C);
-  A *mean = scratch.data(), *sums = mean + C, *factors = sums + (2 * V + 1) * C;
+  std::vector<A> scratch((1 + (2 * V + 2) + (V + 2)) * C);
+  A *mean = scratch.data(), *sums = mean + C, *factors = sums + (2 * V + 2) * C;
   int64_t turned = 0;
   for (int k = 0; k < V; ++k) turned += task.given[k].turned;
   std::vector<T> copies(turned * size);
@@ -265,10 +328,14 @@ WGAN_FAST_INLINE void samples(const Task& task, int64_t begin, int64_t end, doub
         copy += size;
       }
     }
-    for (int64_t c = 0; c < C; ++c) mean[c] = static_cast<A>(task.mean[n * shape.groups + c / channels]);
-    measure<V>(shape, v, x, mean, sums);
-    for (int64_t g = 0; g < shape.groups; ++g)
-      solve(task, g * channels, (g + 1) * channels, task.rstd[n * shape.groups + g], sums, factors, share);
+    if constexpr (V == 0) {
+      normalize(task, n, x, mean, sums, factors);
+    } else {
+      for (int64_t c = 0; c < C; ++c) mean[c] = static_cast<A>(task.mean[n * shape.groups + c / channels]);
+      measure<V>(shape, v, x, mean, sums);
+      for (int64_t g = 0; g < shape.groups; ++g)
+        solve(task, g * channels, (g + 1) * channels, task.rstd[n * shape.groups + g], sums, factors, share);
+    }
     if (task.out) combine<V>(shape, v, x, mean, factors, static_cast<T*>(task.out) + n * size);
   }
 }
@@ -276,6 +343,8 @@ WGAN_FAST_INLINE void samples(const Task& task, int64_t begin, int64_t end, doub
 template <typename T>
 WGAN_FAST_INLINE void samples(const Task& task, int64_t begin, int64_t end, double* share) {
   switch (task.vectors) {
+    case 0:
+      return samples<0, T>(task, begin, end, share);
     case 1:
       return samples<1, T>(task, begin, end, share);
     case 2:
@@ -337,122 +406,180 @@ std::vector<double> read(const Tensor& tensor) {
   return values;
 }
 
-struct Result {
-  std::optional<Tensor> out;
-  Tensor weight, bias;  // gradients, [C]
+template <typename Values>
+Tensor written(const Tensor& like, const Values& values, const std::vector<int64_t>& sizes) {
+  const bool wide = like.scalar_type() == ScalarType::Double;
+  Tensor tensor = torch::stable::new_empty(like, sizes, wide ? ScalarType::Double : ScalarType::Float);
+  for (int64_t i = 0; i < tensor.numel(); ++i) {
+    if (wide)
+      static_cast<double*>(tensor.mutable_data_ptr())[i] = values(i);
+    else
+      static_cast<float*>(tensor.mutable_data_ptr())[i] = static_cast<float>(values(i));
+  }
+  return tensor;
+}
+
+// One call of an operator: its operands in one order of memory, and what it makes of them.
+class Run {
+ public:
+  Run(Kind kind, const Tensor& input, int64_t groups, const std::optional<Tensor>& weight) : x_(input) {
+    const auto dtype = input.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
+                        dtype == ScalarType::BFloat16,
+                    "expected float64, float32, float16 or bfloat16 tensors");
+    STD_TORCH_CHECK(input.dim() >= 2 && groups > 0 && input.size(1) % groups == 0,
+                    "expected [N, C, *] with C in groups");
+    task_.kind = kind;
+    Shape& shape = task_.shape;
+    shape = {input.size(0), input.size(1), 1, groups, false};
+    for (int64_t d = 2; d < input.dim(); ++d) shape.S *= input.size(d);
+    const bool first = lies(input, false);
+    last_ = !first && (input.dim() == 4 || input.dim() == 5) && lies(input, true);
+    if (!first && !last_) x_ = torch::stable::contiguous(input);
+    // A line of one element is no line: one position per sample is a row of channels.
+    shape.last = last_ || shape.S == 1;
+    task_.x = x_.const_data_ptr();
+    if (weight) task_.weight = per_channel(*weight, weight_);
+  }
+
+  void statistics(const Tensor& mean, const Tensor& rstd) {
+    const int64_t size = task_.shape.N * task_.shape.groups;
+    STD_TORCH_CHECK(mean.numel() == size && rstd.numel() == size,
+                    "expected a mean and an rstd per sample and group");
+    mean_ = read(mean), rstd_ = read(rstd);
+  }
+
+  void operand(const Tensor& given) {
+    STD_TORCH_CHECK(given.scalar_type() == x_.scalar_type() && given.numel() == x_.numel(),
+                    "expected operands with the input's shape and dtype");
+    const bool same = lies(given, last_), turned = !same && lies(given, !last_);
+    operands_.push_back(same || turned ? given : torch::stable::contiguous(given));
+    task_.given[task_.vectors++] = {operands_.back().const_data_ptr(), turned || (!same && last_)};
+  }
+
+  void forward(const std::optional<Tensor>& bias, double eps) {
+    if (bias) task_.bias = per_channel(*bias, bias_);
+    task_.eps = eps;
+    mean_.resize(task_.shape.N * task_.shape.groups);
+    rstd_.resize(mean_.size());
+  }
+
+  Tensor out() {
+    Tensor out = last_ ? torch::stable::empty_like(x_) : torch::stable::new_empty(x_, x_.sizes());
+    task_.out = out.mutable_data_ptr();
+    run();
+    return out;
+  }
+
+  void run() {
+    const Shape& shape = task_.shape;
+    task_.mean = mean_.data(), task_.rstd = rstd_.data();
+    const int64_t count = std::min(kParts, shape.N);
+    if (task_.kind == Kind::kParameters || task_.kind == Kind::kSecond) parts_.resize(kParts * 2 * shape.C);
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t from = shape.N * part / count, to = shape.N * (part + 1) / count;
+        double* share = parts_.empty() ? nullptr : parts_.data() + part * 2 * shape.C;
+        switch (x_.scalar_type()) {
+          case ScalarType::Double:
+            samples_float64(task_, from, to, share);
+            break;
+          case ScalarType::Float:
+            samples_float32(task_, from, to, share);
+            break;
+          case ScalarType::BFloat16:
+            samples_bfloat16(task_, from, to, share);
+            break;
+          default:
+            samples_float16(task_, from, to, share);
+        }
+      }
+    });
+  }
+
+  // The gradient of the weight (0) or of the bias (1).
+  Tensor gradient(int64_t which) const {
+    const int64_t C = task_.shape.C;
+    const auto sum = [&](int64_t c) {
+      double sum = 0;
+      for (int64_t part = 0; part < kParts; ++part) sum += parts_[(2 * part + which) * C + c];
+      return sum;
+    };
+    return written(x_, sum, {C});
+  }
+
+  std::pair<Tensor, Tensor> made_statistics() const {
+    const std::vector<int64_t> sizes{task_.shape.N, task_.shape.groups};
+    return {written(
+                x_, [&](int64_t i) { return mean_[i]; }, sizes),
+            written(x_, [&](int64_t i) { return rstd_[i]; }, sizes)};
+  }
+
+ private:
+  const double* per_channel(const Tensor& tensor, std::vector<double>& values) const {
+    STD_TORCH_CHECK(tensor.numel() == task_.shape.C, "expected a weight and a bias for each channel");
+    values = read(tensor);
+    return values.data();
+  }
+
+  Task task_{};
+  Tensor x_;
+  bool last_;
+  std::vector<Tensor> operands_;
+  std::vector<double> mean_, rstd_, weight_, bias_, parts_;
 };
 
-Result run(Kind kind, const std::vector<Tensor>& given, const Tensor& input, const Tensor& mean,
-           const Tensor& rstd, const std::optional<Tensor>& weight, int64_t groups) {
-  const auto dtype = input.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
-                      dtype == ScalarType::BFloat16,
-                  "expected float64, float32, float16 or bfloat16 tensors");
-  STD_TORCH_CHECK(input.dim() >= 2 && groups > 0 && input.size(1) % groups == 0,
-                  "expected [N, C, *] with C in groups");
-  Task task{};
-  task.kind = kind;
-  task.vectors = static_cast<int>(given.size());
-  Shape& shape = task.shape;
-  shape.N = input.size(0), shape.C = input.size(1), shape.groups = groups, shape.S = 1;
-  for (int64_t d = 2; d < input.dim(); ++d) shape.S *= input.size(d);
-  STD_TORCH_CHECK(mean.numel() == shape.N * groups && rstd.numel() == shape.N * groups,
-                  "expected a mean and an rstd for each sample and group");
-  STD_TORCH_CHECK(!weight || weight->numel() == shape.C, "expected a weight for each channel");
-  const bool first = lies(input, false);
-  shape.last = !first && (input.dim() == 4 || input.dim() == 5) && lies(input, true);
-  const Tensor x = first || shape.last ? input : torch::stable::contiguous(input);
-  std::vector<Tensor> operands;
-  for (size_t k = 0; k < given.size(); ++k) {
-    STD_TORCH_CHECK(given[k].scalar_type() == dtype && given[k].numel() == x.numel(),
-                    "expected operands with the input's shape and dtype");
-    const bool same = lies(given[k], shape.last), turned = !same && lies(given[k], !shape.last);
-    operands.push_back(same || turned ? given[k] : torch::stable::contiguous(given[k]));
-    task.given[k] = {operands[k].const_data_ptr(), turned || (!same && shape.last)};
-  }
-  // A line of one element is no line: one position per sample is a row of channels.
-  const bool channels_last = shape.last;
-  shape.last |= shape.S == 1;
-  const auto means = read(mean), rstds = read(rstd);
-  const auto weights = weight ? read(*weight) : std::vector<double>();
-  task.x = x.const_data_ptr();
-  task.mean = means.data(), task.rstd = rstds.data(), task.weight = weight ? weights.data() : nullptr;
-  Result result;
-  if (kind != Kind::kParameters) {
-    result.out = channels_last ? torch::stable::empty_like(x) : torch::stable::new_empty(x, x.sizes());
-    task.out = result.out->mutable_data_ptr();
-  }
-  const bool parameters = kind == Kind::kParameters || kind == Kind::kSecond;
-  std::vector<double> parts(parameters ? kParts * 2 * shape.C : 0);
-  const int64_t count = std::min(kParts, shape.N);
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t from = shape.N * part / count, to = shape.N * (part + 1) / count;
-      double* share = parameters ? parts.data() + part * 2 * shape.C : nullptr;
-      switch (dtype) {
-        case ScalarType::Double:
-          samples_float64(task, from, to, share);
-          break;
-        case ScalarType::Float:
-          samples_float32(task, from, to, share);
-          break;
-        case ScalarType::BFloat16:
-          samples_bfloat16(task, from, to, share);
-          break;
-        default:
-          samples_float16(task, from, to, share);
-      }
-    }
-  });
-  if (!parameters) return result;
-  const auto wide = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const auto gathered = [&](int64_t which) {
-    Tensor gradient = torch::stable::new_empty(x, {shape.C}, wide);
-    for (int64_t c = 0; c < shape.C; ++c) {
-      double sum = 0;
-      for (int64_t part = 0; part < count; ++part) sum += parts[(2 * part + which) * shape.C + c];
-      if (wide == ScalarType::Double)
-        static_cast<double*>(gradient.mutable_data_ptr())[c] = sum;
-      else
-        static_cast<float*>(gradient.mutable_data_ptr())[c] = static_cast<float>(sum);
-    }
-    return gradient;
-  };
-  result.weight = gathered(0);
-  result.bias = gathered(1);
-  return result;
+using Weight = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor, Tensor> norm_forward(Tensor x, Weight weight, Weight bias, int64_t groups,
+                                                double eps) {
+  Run run(Kind::kForward, x, groups, weight);
+  run.forward(bias, eps);
+  const Tensor out = run.out();
+  const auto [mean, rstd] = run.made_statistics();
+  return {out, mean, rstd};
 }
 
-Tensor norm_vjp(Tensor cotangent, Tensor x, Tensor mean, Tensor rstd, std::optional<Tensor> weight,
-                int64_t groups) {
-  return *run(Kind::kVjp, {cotangent}, x, mean, rstd, weight, groups).out;
+Tensor norm_vjp(Tensor cotangent, Tensor x, Tensor mean, Tensor rstd, Weight weight, int64_t groups) {
+  Run run(Kind::kVjp, x, groups, weight);
+  run.statistics(mean, rstd);
+  run.operand(cotangent);
+  return run.out();
 }
 
-Tensor norm_jvp(Tensor tangent, Tensor x, Tensor mean, Tensor rstd, std::optional<Tensor> weight,
-                int64_t groups) {
-  return *run(Kind::kJvp, {tangent}, x, mean, rstd, weight, groups).out;
+Tensor norm_jvp(Tensor tangent, Tensor x, Tensor mean, Tensor rstd, Weight weight, int64_t groups) {
+  Run run(Kind::kJvp, x, groups, weight);
+  run.statistics(mean, rstd);
+  run.operand(tangent);
+  return run.out();
 }
 
 std::tuple<Tensor, Tensor> norm_parameters(Tensor cotangent, Tensor x, Tensor mean, Tensor rstd,
                                            int64_t groups) {
-  auto result = run(Kind::kParameters, {cotangent}, x, mean, rstd, std::nullopt, groups);
-  return {result.weight, result.bias};
+  Run run(Kind::kParameters, x, groups, std::nullopt);
+  run.statistics(mean, rstd);
+  run.operand(cotangent);
+  run.run();
+  return {run.gradient(0), run.gradient(1)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_second_order(Tensor tangent, Tensor cotangent,
                                                      std::optional<Tensor> beta, Tensor x, Tensor mean,
-                                                     Tensor rstd, std::optional<Tensor> weight,
-                                                     int64_t groups) {
-  std::vector<Tensor> given{cotangent, tangent};
-  if (beta) given.push_back(*beta);
-  auto result = run(Kind::kSecond, given, x, mean, rstd, weight, groups);
-  return {*result.out, result.weight, result.bias};
+                                                     Tensor rstd, Weight weight, int64_t groups) {
+  Run run(Kind::kSecond, x, groups, weight);
+  run.statistics(mean, rstd);
+  run.operand(cotangent);
+  run.operand(tangent);
+  if (beta) run.operand(*beta);
+  const Tensor out = run.out();
+  return {out, run.gradient(0), run.gradient(1)};
 }
 
 }  // namespace
 }  // namespace wgan_fast
 
 STABLE_TORCH_LIBRARY_IMPL(wgan_fast, CPU, m) {
+  m.impl("norm_forward", TORCH_BOX(&wgan_fast::norm_forward));
   m.impl("norm_vjp", TORCH_BOX(&wgan_fast::norm_vjp));
   m.impl("norm_jvp", TORCH_BOX(&wgan_fast::norm_jvp));
   m.impl("norm_parameters", TORCH_BOX(&wgan_fast::norm_parameters));

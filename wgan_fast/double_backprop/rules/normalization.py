@@ -80,8 +80,9 @@ class GroupNorm(Rule):
         return [found[i].reshape(call.operands[i].shape) if i in found else None for i in wanted]
 
     def _saved(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        x, groups = self.channels(call, call.operands[0]), self.groups(call)
-        return x, call.saved["mean"].reshape(-1, groups), call.saved["rstd"].reshape(-1, groups)
+        x = self.channels(call, call.operands[0])
+        statistics = x.shape[0], self.groups(call)
+        return x, call.saved["mean"].reshape(statistics), call.saved["rstd"].reshape(statistics)
 
     def _weight(self, call: Call) -> Tensor | None:
         weight = call.tensor("weight")
