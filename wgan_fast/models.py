@@ -108,6 +108,23 @@ class ResidualBlock(nn.Module):
         return out
 
 
+class _TextBlock(nn.Module):
+    """Two width-5 convolutions after ReLUs, scaled by 0.3 and added to the input, `[N, C, L]` to the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv1d(channels, channels, 5, padding=2),
+            nn.ReLU(),
+            nn.Conv1d(channels, channels, 5, padding=2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + 0.3 * self.residual(x)
+        return out
+
+
 def _norm(kind: str | None, channels: int) -> list[nn.Module]:
     if kind == "batch":
         return [nn.BatchNorm2d(channels)]
@@ -291,6 +308,47 @@ def resnet_critic(sample_shape: Sequence[int], width: int, *, layer_norm: bool =
         nn.Flatten(),
         nn.Linear(width, 1),
     )
+
+
+def language_critic(sample_shape: Sequence[int], width: int) -> Critic:
+    """The character-level 1-D ResNet critic of the paper's language model: five residual blocks, a linear layer.
+
+    Args:
+        sample_shape: `(V, L)`: texts of L characters as distributions over an alphabet of V.
+        width: Channels of every block; the paper has 512.
+    """
+    characters, length = sample_shape
+    return Critic(
+        nn.Conv1d(characters, width, 1),
+        *[_TextBlock(width) for _ in range(5)],
+        nn.Flatten(),
+        nn.Linear(width * length, 1),
+    )
+
+
+class PackedCritic(Critic):
+    """CTGAN's critic for rows of a table (Xu et al. 2019, arXiv:1907.00503): one score for each packed group.
+
+    Two hidden layers with LeakyReLU(0.2) and dropout.
+
+    Args:
+        columns: Values in a row.
+        width: Units in each hidden layer; the paper has 256.
+        group_size: Consecutive rows that make one decision (PacGAN); the paper has 10.
+        dropout: Probability of dropping an activation; the paper has 0.5.
+    """
+
+    def __init__(self, columns: int, width: int, *, group_size: int = 10, dropout: float = 0.5) -> None:
+        features, layers = columns * group_size, []
+        for _ in range(2):
+            layers += [nn.Linear(features, width), nn.LeakyReLU(0.2), nn.Dropout(dropout)]
+            features = width
+        super().__init__(*layers, nn.Linear(width, 1))
+        self.group_size = group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scores `[N // group_size]` of the rows `[N, columns]`."""
+        return super().forward(x.reshape(-1, self.group_size * x.shape[1]))
 
 
 @dataclass(frozen=True)
