@@ -1,0 +1,78 @@
+"""Nothing is timed that is not right: every variant's gradients against autograd's in float64."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..critic_step import Precision
+from .step import Step
+from .variants import Computes, Variant, naive
+from .workloads import Workload
+
+EPSILON: dict[Precision, float] = {"fp32": 2.0**-23, "bf16": 2.0**-7}
+
+
+class WrongGradientsError(Exception):
+    """A variant's gradients are not those of the objective."""
+
+
+class Checker:
+    """Holds the truth about a workload, computed once, against its variants.
+
+    Args:
+        workload: The workload.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self._truth = cache(self._differentiate)
+        self._naive_error = cache(self._measure_naive)
+
+    def check(self, name: str, variant: Variant, step: Step) -> float:
+        """Compare a step's gradients, at given α and without dropout, with autograd's in float64.
+
+        Args:
+            name: What to call the variant in an error.
+            variant: What the step is made from.
+            step: The step.
+
+        Returns:
+            ‖g − truth‖ / ‖truth‖ over the gradients of all parameters, joined.
+
+        Raises:
+            WrongGradientsError: That is more than ``variant.allowed_factor`` times what it is for the well-written
+                naive step in the same precision, and more than one rounding.
+        """
+        error = self._error(step, variant.computes)
+        naive_error = self._naive_error(variant.computes, variant.precision)
+        allowed = max(variant.allowed_factor * naive_error, EPSILON[variant.precision])
+        if not error <= allowed:  # NaN is wrong too
+            raise WrongGradientsError(
+                f"{name} on {self.workload.key}: the gradients are off by {error:.1e}, allowed are {allowed:.1e}"
+            )
+        return error
+
+    def _error(self, step: Step, computes: Computes) -> float:
+        with self.workload.without_dropout():
+            step(self.workload.alpha)
+        truth = self._truth(computes)
+        return float((_joined(step.gradients()).to(truth) - truth).norm() / truth.norm())
+
+    def _differentiate(self, computes: Computes) -> Tensor:
+        double = self.workload.double()
+        step = naive(double, computes=computes)
+        with double.without_dropout():
+            step(double.alpha)
+        return _joined(step.gradients())
+
+    def _measure_naive(self, computes: Computes, precision: Precision) -> float:
+        error = self._error(naive(self.workload, precision, computes), computes)
+        # Losing more than half of the digits is no rounding.
+        if not error <= EPSILON[precision] ** 0.5:
+            raise WrongGradientsError(f"naive on {self.workload.key}: the gradients are off by {error:.1e}")
+        return error
+
+
+def _joined(gradients: list[Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients]).double()

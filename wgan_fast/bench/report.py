@@ -1,0 +1,162 @@
+"""Results as people read them: tables in Markdown, a plot, and the README's table between its markers."""
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..files import write_atomically
+from .results import Ratio, milliseconds, ratio, read
+from .variants import VARIANTS
+
+BEGIN = "<!-- benchmarks: written by `make report` -->"
+END = "<!-- end of benchmarks -->"
+LIMITS = {"fp32": "limit", "bf16": "limit-bf16"}
+PLOTTED = ("naive-compiled", "jax", "no-penalty", "drop-in", "ours", "ours-compiled", "limit")
+
+
+def details(results: dict[str, Any]) -> str:
+    """One table a workload, one row a variant; Markdown that is also legible as it is."""
+    parts = [f"# {_where(results)}\n"]
+    for key, workload in results["workloads"].items():
+        parts.append(f"## {key}\n\n{workload['title']}; {workload['parameters']:,} parameters.\n")
+        header = ["variant", "ms", "naive / it", "quartiles", "limit / it", "error", "units", "launches", "MB", "what"]
+        rows = [header, *(_row(workload, name) for name in workload["variants"])]
+        parts.append(_table(rows))
+    return "\n".join(parts)
+
+
+def _row(workload: dict[str, Any], name: str) -> list[str]:
+    variant, found = VARIANTS[name], workload["variants"][name]
+    if "milliseconds" not in found:
+        why = found.get("skipped") or f"REFUSED: {found['refused']}"
+        return [name, *[""] * 8, f"{variant.title}: not timed: {why}"]
+    speed = ratio(workload, "naive-penalty" if variant.computes == "penalty" else "naive", name)
+    limit = ratio(workload, LIMITS[variant.precision], name) if variant.computes == "step" else None
+    return [
+        name,
+        f"{milliseconds(workload, name):.2f}",
+        f"{speed.median:.2f}" if speed else "",
+        f"{speed.low:.2f}-{speed.high:.2f}" if speed else "",
+        f"{limit.median:.2f}" if limit else "",
+        f"{found['error']:.1e}" if "error" in found else "",
+        f"{found['units']:.2f}" if "units" in found else "",
+        f"{found['launches']}" if "launches" in found else "",
+        f"{found['peak_bytes'] / 1e6:.1f}" if "peak_bytes" in found else "",
+        variant.title,
+    ]
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The README's table: one row a workload, ours against each baseline; bold where we lose."""
+    header = [
+        "critic / penalty / batch", "naive", "drop-in", "step", "compiled", "bf16", "over compiled naive", "over JAX",
+        "over no penalty", "of the limit", "memory", "units", "launches",
+    ]  # fmt: skip
+    rows = [header, *(_summary_row(key, workload) for key, workload in results["workloads"].items())]
+    return f"{_where(results)}\n\n{_table(rows)}"
+
+
+def _summary_row(key: str, workload: dict[str, Any]) -> list[str]:
+    variants = workload["variants"]
+    timed = [name for name in ("ours", "ours-compiled") if "milliseconds" in variants.get(name, {})]
+    best = min(timed, key=lambda name: milliseconds(workload, name), default="ours")
+    naive, ours = variants["naive"], variants.get("ours", {})
+    limit = ratio(workload, "limit", best)
+    memory = ours["peak_bytes"] / naive["peak_bytes"] if "peak_bytes" in ours else None
+    return [
+        key.replace("/", " / "),
+        f"{milliseconds(workload, 'naive'):.3g} ms",
+        *(_times(ratio(workload, "naive", name)) for name in ("drop-in", "ours", "ours-compiled")),
+        _times(ratio(workload, "naive-bf16", "ours-bf16")),
+        *(_times(ratio(workload, name, best)) for name in ("naive-compiled", "jax", "no-penalty")),
+        f"{limit.median:.0%}" if limit else "",
+        "" if memory is None else _bold(f"{memory:.2f}", memory > 1),
+        f"{naive['units']:.1f} → {ours['units']:.1f}" if "units" in ours else "",
+        f"{naive['launches']} → {ours['launches']}" if "launches" in ours else "",
+    ]
+
+
+def _times(ratio: Ratio | None) -> str:
+    return "" if ratio is None else _bold(f"{ratio.median:.2f}", ratio.median < 1)
+
+
+def _bold(text: str, bold: bool) -> str:
+    return f"**{text}**" if bold else text
+
+
+def _where(results: dict[str, Any]) -> str:
+    env = results["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    flags = f" ({', '.join(env['flags'])})" if env["flags"] else ""
+    return f"{env['device']}{flags}, {env['threads']} threads; {versions}; commit {env['commit'] or 'unknown'}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw how many times as fast as naive every variant is, a group of bars a workload, quartiles as whiskers."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    workloads = results["workloads"]
+    figure = Figure(figsize=(9, 1.2 + 0.9 * len(workloads)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    height = 0.85 / len(PLOTTED)
+    # Okabe and Ito's colours, which colour-blind readers can tell apart; grey is what nobody can reach.
+    colours = ("#E69F00", "#CC79A7", "#56B4E9", "#F0E442", "#009E73", "#0072B2", "#BBBBBB")
+    for index, (name, colour) in enumerate(zip(PLOTTED, colours)):
+        bars = [(row, ratio(workload, "naive", name)) for row, workload in enumerate(workloads.values())]
+        shown = [(row + index * height, found) for row, found in bars if found is not None]
+        axes.barh(
+            [y for y, _ in shown],
+            [found.median for _, found in shown],
+            height,
+            xerr=[[f.median - f.low for _, f in shown], [f.high - f.median for _, f in shown]],
+            color=colour,
+            error_kw={"elinewidth": 0.8},
+            label=f"{name}: {VARIANTS[name].title}",
+        )
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks([row + 0.4 for row in range(len(workloads))], list(workloads))
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as the well-written naive step in PyTorch, float32")
+    env = results["environment"]
+    axes.set_title(f"{env['device']}, {env['threads']} threads, torch {env['versions']['torch']}", fontsize=9)
+    axes.legend(fontsize=7, loc="lower right")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())
+
+
+def readme_section(folder: Path) -> str:
+    """What stands between the README's markers: a table and a plot for each results file in a folder."""
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        picture = f"benchmarks/results/{path.stem}.png"
+        parts.append(f"{summary(read(path))}\n![Speed on {path.stem}]({picture})\n")
+    return "\n".join(parts) or "No results are committed yet.\n"
+
+
+def update_readme(readme: Path, folder: Path) -> None:
+    """Write the section between the README's markers anew.
+
+    Raises:
+        InputError: The markers are not there, once each and in order.
+    """
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise InputError(f"{readme} must contain the lines {BEGIN} and {END}")
+    write_atomically(readme, f"{before}{BEGIN}\n\n{readme_section(folder)}\n{END}{after}".encode())
+
+
+if __name__ == "__main__":
+    update_readme(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,190 @@
+"""What is timed: a critic, one batch of real and fake samples, and a penalty."""
+
+import copy
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .. import models, reference
+from ..errors import InputError
+from ..penalty import PenaltyConfig, draw_alpha
+
+SEED = 0
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+PENALTIES: dict[str, PenaltyConfig | None] = {
+    "wgan-gp": PenaltyConfig.wgan_gp(),
+    "r1-r2": PenaltyConfig(weight=5.0, target=0.0, at="both"),
+    "none": None,
+}
+"""What can be penalised; R1 + R2 with γ = 10, which is w = 5 (Mescheder et al. 2018)."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One critic step to compute.
+
+    Attributes:
+        name: Which critic.
+        penalty_name: A key of ``PENALTIES``.
+        critic: The critic; ``penalty.group_size`` consecutive samples get one score.
+        real: Real samples ``[N, *D]``.
+        fake: Fake samples of the same shape.
+        alpha: α per sample ``[N]``, for checks; a timed step draws its own.
+        penalty: What is penalised; None for the Wasserstein loss alone.
+    """
+
+    name: str
+    penalty_name: str
+    critic: nn.Module
+    real: Tensor
+    fake: Tensor
+    alpha: Tensor
+    penalty: PenaltyConfig | None
+
+    @property
+    def key(self) -> str:
+        """What results are filed under: critic, penalty and batch size."""
+        return f"{self.name}/{self.penalty_name}/{self.real.shape[0]}"
+
+    @property
+    def group_size(self) -> int:
+        """Samples to one score."""
+        return getattr(self.critic, "group_size", 1)
+
+    def draw_alpha(self) -> Tensor:
+        """Draw α ~ U[0, 1] on the samples' device, ``[N]``, one value to a group."""
+        return draw_alpha(self.real, None, self.group_size)
+
+    def interpolates(self, alpha: Tensor) -> Tensor:
+        """x̂ ``[N, *D]``."""
+        return reference.interpolate(self.real, self.fake, alpha)
+
+    def double(self) -> "Workload":
+        """The same in float64, on a copy of the critic."""
+        real, fake, alpha = (tensor.double() for tensor in (self.real, self.fake, self.alpha))
+        return replace(self, critic=copy.deepcopy(self.critic).double(), real=real, fake=fake, alpha=alpha)
+
+    def channels_last(self) -> "Workload":
+        """The same with images and a copy of the critic in channels-last memory; other samples stay as they are."""
+        if self.real.dim() != 4:
+            return self
+        real, fake = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (self.real, self.fake))
+        critic = copy.deepcopy(self.critic).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return replace(self, critic=critic, real=real, fake=fake)
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """Switch dropout off for a check: no two ways of writing the step draw the same masks."""
+        layers = [layer for layer in self.critic.modules() if isinstance(layer, _DROPOUTS) and layer.training]
+        for layer in layers:
+            layer.eval()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.train()
+
+
+@dataclass(frozen=True)
+class CriticSpec:
+    """A critic that the benchmark knows by name.
+
+    Attributes:
+        title: What it is, in words.
+        sample_shape: Shape of one sample.
+        batch_size: Samples in a batch, unless told otherwise.
+        make: Builds it.
+    """
+
+    title: str
+    sample_shape: tuple[int, ...]
+    batch_size: int
+    make: Callable[[], nn.Module]
+
+
+def _model(title: str, batch_size: int, width: int, model: str, *shape: int) -> CriticSpec:
+    return CriticSpec(title, shape, batch_size, lambda: models.build(model, shape, width=width)[1])
+
+
+CRITICS = {
+    "toy-mlp": _model("MLP on points, 4 layers of 512", 256, 512, "toy-mlp", 2),
+    "tabular-mlp": CriticSpec(
+        "CTGAN's critic, 10 rows packed, dropout", (230,), 500, partial(models.PackedCritic, 230, 256)
+    ),
+    "dcgan-28": _model("DCGAN, 1x28x28, width 64", 64, 64, "mnist-dcgan", 1, 28, 28),
+    "resnet-32": _model("ResNet + layer norm, 3x32x32, width 64", 32, 64, "cifar-resnet", 3, 32, 32),
+    "dcgan-64": _model("DCGAN, 3x64x64, width 64", 64, 64, "dcgan64", 3, 64, 64),
+    "language": CriticSpec(
+        "1-D ResNet, 32 of 96 characters, width 128", (96, 32), 64, partial(models.language_critic, (96, 32), 128)
+    ),
+}
+"""Widths are the papers' where a CPU can bear it: 128 for the ResNet and 512 for text are not among those."""
+
+
+def build(
+    name: str,
+    *,
+    penalty: str = "wgan-gp",
+    batch_size: int | None = None,
+    sample_shape: Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
+) -> Workload:
+    """Make a workload, the same at every call.
+
+    Args:
+        name: A key of ``CRITICS``, or ``module:function`` for a critic of your own: the function takes nothing and
+            returns the module.
+        penalty: A key of ``PENALTIES``.
+        batch_size: None means the critic's own in ``CRITICS``; 64 for a critic of your own.
+        sample_shape: Shape of one sample; only for a critic of your own, and required there.
+        device: Where it lives.
+
+    Raises:
+        InputError: An argument is not usable.
+    """
+    if penalty not in PENALTIES:
+        raise InputError(f"penalty must be one of {', '.join(PENALTIES)}, got {penalty!r}")
+    if ":" in name:
+        if sample_shape is None:
+            raise InputError(f"critic {name!r} needs the shape of one sample, such as --shape 3x32x32")
+        spec = CriticSpec(name, tuple(sample_shape), 64, partial(_own_critic, name))
+    elif name in CRITICS:
+        spec = CRITICS[name]
+        if sample_shape is not None and tuple(sample_shape) != spec.sample_shape:
+            raise InputError(f"shape is for a critic of your own; {name!r} takes {list(spec.sample_shape)}")
+    else:
+        raise InputError(f"model must be one of {', '.join(CRITICS)} or module:function, got {name!r}")
+    N = spec.batch_size if batch_size is None else batch_size
+    if N < 1:
+        raise InputError(f"batch_size must be at least 1, got {N}")
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        critic = spec.make().to(device).train()
+    real, fake = torch.randn(2, N, *spec.sample_shape, generator=generator).to(device)
+    group_size = getattr(critic, "group_size", 1)
+    if N % group_size:
+        raise InputError(f"batch_size must be a multiple of {group_size}, the rows that {name} packs, got {N}")
+    alpha = draw_alpha(real.cpu(), generator, group_size).to(device)
+    config = PENALTIES[penalty]
+    if config is not None:
+        config = replace(config, group_size=group_size)
+    return Workload(name, penalty, critic, real, fake, alpha, config)
+
+
+def _own_critic(name: str) -> nn.Module:
+    module_name, _, function_name = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, ValueError, AttributeError) as error:  # ValueError: an empty module name
+        raise InputError(f"critic {name!r} cannot be imported: {error}") from error
+    critic = function() if callable(function) else None
+    if not isinstance(critic, nn.Module):
+        raise InputError(f"critic {name!r}: the function must return an nn.Module, got {type(critic).__name__}")
+    return critic
