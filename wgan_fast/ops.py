@@ -4,14 +4,19 @@ An operator runs compiled code from ``csrc/`` where the extension has it for the
 elsewhere; a caller sees one operator, ``torch.ops.wgan_fast.<name>``, either way.
 """
 
+import importlib
+import importlib.util
+from typing import Any
+
 import torch
 from torch import Tensor
 
 # Loading the extension registers its operators.
 from . import build as build
-from . import normalization
+from . import normalization, philox, samples
 from .engines import run_by_number
 from .precision import accumulation_dtype
+from .reference import per_sample
 
 # What the dispatcher registers lasts as long as this object.
 _library = torch.library.Library("wgan_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -108,3 +113,351 @@ def _norm_second_order_fake(
     tangent: Tensor, cotangent: Tensor, beta: Tensor | None, x: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _norm_like(x), *_norm_shares(x)
+
+
+# Interpolation: x̂ = α(scale·x + shift) + (1−α)x̃, with α in the accumulation dtype, one per group of samples;
+# `batch` asks for [x; x̃; x̂]. `interpolate_into` takes dense samples of one layout only.
+_OPTIONS = "float scale=1.0, float shift=0.0, ScalarType? dtype=None, bool batch=False"
+for _schema in (
+    "interpolate_into(Tensor(a!) out, Tensor real, Tensor fake, Tensor alpha, float scale=1.0, float shift=0.0) -> ()",
+    f"interpolate(Tensor real, Tensor fake, Tensor alpha, {_OPTIONS}) -> Tensor",
+    f"interpolate_drawn(Tensor real, Tensor fake, Tensor(a!) state, int group_size=1, {_OPTIONS}) -> (Tensor, Tensor)",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+
+
+@torch.library.impl(_library, "interpolate_into", "CompositeExplicitAutograd")
+def _interpolate_into_plain(
+    out: Tensor, real: Tensor, fake: Tensor, alpha: Tensor, scale: float = 1.0, shift: float = 0.0
+) -> None:
+    with torch.no_grad():
+        alpha = per_sample(alpha.repeat_interleave(real.shape[0] // alpha.shape[0]), real)
+        x, y = real.to(alpha.dtype), fake.to(alpha.dtype)
+        if scale != 1 or shift != 0:
+            x = x * scale + shift
+        if out.shape[0] == real.shape[0] and out.dtype == alpha.dtype:
+            # lerp, because it is exact at both ends.
+            torch.lerp(y, x, alpha, out=out)
+        else:
+            mixed = torch.lerp(y, x, alpha)
+            out.copy_(mixed if out.shape[0] == real.shape[0] else torch.cat([x, y, mixed]))
+
+
+@torch.library.impl(_library, "interpolate", "CompositeExplicitAutograd")
+def _interpolate(
+    real: Tensor,
+    fake: Tensor,
+    alpha: Tensor,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    dtype: torch.dtype | None = None,
+    batch: bool = False,
+) -> Tensor:
+    out = samples.empty(real, real.shape[0] * (3 if batch else 1), dtype or fake.dtype)
+    plain = samples.layout_reason(real=real, fake=fake)
+    into = _interpolate_into_plain if plain else torch.ops.wgan_fast.interpolate_into
+    into(out, real, fake, alpha, scale, shift)
+    return out
+
+
+@torch.library.impl(_library, "interpolate_drawn", "CompositeExplicitAutograd")
+def _interpolate_drawn(
+    real: Tensor,
+    fake: Tensor,
+    state: Tensor,
+    group_size: int = 1,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    dtype: torch.dtype | None = None,
+    batch: bool = False,
+) -> tuple[Tensor, Tensor]:
+    groups = real.shape[0] // group_size
+    alpha = philox.uniform(state, groups).to(accumulation_dtype(fake.dtype))
+    with torch.no_grad():
+        state[1] += groups
+        return _interpolate(real, fake, alpha, scale, shift, dtype, batch), alpha
+
+
+@torch.library.register_fake("wgan_fast::interpolate_into", lib=_library)  # type: ignore[untyped-decorator]
+def _interpolate_into_fake(out: Tensor, *_: object) -> None:
+    """Writes in place and returns nothing, so there is nothing to say."""
+
+
+@torch.library.register_fake("wgan_fast::interpolate", lib=_library)  # type: ignore[untyped-decorator]
+def _interpolate_fake(
+    real: Tensor,
+    fake: Tensor,
+    alpha: Tensor,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    dtype: torch.dtype | None = None,
+    batch: bool = False,
+) -> Tensor:
+    return samples.empty(real, real.shape[0] * (3 if batch else 1), dtype or fake.dtype)
+
+
+@torch.library.register_fake("wgan_fast::interpolate_drawn", lib=_library)  # type: ignore[untyped-decorator]
+def _interpolate_drawn_fake(
+    real: Tensor,
+    fake: Tensor,
+    state: Tensor,
+    group_size: int = 1,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    dtype: torch.dtype | None = None,
+    batch: bool = False,
+) -> tuple[Tensor, Tensor]:
+    points = samples.empty(real, real.shape[0] * (3 if batch else 1), dtype or fake.dtype)
+    return points, real.new_empty(real.shape[0] // group_size, dtype=accumulation_dtype(fake.dtype))
+
+
+class _Interpolate(torch.autograd.Function):
+    """Differentiable to any order: its backward is written in operators that differentiate again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        out: Tensor = torch.ops.wgan_fast.interpolate(*inputs)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        real, fake, alpha, ctx.scale, ctx.shift, _, ctx.batch = inputs
+        # α's gradient alone needs the samples.
+        ctx.save_for_backward(alpha, *((real, fake) if ctx.needs_input_grad[2] else ()))
+        ctx.dtypes = real.dtype, fake.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        alpha, *pair = ctx.saved_tensors
+        cotangent = cotangents[0].to(alpha.dtype)
+        parts = cotangent.chunk(3) if ctx.batch else (cotangent,)
+        mixed = parts[-1]
+        weight = per_sample(alpha.repeat_interleave(mixed.shape[0] // alpha.shape[0]), mixed)
+        of_real, of_fake = weight * mixed, (1 - weight) * mixed
+        if ctx.batch:
+            of_real, of_fake = parts[0] + of_real, parts[1] + of_fake
+        of_alpha = None
+        if pair:
+            difference = pair[0].to(alpha.dtype) * ctx.scale + ctx.shift - pair[1].to(alpha.dtype)
+            of_alpha = (mixed * difference).reshape(alpha.shape[0], -1).sum(1)
+        real, fake = ctx.dtypes
+        return (
+            (of_real * ctx.scale).to(real) if ctx.needs_input_grad[0] else None,
+            of_fake.to(fake) if ctx.needs_input_grad[1] else None,
+            of_alpha,
+            *[None] * 4,
+        )
+
+
+torch.library.register_autograd(
+    "wgan_fast::interpolate", _Interpolate.backward, setup_context=_Interpolate.setup_context, lib=_library
+)
+
+
+def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
+    """Return x̂ with α ``[N]``, differentiable also under torch.func, whose transforms no registered formula passes."""
+    mixed: Tensor = _Interpolate.apply(real, fake, alpha, 1.0, 0.0, None, False)  # type: ignore[no-untyped-call]
+    return mixed
+
+
+# The penalty at a given input gradient g, one norm per group of samples: the penalty, the mean norm, the norms and
+# v = (w/G) ψ'(‖g‖) g/‖g‖ (0 where g = 0), which is the penalty's gradient. In float32, ‖g‖ overflows past 1.8e19:
+# it and the penalty are then infinite and v is NaN.
+for _schema in (
+    "gradient_norm_penalty(Tensor gradient, float weight, float target, bool one_sided, int group_size=1) "
+    "-> (Tensor penalty, Tensor mean_norm, Tensor norm, Tensor seed)",
+    "gradient_norm_penalty_backward(Tensor gradient, Tensor norm, Tensor cotangent, float weight, float target, "
+    "bool one_sided) -> Tensor",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+
+
+def _factor(norm: Tensor, weight: float, target: float, one_sided: bool) -> tuple[Tensor, Tensor]:
+    """The norm in excess of the target, and s of v = s·g."""
+    excess = norm - target
+    if one_sided:
+        excess = excess.clamp(min=0)
+    k = 2 * weight / norm.shape[0]
+    # Where the norm is 0 so is g, unless the target is 0; threshold keeps the division finite and lets NaN pass.
+    slope = torch.full_like(norm, k) if target == 0 else excess / torch.threshold(norm, 0, torch.inf) * k
+    return excess, slope
+
+
+@torch.library.impl(_library, "gradient_norm_penalty", "CompositeExplicitAutograd")
+def _gradient_norm_penalty_plain(
+    gradient: Tensor, weight: float, target: float, one_sided: bool, group_size: int = 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    compute = accumulation_dtype(gradient.dtype)
+    flat = gradient.reshape(gradient.shape[0] // group_size, -1)
+    norm = torch.linalg.vector_norm(flat, dim=1, dtype=compute)
+    excess, slope = _factor(norm, weight, target, one_sided)
+    seed = samples.empty(gradient, gradient.shape[0], gradient.dtype)
+    torch.mul(gradient, per_sample(slope.to(gradient.dtype).repeat_interleave(group_size), gradient), out=seed)
+    return excess.square().mean() * weight, norm.mean(), norm, seed
+
+
+@torch.library.impl(_library, "gradient_norm_penalty_backward", "CompositeExplicitAutograd")
+def _gradient_norm_penalty_backward_plain(
+    gradient: Tensor, norm: Tensor, cotangent: Tensor, weight: float, target: float, one_sided: bool
+) -> Tensor:
+    G = norm.shape[0]
+    g, c = (t.to(norm.dtype).reshape(G, -1) for t in (gradient, cotangent))
+    _, slope = _factor(norm, weight, target, one_sided)
+    curved = norm != 0
+    if one_sided:
+        curved &= norm.ge(target) | norm.isnan()
+    r = torch.where(curved, norm, 1)
+    curvature = torch.where(curved, 2 * weight / G * target * ((g * c).sum(1) / r / r / r), 0)
+    out = samples.empty(gradient, gradient.shape[0], gradient.dtype)
+    return out.copy_((slope[:, None] * c + curvature[:, None] * g).view(gradient.shape))
+
+
+@torch.library.register_fake("wgan_fast::gradient_norm_penalty", lib=_library)  # type: ignore[untyped-decorator]
+def _gradient_norm_penalty_fake(
+    gradient: Tensor, weight: float, target: float, one_sided: bool, group_size: int = 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norm = gradient.new_empty(gradient.shape[0] // group_size, dtype=accumulation_dtype(gradient.dtype))
+    seed = samples.empty(gradient, gradient.shape[0], gradient.dtype)
+    return norm.new_empty(()), norm.new_empty(()), norm, seed
+
+
+@torch.library.register_fake("wgan_fast::gradient_norm_penalty_backward", lib=_library)  # type: ignore[untyped-decorator]
+def _gradient_norm_penalty_backward_fake(gradient: Tensor, *_: object) -> Tensor:
+    return samples.empty(gradient, gradient.shape[0], gradient.dtype)
+
+
+class _GradientNormPenalty(torch.autograd.Function):
+    """Twice differentiable in the gradient, by way of the penalty and of v; the norms are constants."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.wgan_fast.gradient_norm_penalty(*inputs)
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        gradient, *ctx.settings, _ = inputs
+        _, mean_norm, norm, seed = output
+        ctx.mark_non_differentiable(mean_norm, norm)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gradient, norm, seed)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_penalty, _, _, of_seed = cotangents
+        gradient, norm, seed = ctx.saved_tensors
+        total = None
+        if of_penalty is not None:
+            # v is an output of this function: differentiated again, the product sends v's cotangent here.
+            total = of_penalty.to(seed.dtype) * seed
+        if of_seed is not None:
+            second = _GradientNormPenaltyBackward.apply(gradient, norm, of_seed, *ctx.settings)  # type: ignore[no-untyped-call]
+            total = second if total is None else total + second
+        return total, *[None] * 4
+
+
+class _GradientNormPenaltyBackward(torch.autograd.Function):
+    """The end of the chain."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        out: Tensor = torch.ops.wgan_fast.gradient_norm_penalty_backward(*inputs)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing to save."""
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> None:
+        raise RuntimeError("the penalty of a gradient is twice differentiable, not three times")
+
+
+torch.library.register_autograd(
+    "wgan_fast::gradient_norm_penalty",
+    _GradientNormPenalty.backward,
+    setup_context=_GradientNormPenalty.setup_context,
+    lib=_library,
+)
+torch.library.register_autograd(
+    "wgan_fast::gradient_norm_penalty_backward", _GradientNormPenaltyBackward.backward, lib=_library
+)
+
+
+def gradient_norm_penalty(gradient: Tensor, weight: float, target: float, one_sided: bool) -> Tensor:
+    """Return the penalty, twice differentiable also under torch.func."""
+    outputs = _GradientNormPenalty.apply(gradient, weight, target, one_sided, 1)  # type: ignore[no-untyped-call]
+    penalty: Tensor = outputs[0]
+    return penalty
+
+
+def _register_triton() -> None:
+    """Let Triton run the operators for CUDA tensors; the kernels are imported as the first of them is called."""
+
+    def kernels(operator: str) -> Any:
+        return importlib.import_module(f".kernels.{operator}", __package__)
+
+    @torch.library.impl(_library, "interpolate_into", "CUDA")
+    def interpolate_into(
+        out: Tensor, real: Tensor, fake: Tensor, alpha: Tensor, scale: float = 1.0, shift: float = 0.0
+    ) -> None:
+        torch.autograd.graph.increment_version(out)
+        with torch.cuda.device(out.device):
+            kernels("interpolate").interpolate(real, fake, alpha, out, scale=scale, shift=shift)
+
+    @torch.library.impl(_library, "interpolate_drawn", "CUDA")
+    def interpolate_drawn(
+        real: Tensor,
+        fake: Tensor,
+        state: Tensor,
+        group_size: int = 1,
+        scale: float = 1.0,
+        shift: float = 0.0,
+        dtype: torch.dtype | None = None,
+        batch: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        if samples.layout_reason(real=real, fake=fake):
+            return _interpolate_drawn(real, fake, state, group_size, scale, shift, dtype, batch)
+        out, alpha = _interpolate_drawn_fake(real, fake, state, group_size, scale, shift, dtype, batch)
+        torch.autograd.graph.increment_version(state)
+        with torch.cuda.device(out.device):
+            kernels("interpolate").interpolate(real, fake, alpha, out, scale=scale, shift=shift, state=state)
+        return out, alpha
+
+    @torch.library.impl(_library, "gradient_norm_penalty", "CUDA")
+    def gradient_norm_penalty(
+        gradient: Tensor, weight: float, target: float, one_sided: bool, group_size: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        gradient = gradient if samples.is_dense(gradient) else gradient.contiguous()
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _gradient_norm_penalty_fake(
+            gradient, weight, target, one_sided, group_size
+        )
+        with torch.cuda.device(gradient.device):
+            kernels("gradient_norm_penalty").gradient_norm_penalty(
+                gradient, *outputs, weight=weight, target=target, one_sided=one_sided
+            )
+        return outputs
+
+    @torch.library.impl(_library, "gradient_norm_penalty_backward", "CUDA")
+    def gradient_norm_penalty_backward(
+        gradient: Tensor, norm: Tensor, cotangent: Tensor, weight: float, target: float, one_sided: bool
+    ) -> Tensor:
+        gradient = gradient if samples.is_dense(gradient) else gradient.contiguous()
+        out = torch.empty_like(gradient)
+        if samples.layout_reason(gradient=gradient, cotangent=cotangent):
+            cotangent = torch.empty_like(gradient).copy_(cotangent)
+        with torch.cuda.device(gradient.device):
+            kernels("gradient_norm_penalty").gradient_norm_penalty_backward(
+                gradient, norm, cotangent, out, weight=weight, target=target, one_sided=one_sided
+            )
+        return out
+
+
+if importlib.util.find_spec("triton"):
+    _register_triton()

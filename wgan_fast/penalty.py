@@ -26,6 +26,7 @@ from .checks import (
 from .double_backprop import Objective, attach
 from .engines import choice_for
 from .precision import accumulation_dtype
+from .samples import layout_reason
 
 At = Literal["interpolates", "real", "fake", "both", "perturbed"]
 
@@ -350,12 +351,16 @@ def interpolate(
     if out is not None:
         check_matches("out", out, real)
         real, fake, alpha = real.detach(), fake.detach(), alpha.detach()
-    compute = accumulation_dtype(real.dtype)
-    alpha = reference.per_sample(alpha.to(compute), real)
-    if real.dtype == compute:
-        return torch.lerp(fake, real, alpha, out=out)
-    mixed = torch.lerp(fake.to(compute), real.to(compute), alpha)
-    return mixed.to(real.dtype) if out is None else out.copy_(mixed)
+    alpha = alpha.to(accumulation_dtype(real.dtype))
+    if torch.compiler.is_compiling():
+        # The compiler fuses the plain expression with what is around it.
+        mixed = torch.lerp(fake.to(alpha.dtype), real.to(alpha.dtype), reference.per_sample(alpha, real)).to(real.dtype)
+        return mixed if out is None else out.copy_(mixed)
+    if out is not None and layout_reason(real=real, fake=fake, out=out) is None:
+        torch.ops.wgan_fast.interpolate_into(out, real, fake, alpha)
+        return out
+    mixed = ops.interpolate(real, fake, alpha)
+    return mixed if out is None else out.copy_(mixed)
 
 
 def penalty_from_gradient(
@@ -380,11 +385,13 @@ def penalty_from_gradient(
     >>> penalty_from_gradient(torch.tensor([[3.0, 4.0]]), weight=10.0, target=1.0, one_sided=False)
     tensor(160.)
     """
-    config = PenaltyConfig(weight, target, one_sided)
+    PenaltyConfig(weight, target, one_sided)  # checks them
     check_floating("gradient", gradient)
     check_batch("gradient", gradient)
-    norm = reference.gradient_norm(gradient)
-    return reference.penalty_from_norm(norm, weight=config.weight, target=config.target, one_sided=config.one_sided)
+    if torch.compiler.is_compiling():
+        norm = reference.gradient_norm(gradient)
+        return reference.penalty_from_norm(norm, weight=weight, target=target, one_sided=one_sided)
+    return ops.gradient_norm_penalty(gradient, weight, target, one_sided)
 
 
 def penalty_points(
