@@ -1,4 +1,4 @@
-"""The command line: ``wgan-fast train | sample | evaluate | info``."""
+"""The command line: ``wgan-fast train | sample | evaluate | bench | info``."""
 
 import contextlib
 import csv
@@ -11,7 +11,9 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
+
+import torch
 
 from . import build_info
 from .errors import DivergenceError, InputError
@@ -148,6 +150,73 @@ class Info:
             _print_table(info)
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Time the critic step against other ways to write it, after checking each against float64.
+
+    Attributes:
+        models: Critics: toy-mlp, tabular-mlp, dcgan-28, resnet-32, dcgan-64, language, or all.
+        critic: A critic of your own in place of them: module:function, which takes nothing and returns the module.
+        shape: Shape of one sample for it, such as 3x32x32.
+        penalties: Among wgan-gp, r1-r2 and none.
+        batch_sizes: Samples in a batch, several for a sweep; each critic's own by default.
+        variants: Ways to write the step; all by default. See docs/benchmarks.md.
+        precision: "fp32", "bf16", or "all".
+        device: "cpu", "cuda", "cuda:1", or "auto".
+        threads: CPU threads; PyTorch's own choice by default.
+        seconds: Seconds of timed rounds for each workload.
+        fresh: Measure again what the results file has already.
+        out: Folder of the results: a JSON file named after the device, a table and a plot.
+    """
+
+    models: tuple[str, ...] = ("toy-mlp",)
+    critic: str | None = None
+    shape: str | None = None
+    penalties: tuple[str, ...] = ("wgan-gp",)
+    batch_sizes: tuple[int, ...] = ()
+    variants: tuple[str, ...] = ()
+    precision: Literal["fp32", "bf16", "all"] = "all"
+    device: str = "auto"
+    threads: int | None = None
+    seconds: float = 20.0
+    fresh: bool = False
+    out: Path = Path("runs/bench")
+
+    def run(self) -> None:
+        """Measure, print a table for each workload and say where the results are."""
+        from .bench import series, variants, workloads
+
+        if self.shape is not None and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", self.shape) is None:
+            raise InputError(f"shape must be sizes joined by x, such as 3x32x32, got {self.shape!r}")
+        if self.threads is not None:
+            if self.threads < 1:
+                raise InputError(f"threads must be at least 1, got {self.threads}")
+            torch.set_num_threads(self.threads)
+        if not self.seconds >= 0:
+            raise InputError(f"seconds must be at least 0, got {self.seconds}")
+        models = tuple(workloads.CRITICS) if self.models == ("all",) else self.models
+        names = [
+            name
+            for name in self.variants or variants.VARIANTS
+            if name not in variants.VARIANTS or self.precision in ("all", variants.VARIANTS[name].precision)
+        ]
+        results, refused = series.measure(
+            models if self.critic is None else (self.critic,),
+            self.penalties,
+            self.batch_sizes,
+            names=names,
+            device=resolve_device(self.device),
+            folder=self.out,
+            budget=self.seconds,
+            sample_shape=None if self.shape is None else tuple(map(int, self.shape.split("x"))),
+            fresh=self.fresh,
+        )
+        for path in (results, results.with_suffix(".md"), results.with_suffix(".png")):
+            print(path)
+        if refused:
+            raise InputError("; ".join(refused))
+
+
 def _commands(arguments: list[str]) -> Any:
     """The subcommands; where a run is resumed, its own settings are the defaults of ``train``."""
     folder = _option(arguments, "--resume") if arguments[:1] == ["train"] else None
@@ -160,6 +229,7 @@ def _commands(arguments: list[str]) -> Any:
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Bench, tyro.conf.subcommand("bench")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
 

@@ -51,8 +51,8 @@ def _row(workload: dict[str, Any], name: str) -> list[str]:
 def summary(results: dict[str, Any]) -> str:
     """The README's table: one row a workload, ours against each baseline; bold where we lose."""
     header = [
-        "critic / penalty / batch", "naive", "drop-in", "step", "compiled", "bf16", "over compiled naive", "over JAX",
-        "over no penalty", "of the limit", "memory", "units", "launches",
+        "critic / penalty / batch", "naive", "drop-in", "step", "compiled", "bf16", "vs compiled", "vs JAX",
+        "vs no penalty", "of the limit", "memory", "units", "launches",
     ]  # fmt: skip
     rows = [header, *(_summary_row(key, workload) for key, workload in results["workloads"].items())]
     return f"{_where(results)}\n\n{_table(rows)}"
@@ -72,7 +72,7 @@ def _summary_row(key: str, workload: dict[str, Any]) -> list[str]:
         _times(ratio(workload, "naive-bf16", "ours-bf16")),
         *(_times(ratio(workload, name, best)) for name in ("naive-compiled", "jax", "no-penalty")),
         f"{limit.median:.0%}" if limit else "",
-        "" if memory is None else _bold(f"{memory:.2f}", memory > 1),
+        "" if memory is None else _bold(f"{memory:.2f}", memory >= 1.005),
         f"{naive['units']:.1f} → {ours['units']:.1f}" if "units" in ours else "",
         f"{naive['launches']} → {ours['launches']}" if "launches" in ours else "",
     ]
@@ -122,7 +122,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             xerr=[[f.median - f.low for _, f in shown], [f.high - f.median for _, f in shown]],
             color=colour,
             error_kw={"elinewidth": 0.8},
-            label=f"{name}: {VARIANTS[name].title}",
+            label=VARIANTS[name].title,
         )
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks([row + 0.4 for row in range(len(workloads))], list(workloads))
@@ -130,7 +130,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("times as fast as the well-written naive step in PyTorch, float32")
     env = results["environment"]
     axes.set_title(f"{env['device']}, {env['threads']} threads, torch {env['versions']['torch']}", fontsize=9)
-    axes.legend(fontsize=7, loc="lower right")
+    figure.legend(fontsize=7, loc="outside lower center", ncols=3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())

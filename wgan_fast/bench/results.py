@@ -66,12 +66,12 @@ def _cpu_flags() -> list[str]:
 
 
 def _commit() -> str:
-    """The commit that is measured, with "+" where the working tree differs from it; "" in an installed package."""
-    here = Path(__file__)
+    """The last commit of what is measured, with "+" where files differ from it; "" in an installed package."""
+    here, measured = Path(__file__), [":/wgan_fast", ":/csrc", ":/kernels"]
     commands = (
         ["git", "ls-files", "--error-unmatch", here.name],
-        ["git", "rev-parse", "--short=10", "HEAD"],
-        ["git", "status", "--porcelain", "-uno", ":/wgan_fast", ":/csrc", ":/kernels"],
+        ["git", "log", "-1", "--abbrev=10", "--format=%h", "--", *measured],
+        ["git", "status", "--porcelain", "-uno", *measured],
     )
     try:
         _, commit, changes = (

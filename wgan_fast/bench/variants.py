@@ -237,11 +237,11 @@ def _in_channels_last(prepare: Callable[[Workload], Step], workload: Workload) -
 VARIANTS: dict[str, Variant] = {
     "field": Variant("PyTorch, as popular repositories write it", field),
     "naive": Variant("PyTorch, written well", naive),
-    "naive-channels-last": Variant("the same, channels-last", partial(_in_channels_last, naive)),
-    "naive-compiled": Variant("the same, compiled", naive_compiled, compiled=True),
+    "naive-channels-last": Variant("PyTorch, channels-last", partial(_in_channels_last, naive)),
+    "naive-compiled": Variant("PyTorch, compiled", naive_compiled, compiled=True),
     "jax": Variant("JAX under jit", in_jax, compiled=True),
     "no-penalty": Variant("PyTorch without the penalty", partial(naive, computes="loss"), computes="loss"),
-    "drop-in": Variant("gradient_penalty in that loop", drop_in, allowed_factor=2.0),
+    "drop-in": Variant("PyTorch with our gradient_penalty", drop_in, allowed_factor=2.0),
     "ours": Variant("CriticStep", ours, allowed_factor=2.0),
     "ours-channels-last": Variant("CriticStep, channels-last", partial(_in_channels_last, ours), allowed_factor=2.0),
     "ours-compiled": Variant(
@@ -250,13 +250,13 @@ VARIANTS: dict[str, Variant] = {
     "limit": Variant("counted units at the measured rate", limit, computes="nothing"),
     "naive-bf16": Variant("PyTorch under autocast", partial(naive, precision="bf16"), precision="bf16"),
     "naive-compiled-bf16": Variant(
-        "the same, compiled", partial(naive_compiled, precision="bf16"), precision="bf16", compiled=True
+        "PyTorch under autocast, compiled", partial(naive_compiled, precision="bf16"), precision="bf16", compiled=True
     ),
     "ours-bf16": Variant(
         'CriticStep(precision="bf16")', partial(ours, precision="bf16"), precision="bf16", allowed_factor=2.0
     ),
     "ours-compiled-bf16": Variant(
-        "the same, compiled",
+        'CriticStep(precision="bf16", compile=True)',
         partial(ours, precision="bf16", compile=True),
         precision="bf16",
         compiled=True,
@@ -268,7 +268,7 @@ VARIANTS: dict[str, Variant] = {
     "field-penalty": Variant("the penalty alone, as popular", partial(field, computes="penalty"), computes="penalty"),
     "naive-penalty": Variant("the penalty alone, written well", partial(naive, computes="penalty"), computes="penalty"),
     "drop-in-penalty": Variant(
-        "gradient_penalty alone", partial(drop_in, computes="penalty"), computes="penalty", allowed_factor=2.0
+        "our gradient_penalty alone", partial(drop_in, computes="penalty"), computes="penalty", allowed_factor=2.0
     ),
 }
 """By the name that results file them under. The whole step is compared with "naive", a penalty with "naive-penalty"."""
