@@ -98,7 +98,7 @@ class Iteration:
         self.rng = torch.Generator(self.device) if replicas.world > 1 else None
         """Source of noise and α where several processes share one stream; None is the default generator."""
         self._graphed = GraphedCalls(self._run, self.device) if config.cuda_graph else None
-        self._decay = torch.zeros((), device=self.device) if config.cuda_graph else None
+        self._decay = torch.zeros((), dtype=self.dtype, device=self.device) if config.cuda_graph else None
         self._ahead = config.generate_ahead and self.n_critic > 1 and self._may_generate_ahead()
 
     def seed(self) -> None:

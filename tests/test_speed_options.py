@@ -1,0 +1,359 @@
+"""Options that make training faster train the same networks."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runs import TINY, assert_same_run, metrics_of, read_checkpoint, same_bits
+from torch import Tensor, nn
+
+from wgan_fast.cli import main
+from wgan_fast.models import build
+from wgan_fast.training import TrainConfig, Trainer
+from wgan_fast.training.graphed import WARM_UP, GraphedCalls, StaticInputs
+from wgan_fast.training.iteration import keeps_samples_apart
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
+
+OFF = {"fused": False, "generate_ahead": False, "channels_last": False, "engine": "autograd"}
+"""The plain loop: every option off."""
+LATENT = 3
+STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wgan_fast.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
+
+
+def networks(norm: bool = False) -> tuple[nn.Module, nn.Module]:
+    """Convolutions, an odd size, and no bias whose gradient is rounding alone: Adam would magnify it."""
+    torch.manual_seed(3)
+    generator = nn.Sequential(
+        nn.Linear(LATENT, 4 * 3 * 3, bias=False),
+        nn.Unflatten(1, (4, 3, 3)),
+        *([nn.BatchNorm2d(4)] if norm else []),
+        nn.Tanh(),
+        nn.ConvTranspose2d(4, 3, 3, stride=2),
+        nn.Tanh(),
+    )
+    generator.latent_dim = LATENT
+    critic = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.Softplus(), nn.Conv2d(4, 6, 2), nn.Softplus(), nn.Flatten(),
+        nn.Linear(24, 1, bias=False),
+    )  # fmt: skip
+    return generator.double(), critic.double()
+
+
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (40, 3, 7, 7), dtype=np.uint8)
+
+
+def trained(folder: Path, *, norm: bool = False, **settings: Any) -> Trainer:
+    given = {"batch_size": 6, "n_critic": 3, "steps": STEPS, "learning_rate": RATE, "device": "cpu", **settings}
+    trainer = Trainer(*networks(norm), images(), TrainConfig(out=folder, **given))
+    trainer.fit()
+    return trainer
+
+
+def parameters(trainer: Trainer) -> Tensor:
+    """Every parameter of both networks and of the average, in float64."""
+    modules = [module for module in (trainer.generator, trainer.critic, trainer.ema) if module is not None]
+    return torch.cat([p.detach().flatten().double().cpu() for module in modules for p in module.parameters()])
+
+
+# In float64 the orders of addition differ by 1e-16, and Adam's division by small second moments magnifies that.
+ROUNDING = 1e-9
+"""How far an option may move a weight, in units of what training moved."""
+FLOAT32_RATE = 2**-20
+"""The same where a graph's learning rate is not exact in float32, or Adam, not fused, corrects its bias there: 2⁻²⁴ in
+every step, and what follows from it."""
+RATE = 2**-7
+"""Float32 holds it exactly."""
+
+FAST = {"fused": True, "generate_ahead": True, "channels_last": True, "engine": "four_pass"}
+OPTIONS = {
+    **{name: {name: value} for name, value in FAST.items()},
+    "cuda_graph": {"cuda_graph": True},
+    "all but the graph": FAST,
+    "all": {**FAST, "cuda_graph": True},
+}
+TRAININGS = {
+    "constant rate": {},
+    "cosine schedule": {"schedule": "cosine"},
+    "lazy penalty": {"penalty_every": 2},
+    "batch norm": {"norm": True},
+    "r1": {"method": "r1", "n_critic": 2},
+    "dragan": {"method": "dragan", "n_critic": 2},
+    "wgan-clip": {"method": "wgan-clip"},
+    "no average": {"ema": 0.0},
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    folder = tmp_path_factory.mktemp("plain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wgan_fast.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
+        return {name: parameters(trained(folder / name, **{**OFF, **settings})) for name, settings in TRAININGS.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_trains_the_same_networks(plain, tmp_path, option, training, device):
+    given = OPTIONS[option]
+    trainer = trained(tmp_path / "run", **{**OFF, **TRAININGS[training], **given, "device": device})
+    actual, expected = parameters(trainer), plain[training]
+    in_float32 = "cuda_graph" in given and (training == "cosine schedule" or "fused" not in given)
+    tolerance = FLOAT32_RATE if in_float32 else ROUNDING
+    start = networks(TRAININGS[training].get("norm", False))
+    moved = torch.cat([p.detach().flatten() for module in start for p in module.parameters()])
+    distance = (expected[: len(moved)] - moved).abs().max()
+    assert distance > 1e-4  # or the comparison would mean nothing
+    assert (actual - expected).abs().max() <= tolerance * distance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", TRAININGS)
+def test_compiled_step_trains_the_same_networks(plain, tmp_path, training):
+    trainer = trained(tmp_path / "run", **{**OFF, **TRAININGS[training], "engine": "four_pass", "compile": True})
+    assert (parameters(trainer) - plain[training]).abs().max() <= ROUNDING
+
+
+def test_static_buffers_change_no_bit_of_the_critic(tmp_path):
+    """The graph's path without the replay; only the average is computed in another way."""
+    one, other = (trained(tmp_path / str(on), cuda_graph=on) for on in (False, True))
+    for a, b in zip([*one.critic.parameters(), *one.generator.parameters()],
+                    [*other.critic.parameters(), *other.generator.parameters()]):  # fmt: skip
+        assert same_bits(a.detach(), b.detach())
+
+
+@pytest.mark.parametrize("before", [{}, {"channels_last": False, "fused": False}, {"cuda_graph": True}])
+def test_run_goes_on_with_other_options(tmp_path, before):
+    """What may be changed on resuming changes nothing but the rounding."""
+    whole = trained(tmp_path / "whole", norm=True)
+    given = {"batch_size": 6, "n_critic": 3, "learning_rate": RATE, "out": tmp_path / "run"}
+    Trainer(*networks(norm=True), images(), TrainConfig(steps=2, **given, **before)).fit()
+    again = Trainer(*networks(norm=True), images(), TrainConfig(steps=STEPS, **given))
+    again.fit(resume=True)
+    assert (parameters(again) - parameters(whole)).abs().max() <= ROUNDING
+
+
+@pytest.mark.parametrize("engine", ["autograd", "four_pass"])
+def test_run_with_channels_last_resumes_bit_for_bit(tmp_path, engine):
+    """Fused Adam goes through memory side by side: moments must come back in their parameters' layout."""
+    settings = {"channels_last": True, "fused": True, "engine": engine, "batch_size": 6, "n_critic": 1}
+    settings["learning_rate"] = RATE
+    for name, stops in (("whole", [4]), ("halves", [2, 4])):
+        for steps in stops:
+            config = TrainConfig(steps=steps, out=tmp_path / name, **settings)
+            trainer = Trainer(*networks(), images(), config)
+            trainer.fit(resume=steps != stops[0])
+    names = [tmp_path / name / "checkpoints" / "step-00000004.safetensors" for name in ("whole", "halves")]
+    (whole, _), (halves, _) = map(read_checkpoint, names)
+    assert [name for name in whole if not same_bits(whole[name], halves[name])] == []
+    weight = trainer.critic[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+
+
+def test_all_options_together_resume_bit_for_bit(tmp_path):
+    options = ["--cuda-graph", "--engine", "four_pass", "--schedule", "cosine", "--penalty-every", "3"]
+    for name in ("whole", "halves"):
+        main(["train", *TINY, *options, "--steps", "6", "--checkpoint-every", "3", "--out", str(tmp_path / name)])
+    for part in ("safetensors", "json"):
+        (tmp_path / "halves" / "checkpoints" / f"step-00000006.{part}").unlink()
+    main(["train", "--resume", str(tmp_path / "halves")])
+    assert_same_run(tmp_path / "halves", tmp_path / "whole")
+
+
+# Generating ahead
+
+
+class OwnForward(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(dim=0)
+
+
+def hooked() -> nn.Module:
+    layer = nn.Linear(2, 2)
+    layer.register_forward_hook(lambda module, inputs, output: output - output.mean(dim=0))
+    return layer
+
+
+COUPLED = {
+    "batch norm": lambda: nn.BatchNorm1d(2),
+    "dropout": lambda: nn.Dropout(),
+    "a forward of one's own": lambda: OwnForward(nn.Linear(2, 2)),
+    "a hook": hooked,
+    "spectral norm": lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)),
+    "instance norm with state": lambda: nn.InstanceNorm1d(2, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize("kind", COUPLED)
+def test_samples_are_not_generated_ahead_where_that_is_not_proven_to_be_the_same(kind):
+    apart = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))
+    assert keeps_samples_apart(apart)
+    assert not keeps_samples_apart(nn.Sequential(apart, nn.Sequential(COUPLED[kind]())))
+
+
+@pytest.mark.parametrize("name", ["toy-mlp", "mlp", "mnist-dcgan"])
+def test_generators_without_batch_norm_are_proven(name):
+    shape = (2,) if name == "toy-mlp" else (1, 28, 28)
+    assert keeps_samples_apart(build(name, shape, width=2)[0])
+
+
+def forwards(trainer: Trainer) -> Iterator[int]:
+    """Rows of every forward of the generator in training mode."""
+    rows: list[int] = []
+    trainer.generator[0].forward = recording(trainer.generator[0], rows)
+    trainer.fit()
+    return iter(rows)
+
+
+def recording(layer: nn.Module, rows: list[int]) -> Any:
+    forward = layer.forward
+
+    def record(x: Tensor) -> Tensor:
+        if layer.training:
+            rows.append(len(x))
+        return forward(x)
+
+    return record
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, [18, 6]),
+        ({"generate_ahead": False}, [6, 6, 6, 6]),
+        ({"norm": True}, [6, 6, 6, 6]),
+        ({"method": "dragan"}, [6, 6, 6, 6]),
+        ({"dropout": True}, [6, 6, 6, 6]),
+    ],
+)
+def test_samples_of_all_critic_steps_come_from_one_forward(tmp_path, change, expected):
+    change = dict(change)
+    generator, critic = networks(change.pop("norm", False))
+    if change.pop("dropout", False):
+        critic = nn.Sequential(nn.Dropout(0.1), *critic)
+    config = TrainConfig(steps=1, batch_size=6, n_critic=3, out=tmp_path / "run", **change)
+    assert list(forwards(Trainer(generator, critic, images(), config))) == expected
+
+
+def test_large_activations_are_not_joined_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("wgan_fast.training.iteration.AHEAD_BYTES", 18 * 3 * 7 * 7 * 8 - 1)
+    config = TrainConfig(steps=1, batch_size=6, n_critic=3, out=tmp_path / "run")
+    assert list(forwards(Trainer(*networks(), images(), config))) == [6, 6, 6, 6]
+
+
+# The generator's step
+
+
+def test_generators_step_computes_no_gradient_of_the_critic(tmp_path):
+    trainer = Trainer(*networks(), images(), TrainConfig(steps=2, n_critic=1, batch_size=6, out=tmp_path / "run"))
+    computed: list[str] = []
+    for name, network in (("critic", trainer.critic), ("generator", trainer.generator)):
+        for parameter in network.parameters():
+            parameter.register_hook(lambda gradient, name=name: computed.append(name))
+    trainer._iteration.critic_step.engine = "four_pass"
+    trainer.fit()
+    # The four passes leave gradients without autograd; what autograd computes is the generator's step.
+    assert set(computed) == {"generator"}
+
+
+# Lazy penalties
+
+
+def test_lazy_penalty_is_applied_at_every_kth_critic_step_with_k_times_the_weight(tmp_path):
+    config = TrainConfig(steps=3, n_critic=2, batch_size=6, penalty_every=3, log_every=1, out=tmp_path / "run")
+    trainer = Trainer(*networks(), images(), config)
+    seen = []
+    step = trainer._iteration.critic_step
+
+    class Watched:
+        def __call__(self, real: Tensor, fake: Tensor, alpha: Tensor | None) -> Any:
+            truth = copy.deepcopy(step.critic)
+            taken, result = step.steps_taken, step(real, fake, alpha)
+            if alpha is not None:
+                points = (alpha.view(-1, 1, 1, 1) * real + (1 - alpha.view(-1, 1, 1, 1)) * fake).requires_grad_()
+                (gradient,) = torch.autograd.grad(truth(points).sum(), points)
+                expected = 3 * 10 * (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+                assert result.penalty.item() == pytest.approx(expected.item(), rel=1e-9)
+            seen.append((taken, result.penalty.item() > 0))
+            return result
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            setattr(step, name, value)
+
+    trainer._iteration.critic_step = Watched()
+    trainer.fit()
+    assert seen == [(k, k % 3 == 0) for k in range(6)]
+    # The last step of an iteration is what is logged: steps 1, 3 and 5 of the critic, from 0.
+    assert [record["penalty"] > 0 for record in metrics_of(tmp_path / "run")] == [False, True, False]
+
+
+# Static inputs and graphs
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_static_inputs_keep_their_place(device):
+    example = torch.zeros(3, 2, device=device)
+    inputs = StaticInputs(example, 2)
+    address = inputs.buffer.data_ptr()
+    for value in range(3):
+        batches = [torch.full((3, 2), float(2 * value + k), device=device) for k in range(2)]
+        views = inputs.fill(batches)
+        assert [view.unique().item() for view in views] == [2 * value, 2 * value + 1]
+        assert [view.data_ptr() for view in views] == [address, address + views[0].nbytes]
+
+
+@pytest.mark.parametrize(
+    "batches", [[torch.zeros(3, 2)], [torch.zeros(3, 2), torch.zeros(2, 2)], [torch.zeros(3, 2, dtype=torch.int)] * 2]
+)
+def test_static_inputs_refuse_other_batches(batches):
+    with pytest.raises(ValueError, match=r"batches must be 2 of \[3, 2\] torch.float32, got"):
+        StaticInputs(torch.zeros(3, 2), 2).fill(batches)
+
+
+@needs_cuda
+def test_replayed_calls_draw_new_random_numbers_and_see_new_inputs():
+    def draw(batches: tuple[Tensor, ...]) -> Tensor:
+        return batches[0].sum() + torch.rand((), device="cuda")
+
+    def run(calls: GraphedCalls | None) -> list[float]:
+        torch.manual_seed(0)
+        batches = [[torch.full((3,), float(k), device="cuda")] for k in range(WARM_UP + 4)]
+        return [(calls(batch) if calls else draw(batch)).item() for batch in batches]
+
+    assert run(GraphedCalls(draw, torch.device("cuda"))) == run(None)
+
+
+@needs_cuda
+def test_iterations_do_not_wait_for_the_device(tmp_path):
+    config = TrainConfig(steps=20, batch_size=6, n_critic=3, device="cuda", out=tmp_path / "run")
+    trainer = Trainer(*networks(), images(), config)
+    reals = [torch.rand(6, 3, 7, 7, device="cuda") for _ in range(3)]
+    trainer._iteration(reals)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer._iteration(reals)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+def test_what_a_graph_cannot_hold_is_refused():
+    calls = GraphedCalls(lambda batches: torch.tensor(batches[0].sum().item()), torch.device("cuda"))
+    for _ in range(WARM_UP):
+        calls([torch.ones(2, device="cuda")])
+    with pytest.raises(ValueError, match="cuda_graph cannot capture this training"):
+        calls([torch.ones(2, device="cuda")])
