@@ -215,7 +215,9 @@ def test_another_seed_makes_another_run(cli, undisturbed, tmp_path):
     assert metrics_of(tmp_path / "run")[0]["critic_loss"] != metrics_of(out)[0]["critic_loss"]
 
 
-def kill_at_random(cli: Runner, undisturbed: tuple[Path, float], folder: Path, kills: int) -> None:
+def kill_at_random(
+    cli: Runner, undisturbed: tuple[Path, float], folder: Path, kills: int, command: list[str] = COMMAND
+) -> None:
     """Kill a run at an instant drawn from each of ``kills`` equal parts of its duration, and resume it."""
     expected, duration = undisturbed
     draw = random.Random(kills)
@@ -223,11 +225,11 @@ def kill_at_random(cli: Runner, undisturbed: tuple[Path, float], folder: Path, k
     for kill in range(kills):
         out = folder / f"{kill}"
         instant = (kill + draw.random()) / kills * duration
-        ended = cli(*COMMAND, "--out", out, cwd=folder, seconds=instant)
+        ended = cli(*command, "--out", out, cwd=folder, seconds=instant)
         assert ended.status in (KILLED, 0), ended.output
         reached = newest_checkpoint(out).name if list(out.glob("checkpoints/*.safetensors")) else ""
         killed_while_training += ended.status == KILLED and "" < reached < newest_checkpoint(expected).name
-        finish(cli, COMMAND, out, folder)
+        finish(cli, command, out, folder)
         assert_same_run(out, expected)
         shutil.rmtree(out)
     # The kills must have hit what the promise is about, also where the machine was slower than at the measurement.
@@ -242,6 +244,22 @@ def test_run_killed_at_twenty_random_instants_resumes_bit_for_bit(cli, undisturb
 @pytest.mark.timeout(1800)
 def test_run_killed_at_two_hundred_random_instants_resumes_bit_for_bit(cli, undisturbed, tmp_path):
     kill_at_random(cli, undisturbed, tmp_path, 200)
+
+
+EVERY_OPTION = [
+    "train", *TINY, "--engine", "four_pass", "--cuda-graph", "--penalty-every", "3", "--schedule", "cosine",
+    "--on-divergence", "rewind", "--steps", "300", "--checkpoint-every", "5", "--sample-every", "100",
+]  # fmt: skip
+"""Long enough that preparing the four passes is a small part of it."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_run_with_every_option_killed_at_fifty_random_instants_resumes_bit_for_bit(cli, tmp_path):
+    for name in ("first", "second"):
+        ended = cli(*EVERY_OPTION, "--out", tmp_path / name, cwd=tmp_path)
+        assert ended.status == 0, ended.output
+    kill_at_random(cli, (tmp_path / "second", ended.seconds), tmp_path, 50, EVERY_OPTION)
 
 
 def test_run_killed_again_and_again_resumes_bit_for_bit(cli, undisturbed, tmp_path):
@@ -384,6 +402,9 @@ VARIANTS = {
     "r1": [*TINY, "--method", "r1"],
     "dragan": [*TINY, "--method", "dragan"],
     "hinge with spectral norm": [*TINY, "--method", "hinge"],
+    "lazy penalty": [*TINY, "--penalty-every", "3"],
+    "static buffers": [*TINY, "--cuda-graph", "--schedule", "cosine"],
+    "plain options": [*TINY, "--no-fused", "--no-generate-ahead", "--no-channels-last"],
     "bfloat16": [*TINY, "--precision", "bf16"],
     "no data held out": [*TINY, "--holdout", "0"],
     "folder of images": [*TINY, "--data", "images"],

@@ -60,10 +60,10 @@ class StopRequests:
 
 
 def _as_a_child() -> None:
-    """Processes that decode data are ended by the one that started them, not by the terminal's Ctrl-C."""
-    for number, action in zip(SIGNALS, (signal.SIG_IGN, signal.SIG_DFL)):
+    """Processes that decode data are ended by the one that started them, not by a signal to all: it needs them yet."""
+    for number in SIGNALS:
         if isinstance(getattr(signal.getsignal(number), "__self__", None), StopRequests):
-            signal.signal(number, action)
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _in_children(registered: list[bool] = []) -> None:  # noqa: B006 (once per process)
