@@ -10,8 +10,6 @@ Samples have their statistics to themselves and their channels in groups: x is `
 ``[N, groups]``, γ and β are ``[C]``. A layer norm over M elements is the case ``[N, M]`` with one group.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from .precision import accumulation_dtype
 aten = torch.ops.aten
 
 
-def jacobian(u: Tensor, n: Tensor, r: Tensor, dims: Sequence[int]) -> Tensor:
+def jacobian(u: Tensor, n: Tensor, r: Tensor, dims: list[int]) -> Tensor:
     """Return J u.
 
     Args:
@@ -32,7 +30,7 @@ def jacobian(u: Tensor, n: Tensor, r: Tensor, dims: Sequence[int]) -> Tensor:
     return r * (u - u.mean(dims, keepdim=True) - n * (u * n).mean(dims, keepdim=True))
 
 
-def curvature(t: Tensor, u: Tensor, n: Tensor, r: Tensor, dims: Sequence[int]) -> Tensor:
+def curvature(t: Tensor, u: Tensor, n: Tensor, r: Tensor, dims: list[int]) -> Tensor:
     """Return ∂⟨u, J t⟩/∂x; arguments as those of ``jacobian``."""
     jt, ju = jacobian(t, n, r, dims), jacobian(u, n, r, dims)
     un, tn = (u * n).mean(dims, keepdim=True), (t * n).mean(dims, keepdim=True)
@@ -102,6 +100,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
     if last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous():
         return last
     return torch.contiguous_format
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether an operator sees rows of channels: where they come last in memory, or each is one element."""
+    return memory_format(x) != torch.contiguous_format or x.shape[2:].numel() == 1
 
 
 class _Groups:

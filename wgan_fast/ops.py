@@ -115,6 +115,54 @@ def _norm_second_order_fake(
     return _norm_like(x), *_norm_shares(x)
 
 
+def _register_norm_kernels(key: str) -> None:
+    """Let Triton run them for the tensors of a dispatch key; the kernels are imported at the first call."""
+
+    def run(
+        x: Tensor, *statistics: Any, out: bool = True, shares: bool = False, **given: Tensor | None
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+        kernels, form = importlib.import_module(".kernels.normalization", __package__), normalization.memory_format(x)
+        vectors = {name: v.contiguous(memory_format=form) for name, v in given.items() if v is not None}
+        made = _norm_like(x) if out else None
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            x, last = x.contiguous(memory_format=form), normalization.is_channels_last(x)
+            return made, kernels.second_order(x, *statistics, last=last, **vectors, out=made, shares=shares)
+
+    @torch.library.impl(_library, "norm_forward", key)
+    def forward(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kernels = importlib.import_module(".kernels.normalization", __package__)
+        made: tuple[Tensor, Tensor, Tensor] = _norm_forward_fake(x, weight, bias, groups, eps)
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            x, last = x.contiguous(memory_format=normalization.memory_format(x)), normalization.is_channels_last(x)
+            kernels.forward(x, weight, bias, groups, eps, *made, last=last)
+        return made
+
+    @torch.library.impl(_library, "norm_vjp", key)
+    def vjp(cotangent: Tensor, *arguments: Any) -> Tensor | None:
+        return run(*arguments, beta=cotangent)[0]
+
+    @torch.library.impl(_library, "norm_jvp", key)
+    def jvp(tangent: Tensor, *arguments: Any) -> Tensor | None:
+        return run(*arguments, tangent=tangent)[0]
+
+    @torch.library.impl(_library, "norm_parameters", key)
+    def parameters(cotangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        return run(x, mean, rstd, None, groups, beta=cotangent, out=False, shares=True)[1]
+
+    @torch.library.impl(_library, "norm_second_order", key)
+    def second_order(
+        tangent: Tensor, cotangent: Tensor, beta: Tensor | None, *arguments: Any
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        made, shares = run(*arguments, tangent=tangent, cotangent=cotangent, beta=beta, shares=True)
+        return made, *shares
+
+
+if importlib.util.find_spec("triton"):
+    _register_norm_kernels("CUDA")
+
+
 # Interpolation: x̂ = α(scale·x + shift) + (1−α)x̃, with α in the accumulation dtype, one per group of samples;
 # `batch` asks for [x; x̃; x̂]. `interpolate_into` takes dense samples of one layout only.
 _OPTIONS = "float scale=1.0, float shift=0.0, ScalarType? dtype=None, bool batch=False"
