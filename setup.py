@@ -125,6 +125,26 @@ class BuildPython(build_py):
         write_record(folder)
 
 
+def kernel_resources(report: str) -> dict[str, tuple[int, int]]:
+    """The registers of every kernel in what ptxas -v prints, and the bytes that it spills."""
+    resources = {}
+    for kernel in re.split(r"Compiling entry function", report)[1:]:
+        name = re.match(r" '(\S+)'", kernel)
+        spills, registers = re.findall(r"(\d+) bytes spill", kernel), re.search(r"Used (\d+) registers", kernel)
+        if not name or not spills or not registers:
+            sys.exit(f"cuda_compile: this is not what ptxas -v used to print: {kernel}")
+        resources[name[1]] = int(registers[1]), sum(map(int, spills))
+    return resources
+
+
+def demangled(name: str) -> str:
+    """A kernel's name as it is written, where the toolkit's or the compiler's demangler is there to ask."""
+    for tool in (f"{CUDA_HOME}/bin/cu++filt", "c++filt"):
+        if answer := ask(tool, name).strip():
+            return answer
+    return name
+
+
 class CompileCuda(Command):
     """Compile the CUDA sources for every default architecture, without linking; fail where registers spill."""
 
@@ -138,7 +158,7 @@ class CompileCuda(Command):
         """No options."""
 
     def run(self) -> None:
-        """Compile and report."""
+        """Compile, and print the registers of every kernel."""
         if not ask(NVCC, "--version"):
             print("cuda_compile: SKIPPED: no nvcc, so the CUDA sources were NOT compiled", file=sys.stderr)
             return
@@ -146,17 +166,29 @@ class CompileCuda(Command):
             sys.exit(f"cuda_compile: {missing['extension']}")
         flags = ["-std=c++20", "-Xptxas=-v", "-DUSE_CUDA", f"-D{'='.join(TORCH_ABI)}", *NVCC_FLAGS]
         flags += [f"-I{path}" for path in cpp_extension.include_paths()]
+        spilling = []
         with tempfile.TemporaryDirectory() as folder:
             for source in CUDA_SOURCES:
-                for architecture in (name.replace(".", "") for name in ARCHITECTURES):
-                    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+                for architecture in (f"sm_{name.replace('.', '')}" for name in ARCHITECTURES):
+                    target = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
                     command = [NVCC, *flags, target, "-c", source, "-o", f"{folder}/object.o"]
                     answer = subprocess.run(command, capture_output=True, text=True)
-                    print(f"{source} for sm_{architecture}\n{answer.stdout}{answer.stderr}")
-                    spills = set(re.findall(r"(\d+) bytes spill", answer.stderr))
-                    if answer.returncode != 0 or spills != {"0"}:
-                        problem = "does not compile" if answer.returncode else "spills registers"
-                        sys.exit(f"cuda_compile: {source} {problem} for sm_{architecture}")
+                    if answer.returncode != 0:
+                        problem = f"{source} does not compile for {architecture}"
+                        sys.exit(f"{answer.stdout}{answer.stderr}cuda_compile: {problem}")
+                    resources = kernel_resources(answer.stderr)
+                    if not resources:
+                        sys.exit(f"cuda_compile: {source} has no kernel for {architecture}, or ptxas names none")
+                    registers = sorted(used for used, _ in resources.values())
+                    kernels = f"{len(resources)} kernels" if len(resources) > 1 else "1 kernel"
+                    print(f"{source} for {architecture}: {kernels}, {registers[0]} to {registers[-1]} registers")
+                    spilling += [
+                        f"{demangled(name)} for {architecture}: {spilled} bytes"
+                        for name, (_, spilled) in resources.items()
+                        if spilled
+                    ]
+        if spilling:
+            sys.exit("cuda_compile: these kernels spill registers:\n" + "\n".join(spilling))
 
 
 def without_cuda(extension: Extension) -> bool:

@@ -23,36 +23,25 @@ WGAN_FAST_CPU_CLONES void clip_16_bit(void* data, int64_t begin, int64_t end, Cl
   clip(data, begin, end, range);
 }
 
-void clip_span(const Span& span, int64_t begin, int64_t end, const ClipRange& range) {
+void clip_span(const Span<1>& span, int64_t begin, int64_t end, const ClipRange& range) {
+  void* const data = span.data[0];
   switch (span.dtype) {
     case ScalarType::Double:
-      return clip_float64(span.data, begin, end, range.float64);
+      return clip_float64(data, begin, end, range.float64);
     case ScalarType::Float:
-      return clip_float32(span.data, begin, end, range.float32);
+      return clip_float32(data, begin, end, range.float32);
     case ScalarType::Half:
-      return clip_16_bit(span.data, begin, end, range.float16);
+      return clip_16_bit(data, begin, end, range.float16);
     default:
-      return clip_16_bit(span.data, begin, end, range.bfloat16);
+      return clip_16_bit(data, begin, end, range.bfloat16);
   }
 }
 
 void clip_weights_(std::vector<Tensor> tensors, double low, double high) {
   const ClipRange range(low, high);
-  overwrite(tensors, [&](const std::vector<Span>& spans) {
-    // The threads share the list's elements, not its tensors: one large layer would keep one thread busy.
-    std::vector<int64_t> ends;
-    ends.reserve(spans.size());
-    int64_t total = 0;
-    for (const auto& span : spans) ends.push_back(total += span.numel);
-    torch::stable::parallel_for(0, total, kGrainSize, [&](int64_t begin, int64_t end) {
-      size_t at = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
-      for (; begin < end; ++at) {
-        const int64_t start = ends[at] - spans[at].numel;
-        const int64_t stop = std::min(end, ends[at]);
-        clip_span(spans[at], begin - start, stop - start, range);
-        begin = stop;
-      }
-    });
+  overwrite<1>({&tensors}, 1, [&](const std::vector<Span<1>>& spans) {
+    parallel_for(
+        spans, [&](const Span<1>& span, int64_t begin, int64_t end) { clip_span(span, begin, end, range); });
   });
 }
 

@@ -20,6 +20,7 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -40,6 +41,10 @@ using torch::stable::Tensor;
 
 // at::internal::GRAIN_SIZE: below it, waking a thread costs more than it saves.
 constexpr int64_t kGrainSize = 32768;
+
+inline void check_range(double low, double high) {
+  STD_TORCH_CHECK(low <= high, "low must be at most high, got low=", low, " and high=", high);
+}
 
 // torch.clamp for low <= high: NaN compares false with both bounds and so stays as it is, payload included.
 template <typename T>
@@ -93,13 +98,15 @@ struct ClipRange {
         float16(torch::headeronly::Half(float32.low).x, torch::headeronly::Half(float32.high).x, 0x7C00),
         bfloat16(torch::headeronly::BFloat16(float32.low).x, torch::headeronly::BFloat16(float32.high).x,
                  0x7F80) {
-    STD_TORCH_CHECK(low <= high, "low must be at most high, got low=", low, " and high=", high);
+    check_range(low, high);
   }
 };
 
-// One tensor's memory as a line of elements.
+// The elements that N tensors of one shape and dtype hold for one another, each tensor's as a line of memory;
+// null for an operand that is absent.
+template <size_t N>
 struct Span {
-  void* data;
+  std::array<void*, N> data;
   int64_t numel;
   int64_t element_size;
   ScalarType dtype;
@@ -144,38 +151,95 @@ class NoGradGuard {
   const bool enabled_ = aoti_torch_grad_mode_is_enabled();
 };
 
-// Calls `write(spans)`, which overwrites the elements of every tensor, in any order.
+// Whether two dense tensors of one shape hold their elements in the same order.
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), a_strides = a.strides(), b_strides = b.strides();
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (sizes[i] != 1 && a_strides[i] != b_strides[i]) return false;
+  return true;
+}
+
+// Calls `write(spans)`, which overwrites every element of the first `written` operands from those at the same
+// place in all of them, in any order. An operand is a list of tensors, one for each span, and null where it
+// is absent, which the first never is.
 //
-// A dense tensor is written where it lies, whatever its strides, and one with gaps through a copy. Every
-// tensor is checked before any is touched.
-template <typename Write>
-void overwrite(const std::vector<Tensor>& tensors, const Write& write) {
-  std::vector<Span> spans;
-  spans.reserve(tensors.size());
-  std::vector<std::pair<Tensor, Tensor>> copies;  // (view, its contiguous copy)
-  const bool on_gpu = tensors[0].is_cuda();
-  const int32_t device = tensors[0].get_device_index();
-  for (const auto& tensor : tensors) {
-    const auto dtype = tensor.scalar_type();
+// Dense tensors of one layout are used where they lie, whatever their strides, and others through copies.
+// Every tensor is checked before any is touched.
+template <size_t N, typename Write>
+void overwrite(const std::array<const std::vector<Tensor>*, N>& operands, size_t written,
+               const Write& write) {
+  const auto& first = *operands[0];
+  if (first.empty()) return;
+  const NoGradGuard no_grad;
+  std::vector<Span<N>> spans;
+  spans.reserve(first.size());
+  std::vector<Tensor> copies;
+  std::vector<std::pair<Tensor, Tensor>> copies_back;  // (tensor, its contiguous copy)
+  const bool on_gpu = first[0].is_cuda();
+  const int32_t device = first[0].get_device_index();
+  for (const auto* tensors : operands)
+    STD_TORCH_CHECK(tensors == nullptr || tensors->size() == first.size(), "expected lists of one length");
+  for (size_t i = 0; i < first.size(); ++i) {
+    const auto dtype = first[i].scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
                         dtype == ScalarType::BFloat16,
                     "expected float64, float32, float16 or bfloat16 tensors");
-    STD_TORCH_CHECK(tensor.is_cuda() == on_gpu && tensor.get_device_index() == device,
-                    "expected all tensors on one device");
-    if (tensor.numel() == 0) continue;
-    const auto memory = memory_of(tensor);
-    STD_TORCH_CHECK(memory != Memory::kOverlapping,
-                    "expected tensors that do not overlap themselves in memory");
-    if (memory == Memory::kGaps) copies.emplace_back(tensor, torch::stable::contiguous(tensor));
-    const auto& target = memory == Memory::kGaps ? copies.back().second : tensor;
+    bool in_place = true;
+    for (size_t k = 0; k < N; ++k) {
+      if (operands[k] == nullptr) continue;
+      const auto& tensor = (*operands[k])[i];
+      STD_TORCH_CHECK(tensor.is_cuda() == on_gpu && tensor.get_device_index() == device,
+                      "expected all tensors on one device");
+      STD_TORCH_CHECK(tensor.scalar_type() == dtype, "expected tensors of one dtype for each other");
+      const auto sizes = tensor.sizes(), shape = first[i].sizes();
+      STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()),
+                      "expected tensors of one shape for each other");
+      if (tensor.numel() == 0) continue;
+      const auto memory = k < written ? memory_of(tensor) : Memory::kDense;
+      STD_TORCH_CHECK(memory != Memory::kOverlapping,
+                      "expected tensors that do not overlap themselves in memory");
+      in_place = in_place && memory == Memory::kDense && same_layout(first[i], tensor);
+    }
+    if (first[i].numel() == 0) continue;
     const int64_t element_size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-    spans.push_back({target.mutable_data_ptr(), target.numel(), element_size, dtype});
+    spans.push_back({{}, first[i].numel(), element_size, dtype});
+    for (size_t k = 0; k < N; ++k) {
+      if (operands[k] == nullptr) continue;
+      const auto& tensor = (*operands[k])[i];
+      const bool copied = !in_place && !tensor.is_contiguous();
+      if (copied) copies.push_back(torch::stable::contiguous(tensor));
+      const auto& source = copied ? copies.back() : tensor;
+      spans.back().data[k] =
+          k < written ? source.mutable_data_ptr() : const_cast<void*>(source.const_data_ptr());
+      if (copied && k < written) copies_back.emplace_back(tensor, source);
+    }
+  }
+  for (size_t k = 0; k < written; ++k) {
+    if (operands[k] == nullptr) continue;
+    for (const auto& tensor : *operands[k]) bump_version(tensor);
   }
   if (spans.empty()) return;
-  const NoGradGuard no_grad;
-  for (const auto& tensor : tensors) bump_version(tensor);
   write(spans);
-  for (auto& [view, copy] : copies) torch::stable::copy_(view, copy);
+  for (auto& [tensor, copy] : copies_back) torch::stable::copy_(tensor, copy);
+}
+
+// Calls `work(span, begin, end)` for parts that cover every span, from several threads. The threads share the
+// spans' elements, not the spans: one large layer would keep one thread busy.
+template <size_t N, typename Work>
+void parallel_for(const std::vector<Span<N>>& spans, const Work& work) {
+  std::vector<int64_t> ends;
+  ends.reserve(spans.size());
+  int64_t total = 0;
+  for (const auto& span : spans) ends.push_back(total += span.numel);
+  torch::stable::parallel_for(0, total, kGrainSize, [&](int64_t begin, int64_t end) {
+    size_t at = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+    for (; begin < end; ++at) {
+      const int64_t start = ends[at] - spans[at].numel;
+      const int64_t stop = std::min(end, ends[at]);
+      work(spans[at], begin - start, stop - start);
+      begin = stop;
+    }
+  });
 }
 
 }  // namespace wgan_fast

@@ -27,6 +27,7 @@ NAMES = {
     "gradient_penalty",
     "interpolate",
     "losses",
+    "optim",
     "penalty_from_gradient",
 }
 REQUIRED = inspect.Parameter.empty

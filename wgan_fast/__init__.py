@@ -1,6 +1,6 @@
 """A fast, exact backend for WGAN-GP training in PyTorch."""
 
-from . import losses
+from . import losses, optim
 from .build import build_info
 from .clipping import clip_weights_
 from .critic_step import CriticStep, CriticStepResult
@@ -27,5 +27,6 @@ __all__ = [
     "gradient_penalty",
     "interpolate",
     "losses",
+    "optim",
     "penalty_from_gradient",
 ]

@@ -12,7 +12,8 @@ from . import ops as ops  # defines the operator
 Weights = TypeVar("Weights", bound=nn.Module | Tensor | Iterable[Tensor])
 
 _clip_weights_ = torch.ops.wgan_fast.clip_weights_.default
-_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+"""What weights may be."""
 
 
 def clip_weights_(module_or_tensors: Weights, bound: float | tuple[float, float] = 0.01) -> Weights:
@@ -41,10 +42,10 @@ def clip_weights_(module_or_tensors: Weights, bound: float | tuple[float, float]
         >>> all(p.abs().max() <= 0.01 for p in clip_weights_(critic, 0.01).parameters())
         True
     """
-    low, high = _range(bound)
+    low, high = clip_range(bound)
     tensors = list(_tensors(module_or_tensors))
     for at, tensor in enumerate(tensors):
-        if getattr(tensor, "layout", None) is not torch.strided or tensor.dtype not in _DTYPES:
+        if getattr(tensor, "layout", None) is not torch.strided or tensor.dtype not in DTYPES:
             raise TypeError(
                 f"module_or_tensors[{at}] must be a dense float64, float32, float16 or bfloat16 tensor, "
                 f"got {_describe(tensor)}"
@@ -62,16 +63,29 @@ def clip_weights_(module_or_tensors: Weights, bound: float | tuple[float, float]
     return module_or_tensors
 
 
-def _range(bound: float | tuple[float, float]) -> tuple[float, float]:
+def clip_range(bound: float | tuple[float, float], name: str = "bound") -> tuple[float, float]:
+    """The range that ``bound`` stands for.
+
+    Args:
+        bound: A number c > 0 for [-c, c], or a pair (low, high) with low <= high.
+        name: What an error calls it.
+
+    Returns:
+        The pair (low, high).
+
+    Raises:
+        TypeError: If the bound is neither.
+        ValueError: If it is not positive, not ordered or NaN.
+    """
     if isinstance(bound, Real):
         if not bound > 0:
-            raise ValueError(f"bound must be greater than 0, got {bound}")
+            raise ValueError(f"{name} must be greater than 0, got {bound}")
         return -float(bound), float(bound)
     if not (isinstance(bound, tuple) and len(bound) == 2 and all(isinstance(end, Real) for end in bound)):
-        raise TypeError(f"bound must be a number or a pair (low, high) of numbers, got {bound!r}")
+        raise TypeError(f"{name} must be a number or a pair (low, high) of numbers, got {bound!r}")
     low, high = bound
     if not low <= high:
-        raise ValueError(f"bound must be a pair (low, high) with low <= high, got {bound}")
+        raise ValueError(f"{name} must be a pair (low, high) with low <= high, got {bound}")
     return float(low), float(high)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.rmsprop import rmsprop
 
 # Loading the extension registers its operators.
 from . import build as build
@@ -42,6 +43,61 @@ def _clip_weights_foreach_(tensors: list[Tensor], low: float, high: float) -> No
 
 @torch.library.register_fake("wgan_fast::clip_weights_", lib=_library)  # type: ignore[untyped-decorator]
 def _clip_weights_fake(tensors: list[Tensor], low: float, high: float) -> None:
+    """Writes in place and returns nothing, so there is nothing to say."""
+
+
+_library.define(  # type: ignore[no-untyped-call]
+    "clipped_rmsprop_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs, "
+    "Tensor(d!)[] momentum_buffers, Tensor? device_lr, float lr, float alpha, float eps, float weight_decay, "
+    "float momentum, bool maximize, float low, float high) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(_library, "clipped_rmsprop_", "CompositeExplicitAutograd")
+def _clipped_rmsprop_foreach_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    grad_avgs: list[Tensor],
+    momentum_buffers: list[Tensor],
+    device_lr: Tensor | None,
+    lr: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    maximize: bool,
+    low: float,
+    high: float,
+) -> None:
+    """One step of RMSprop, centered where there are ``grad_avgs`` and with momentum where there are buffers."""
+    if not low <= high:
+        raise ValueError(f"low must be at most high, got low={low} and high={high}")
+    with torch.no_grad():
+        rmsprop(
+            params,
+            grads,
+            square_avgs,
+            grad_avgs,
+            momentum_buffers,
+            # It counts steps and does not use the count.
+            [torch.zeros((), device=param.device) for param in params],
+            foreach=True,
+            maximize=maximize,
+            capturable=device_lr is not None,
+            lr=lr if device_lr is None else device_lr,
+            alpha=alpha,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum=momentum if momentum_buffers else 0.0,
+            centered=bool(grad_avgs),
+        )
+        _clip_weights_foreach_(params, low, high)
+
+
+@torch.library.register_fake("wgan_fast::clipped_rmsprop_", lib=_library)  # type: ignore[untyped-decorator]
+def _clipped_rmsprop_fake(params: list[Tensor], *_: object) -> None:
     """Writes in place and returns nothing, so there is nothing to say."""
 
 

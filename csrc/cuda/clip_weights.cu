@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads)
 
 void clip_weights_(std::vector<Tensor> tensors, double low, double high) {
   const ClipRange range(low, high);
-  overwrite(tensors, [&](const std::vector<Span>& spans) {
+  overwrite<1>({&tensors}, 1, [&](const std::vector<Span<1>>& spans) {
     const int32_t device = tensors[0].get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     void* stream = nullptr;
@@ -111,7 +111,7 @@ void clip_weights_(std::vector<Tensor> tensors, double low, double high) {
       blocks = 0;
     };
     for (const auto& span : spans) {
-      const auto address = reinterpret_cast<uintptr_t>(span.data);
+      const auto address = reinterpret_cast<uintptr_t>(span.data[0]);
       const int64_t begin = address % kVectorBytes / span.element_size;
       const int64_t end = begin + span.numel;
       const int64_t span_blocks = (end * span.element_size + kBlockBytes - 1) / kBlockBytes;
