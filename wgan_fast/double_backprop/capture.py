@@ -27,7 +27,18 @@ from .record import functional_form
 STOPS_GRADIENT = "stops_gradient"
 """Key in ``node.meta``: autograd does not see this node."""
 
-_DETACHING = {torch.ops.aten.detach.default, torch.ops.aten.detach_.default}
+_DETACHING = {
+    torch.ops.aten.detach.default,
+    torch.ops.aten.detach_.default,
+    torch.ops.aten.bernoulli.default,
+    torch.ops.aten.bernoulli.p,
+    torch.ops.aten.exponential.default,
+    torch.ops.aten.normal_functional.default,
+    torch.ops.aten.rand_like.default,
+    torch.ops.aten.randn_like.default,
+    torch.ops.aten.uniform.default,
+}
+"""Operators whose results do not move with their arguments."""
 _ASSERTIONS = ("_assert", "sym_constrain_range")
 
 
@@ -203,6 +214,9 @@ def _inline(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, fx.Node]
             written = _written(node)
             lasting = written is not None and _is_buffer(written, module.graph)
             new = graph.node_copy(node, value)
+            if new.target is torch.ops.aten.lift_fresh_copy.default:
+                # A tensor written in the critic's code; dispatch modes are not shown this way of copying it.
+                new.target = torch.ops.aten.clone.default
             made = [new]
             if written is not None and (not lasting or "out" in node.kwargs):
                 new.target = _functional(node)
@@ -214,7 +228,7 @@ def _inline(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, fx.Node]
                 new = graph.call_function(torch.ops.aten.copy_.default, (value(written), new))
                 new.meta = dict(node.meta)
                 made.append(new)
-            if stops_gradient or node.target in _DETACHING:
+            if stops_gradient or _DETACHING & {node.target, made[0].target}:
                 for call in made:
                     call.meta[STOPS_GRADIENT] = True
             env[node] = new

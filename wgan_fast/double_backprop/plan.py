@@ -222,8 +222,8 @@ class Plan:
             node: recorder.input(node.name, leaf.detach()) if isinstance(leaf, Tensor) else leaf
             for node, leaf in list(self._examples.items())[1:]
         }
+        constants = {node: recorder.constant(node.name, value) for node, value in self.captured.constants.items()}
         with recorder.fake, recorder, torch.no_grad():
-            constants = {node: recorder.constant(node.name, value) for node, value in self.captured.constants.items()}
             base = Run(self.captured, recorder.labelled)
             base.values.update(owned | constants | extras)
             shared = [node for node in self.captured.calls() if node not in self.roles.sampled]

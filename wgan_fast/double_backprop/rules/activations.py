@@ -60,7 +60,7 @@ class LeakyReLU(Elementwise):
         )
 
 
-@register("hardtanh", "relu6", "clamp", "clamp_min", "threshold", "abs", "hardshrink", "softshrink")
+@register("hardtanh", "relu6", "clamp", "clamp_min", "threshold", "abs", "hardsigmoid", "hardshrink", "softshrink")
 class GenericPiecewiseLinear(Elementwise):
     """Activations made of straight pieces, with the slope that autograd knows."""
 
@@ -142,6 +142,25 @@ class Dropout(Elementwise):
     def slope(self, call: Call, vector: Tensor) -> Tensor:
         """Multiply by the mask."""
         return vector * call.saved["mask"] if "mask" in call.saved else vector
+
+
+@register("alpha_dropout", "feature_alpha_dropout")
+class AlphaDropout(Dropout):
+    """Multiplies by a mask and shifts (Klambauer et al. 2017, arXiv:1706.02515, section 3)."""
+
+    def forward(self, call: Call) -> Output:
+        """Draw the shift, which says what was kept, as PyTorch does."""
+        x, p = call.operands[0], call.argument("p")
+        if not call.argument("train") or p == 0:
+            return x.clone()
+        shift = call.op(torch.zeros_like(x), p, True)
+        scale = ((_SELU_LIMIT**2 * p + 1) * (1 - p)) ** -0.5 if p < 1 else 0.0
+        call.saved["mask"] = (shift > 0).to(x.dtype) * scale
+        return x * call.saved["mask"] + shift
+
+
+_SELU_LIMIT = 1.7580993408473766
+"""Where SELU tends to at −∞, times −1; the constant of ``at::alpha_dropout``."""
 
 
 @register("prelu")

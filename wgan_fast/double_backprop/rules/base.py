@@ -116,13 +116,13 @@ class Rule:
         with torch.enable_grad():
             output = call.run(operands)
             outputs = [output] if isinstance(output, Tensor) else list(output)
-            dummies = [torch.zeros_like(out).requires_grad_() for out in outputs]
-            gradients = _grad(outputs, [operands[i] for i in moving], dummies, create_graph=True)
+            # Operators such as max over a dimension return integers too.
+            moved = [out for out in outputs if out.is_floating_point()]
+            dummies = [torch.zeros_like(out).requires_grad_() for out in moved]
+            gradients = _grad(moved, [operands[i] for i in moving], dummies, create_graph=True)
             pairs = [(g, tangents[i]) for g, i in zip(gradients, moving) if g is not None and g.requires_grad]
-            if not pairs:
-                result: Derivatives = [None] * len(outputs)
-            else:
-                result = _grad([g for g, _ in pairs], dummies, [t for _, t in pairs])
+            derivatives = iter(_grad([g for g, _ in pairs], dummies, [t for _, t in pairs]))
+        result = [next(derivatives) if out.is_floating_point() else None for out in outputs]
         return result[0] if isinstance(output, Tensor) else result
 
     def second(
@@ -182,7 +182,17 @@ def registered() -> dict[Any, Rule]:
 
 
 def _leaves(call: Call) -> list[Tensor]:
+    """Detached operands to differentiate the operator by, which runs once more for it."""
+    if _draws(call):
+        raise NotImplementedError("an operator that draws random numbers needs a rule of its own")
     return [operand.detach().requires_grad_() if operand.is_floating_point() else operand for operand in call.operands]
+
+
+def _draws(call: Call) -> bool:
+    if torch.Tag.nondeterministic_seeded not in getattr(call.op, "tags", ()):
+        return False
+    names = {argument.name for argument in call.op._schema.arguments}
+    return all(call.argument(name) for name in names & {"p", "dropout", "train", "training"})
 
 
 def _paired(output: Output, cotangent: Output) -> tuple[list[Tensor], list[Tensor]]:

@@ -64,8 +64,8 @@ class View(Linear):
 
     def forward(self, call: Call) -> Output:
         """Reshape."""
-        like = call.operands[1].shape if len(call.operands) > 1 else call.argument("size")
-        return call.operands[0].reshape(like)
+        shape = call.tensor("other").shape if call.op is aten.view_as.default else call.argument("size")  # type: ignore[union-attr]
+        return call.operands[0].reshape(shape)
 
     def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
         """Reshape back."""
