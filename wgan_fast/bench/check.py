@@ -8,7 +8,7 @@ from torch import Tensor
 from ..critic_step import Precision
 from .step import Step
 from .variants import Computes, Variant, naive
-from .workloads import Workload
+from .workloads import Workload, without_dropout
 
 EPSILON: dict[Precision, float] = {"fp32": 2.0**-23, "bf16": 2.0**-7}
 
@@ -54,7 +54,7 @@ class Checker:
         return error
 
     def _error(self, step: Step, computes: Computes) -> float:
-        with self.workload.without_dropout():
+        with without_dropout(step.critic):
             step(self.workload.alpha)
         truth = self._truth(computes)
         return float((_joined(step.gradients()).to(truth) - truth).norm() / truth.norm())
@@ -62,7 +62,7 @@ class Checker:
     def _differentiate(self, computes: Computes) -> Tensor:
         double = self.workload.double()
         step = naive(double, computes=computes)
-        with double.without_dropout():
+        with without_dropout(double.critic):
             step(double.alpha)
         return _joined(step.gradients())
 

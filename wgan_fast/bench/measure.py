@@ -35,7 +35,7 @@ def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) ->
     return (time.perf_counter() - start) / calls
 
 
-def fastest_of(call: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+def fastest_of(call: Callable[[], object], device: torch.device, repeats: int = 2) -> float:
     """The least seconds of a call after a first one that warms up: for choosing, not for reporting."""
     call()
     return min(seconds(call, device) for _ in range(repeats))
@@ -43,6 +43,7 @@ def fastest_of(call: Callable[[], object], device: torch.device, repeats: int = 
 
 def interleaved(
     steps: Mapping[str, Step],
+    once: Mapping[str, float],
     device: torch.device,
     *,
     budget: float,
@@ -54,6 +55,7 @@ def interleaved(
 
     Args:
         steps: What to time, by name.
+        once: About how many seconds one call of each takes.
         device: Where it runs.
         budget: Seconds to spend; at least ``LEAST_ROUNDS`` rounds are timed all the same.
         progress: Told the fraction that is done.
@@ -61,7 +63,7 @@ def interleaved(
     Returns:
         Seconds per call, of every round in order.
     """
-    calls = {name: max(1, round(LEAST_SECONDS / fastest_of(step, device))) for name, step in steps.items()}
+    calls = {name: max(1, round(LEAST_SECONDS / once[name])) for name in steps}
     names, rounds, start = list(steps), 0, time.perf_counter()
     times: dict[str, list[float]] = {name: [] for name in names}
     while rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and time.perf_counter() - start < budget):

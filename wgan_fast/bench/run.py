@@ -44,6 +44,7 @@ def run(
     checker, device = Checker(workload), workload.real.device
     found: dict[str, dict[str, Any]] = {}
     steps: dict[str, Step] = {}
+    once: dict[str, float] = {}
     # Naive first: the others' times are held against its own.
     for index, name in enumerate(sorted(chosen, key=lambda name: name != "naive")):
         progress(f"checking {name}", index / len(chosen))
@@ -53,11 +54,10 @@ def run(
             step = variant.prepare(workload)
             if variant.computes != "nothing":
                 found[name]["error"] = checker.check(name, variant, step)
-            once = fastest_of(step, device, repeats=1)
-            if name == "naive":
-                longest = TOO_SLOW * once
-            elif once > longest:
-                raise Skipped(f"{once / longest * TOO_SLOW:.0f} times as long as naive, in a single reading")
+            once[name] = fastest_of(step, device, repeats=1)
+            times = once[name] / once["naive"]
+            if times > TOO_SLOW:
+                raise Skipped(f"{times:.0f} times as long as naive, in a single reading")
             if variant.computes != "nothing" and not variant.compiled:
                 counted = count(step)
                 found[name] |= {
@@ -72,7 +72,7 @@ def run(
             found[name] = {"refused": str(reason)}
         except torch._dynamo.exc.TorchDynamoException as reason:
             found[name] = {"skipped": f"the compiler failed: {str(reason).strip().splitlines()[0]}"}
-    times = interleaved(steps, device, budget=budget, progress=lambda fraction: progress("timing", fraction))
+    times = interleaved(steps, once, device, budget=budget, progress=lambda fraction: progress("timing", fraction))
     for name, seconds in times.items():
         found[name]["milliseconds"] = [float(f"{1000 * second:.4g}") for second in seconds]
     title = CRITICS[workload.name].title if workload.name in CRITICS else workload.name

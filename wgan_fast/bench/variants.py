@@ -117,7 +117,8 @@ def field(workload: Workload, computes: Computes = "step") -> Step:
     Follows compute_gradient_penalty of eriklindernoren/PyTorch-GAN and the loop of caogang/wgan-gp.
     """
     critic, real, fake, penalty = workload.critic, workload.real, workload.fake, workload.penalty
-    assert penalty is not None
+    if penalty is None:
+        raise Skipped("there is no penalty")
 
     def compute_gradient_penalty(points: Tensor) -> Tensor:
         points = torch.autograd.Variable(points, requires_grad=True)
@@ -186,7 +187,8 @@ def naive_compiled(workload: Workload, precision: Precision = "fp32") -> Step:
 def drop_in(workload: Workload, precision: Precision = "fp32", computes: Computes = "step") -> Step:
     """The naive loop with ``wgan_fast.gradient_penalty`` in place of its own."""
     critic, real, fake, penalty = workload.critic, workload.real, workload.fake, workload.penalty
-    assert penalty is not None
+    if penalty is None:
+        raise Skipped("there is no penalty")
     options = {name: getattr(penalty, name) for name in ("weight", "target", "one_sided", "at", "group_size")}
 
     def run(alpha: Tensor | None) -> None:
@@ -202,6 +204,8 @@ def drop_in(workload: Workload, precision: Precision = "fp32", computes: Compute
 
 def ours(workload: Workload, precision: Precision = "fp32", compile: bool = False) -> Step:
     """``wgan_fast.CriticStep``."""
+    if workload.penalty is None and workload.group_size > 1:
+        raise Skipped("CriticStep learns of packing from the penalty, and there is none")
     step = CriticStep(
         workload.critic, penalty=workload.penalty, engine="four_pass", precision=precision, compile=compile
     )

@@ -78,17 +78,18 @@ class Workload:
         critic = copy.deepcopy(self.critic).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return replace(self, critic=critic, real=real, fake=fake)
 
-    @contextmanager
-    def without_dropout(self) -> Iterator[None]:
-        """Switch dropout off for a check: no two ways of writing the step draw the same masks."""
-        layers = [layer for layer in self.critic.modules() if isinstance(layer, _DROPOUTS) and layer.training]
+
+@contextmanager
+def without_dropout(critic: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a check: no two ways of writing the step draw the same masks."""
+    layers = [layer for layer in critic.modules() if isinstance(layer, _DROPOUTS) and layer.training]
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
         for layer in layers:
-            layer.eval()
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.train()
+            layer.train()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,330 @@
+"""The benchmark times only what is right, counts what it says, and tells what it found."""
+
+import contextlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from wgan_fast import CriticStep
+from wgan_fast.bench import report, results, series, workloads
+from wgan_fast.bench.check import Checker, WrongGradientsError
+from wgan_fast.bench.limit import limit
+from wgan_fast.bench.measure import count, forward_flops, interleaved, peak_bytes
+from wgan_fast.bench.run import run
+from wgan_fast.bench.step import Skipped, Step
+from wgan_fast.bench.variants import VARIANTS, Variant, naive, ours
+from wgan_fast.cli import main
+from wgan_fast.errors import InputError
+
+CHECKOUT = Path(__file__).parents[1]
+EAGER = [name for name, variant in VARIANTS.items() if not variant.compiled and variant.computes != "nothing"]
+
+
+def packed_conv_critic() -> nn.Module:
+    """Small and with everything that the variants handle apart: images, dropout, normalisation."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, stride=2, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Dropout(0.5),
+        nn.Conv2d(6, 4, 3, padding=1),
+        nn.GroupNorm(1, 4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 3 * 3, 1),
+    )
+
+
+def small(penalty: str = "wgan-gp", batch_size: int = 7) -> workloads.Workload:
+    name = f"{__name__}:packed_conv_critic"
+    return workloads.build(name, penalty=penalty, sample_shape=(2, 5, 5), batch_size=batch_size)
+
+
+def packed(penalty: str = "wgan-gp") -> workloads.Workload:
+    return workloads.build("tabular-mlp", penalty=penalty, batch_size=30)
+
+
+# Right before it is timed
+
+
+@pytest.mark.parametrize("penalty", workloads.PENALTIES)
+@pytest.mark.parametrize("name", EAGER)
+def test_every_eager_variant_computes_the_same_gradients(name, penalty):
+    for workload in (small(penalty), packed(penalty)):
+        variant = VARIANTS[name]
+        if not variant.applies(workload):
+            continue
+        with contextlib.suppress(Skipped):
+            Checker(workload).check(name, variant, variant.prepare(workload))
+
+
+def test_variants_are_skipped_where_they_do_not_apply_and_nowhere_else():
+    def skipped(workload):
+        def skips(variant):
+            try:
+                variant.prepare(workload)
+            except Skipped:
+                return True
+            return False
+
+        return {name for name in EAGER if VARIANTS[name].applies(workload) and skips(VARIANTS[name])}
+
+    images_only = {"naive-channels-last", "ours-channels-last"}
+    assert skipped(small()) == skipped(small("r1-r2")) == set()
+    assert skipped(packed()) == skipped(packed("r1-r2")) == images_only
+    assert skipped(small("none")) == {"field", "drop-in"}
+    assert skipped(packed("none")) == {"field", "drop-in", "ours", "ours-bf16"} | images_only
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", workloads.PENALTIES)
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.compiled])
+def test_every_compiled_variant_computes_the_same_gradients(name, penalty):
+    if name == "jax":
+        pytest.importorskip("jax")
+    for workload in (small(penalty), packed(penalty)):
+        torch.compiler.reset()  # as between workloads: one function is compiled a limited number of times
+        with contextlib.suppress(Skipped):
+            Checker(workload).check(name, VARIANTS[name], VARIANTS[name].prepare(workload))
+
+
+def wrong_weight(workload):
+    step = CriticStep(workload.critic, penalty=replace(workload.penalty, weight=9.9))
+    return Step(lambda alpha: step(workload.real, workload.fake, alpha), workload.critic)
+
+
+def no_double_backward(workload):
+    """The commonest mistake: create_graph forgotten, so that the penalty's value is right and its gradient is 0."""
+    return naive(workload, computes="loss")
+
+
+def stale(workload):
+    """Leaves the gradients of another α."""
+    step = ours(workload)
+    return Step(lambda alpha: step(1 - alpha), workload.critic)
+
+
+def not_a_number(workload):
+    def run(alpha):
+        step(alpha)
+        workload.critic[0].weight.grad[0] = torch.nan
+
+    step = naive(workload)
+    return Step(run, workload.critic)
+
+
+@pytest.mark.parametrize("wrong", [wrong_weight, no_double_backward, stale, not_a_number])
+def test_a_wrong_variant_is_refused_and_not_timed(wrong, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "ours", Variant("wrong", wrong))
+    found = run(small(), ["naive", "ours"], budget=0)["variants"]
+    assert "milliseconds" in found["naive"]
+    assert "off by" in found["ours"]["refused"]
+    assert "milliseconds" not in found["ours"]
+
+
+def test_a_wrong_baseline_stops_the_benchmark_from_judging_by_it(monkeypatch):
+    workload = small()
+    monkeypatch.setattr("wgan_fast.bench.check.naive", lambda workload, *_, computes="step": naive(workload))
+    with pytest.raises(WrongGradientsError):
+        Checker(workload).check("no-penalty", VARIANTS["no-penalty"], naive(workload, computes="loss"))
+
+
+def test_error_of_ours_may_be_twice_that_of_naive_and_no_more():
+    workload = small()
+    checker = Checker(workload)
+    naive_error = checker.check("naive", VARIANTS["naive"], naive(workload))
+    allowed = max(2 * naive_error, 2**-23)
+    truth = checker._truth("step")
+
+    def off_by(factor):
+        def run(alpha):
+            offset = torch.zeros_like(truth)
+            offset[0] = factor * allowed * truth.norm()
+            for parameter, gradient in zip(
+                workload.critic.parameters(), (truth + offset).split([p.numel() for p in workload.critic.parameters()])
+            ):
+                parameter.grad = None
+                parameter.grad_double = gradient
+
+        step = Step(run, workload.critic)
+        step.gradients = lambda: [parameter.grad_double for parameter in workload.critic.parameters()]
+        return step
+
+    checker.check("ours", VARIANTS["ours"], off_by(0.99))
+    with pytest.raises(WrongGradientsError, match="ours on"):
+        checker.check("ours", VARIANTS["ours"], off_by(1.01))
+
+
+# Counted and timed
+
+
+def test_memory_counts_what_is_alive_at_once():
+    def run(alpha):
+        first = torch.empty(1000, dtype=torch.uint8)
+        view = first[10:]
+        del first
+        second = torch.empty(300, dtype=torch.uint8)
+        del view
+        del second
+        torch.empty(1200, dtype=torch.uint8)
+
+    assert peak_bytes(Step(run, nn.Linear(1, 1)), torch.device("cpu")) == 1300
+
+
+def test_views_are_no_launches_and_products_are_counted():
+    a, b = torch.randn(3, 5), torch.randn(5, 7)
+    counted = count(lambda: (a.view(5, 3).t(), torch.add(a, 1), a @ b))
+    assert (counted.launches, counted.flops) == (2, 2 * 3 * 5 * 7)
+
+
+def test_rounds_time_every_step_and_scale_it():
+    clock = [Step(lambda alpha: None, nn.Linear(1, 1), scale=scale) for scale in (1.0, 0.0)]
+    times = interleaved({"a": clock[0], "b": clock[1]}, {"a": 1.0, "b": 1.0}, torch.device("cpu"), budget=0)
+    assert len(times["a"]) == len(times["b"]) >= 5
+    assert min(times["a"]) > 0
+    assert max(times["b"]) == 0
+
+
+@pytest.mark.parametrize("penalty", workloads.PENALTIES)
+def test_limit_stands_for_the_flops_of_our_step(penalty):
+    workload = workloads.build("toy-mlp", penalty=penalty, batch_size=9)
+    step = ours(workload)
+    step()
+    replay = limit(workload, step)
+    replayed = count(replay).flops
+    assert replayed * replay.scale == pytest.approx(count(step).flops)
+    # The replay does 10, 8 or 6 forwards' worth itself, so the scale only corrects the ends of the network.
+    assert replayed / forward_flops(workload) == pytest.approx(
+        {"wgan-gp": 10, "r1-r2": 8, "none": 6}[penalty], rel=0.02
+    )
+
+
+# Told
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("bench")
+    arguments = ["--critic", f"{__name__}:packed_conv_critic", "--shape", "2x5x5", "--batch-sizes", "4"]
+    main(["bench", *arguments, "--variants", "ours", "jax", "--seconds", "0", "--out", str(tmp_path)])
+    return tmp_path
+
+
+def test_command_leaves_results_a_table_and_a_plot(measured):
+    (path,) = measured.glob("*.json")
+    found = results.read(path)
+    assert set(found["environment"]["versions"]) >= {"python", "torch", "wgan_fast"}
+    ((key, workload),) = found["workloads"].items()
+    assert key == f"{__name__}:packed_conv_critic/wgan-gp/4"
+    assert set(workload["variants"]) == {"naive", "ours", "jax"}
+    naive_found, ours_found = workload["variants"]["naive"], workload["variants"]["ours"]
+    assert len(naive_found["milliseconds"]) == len(ours_found["milliseconds"]) >= 5
+    assert ours_found["launches"] < naive_found["launches"]
+    speed = results.ratio(workload, "naive", "ours")
+    assert speed.low <= speed.median <= speed.high
+    table = path.with_suffix(".md").read_text()
+    assert f"{speed.median:.2f}" in table
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_measured_already_is_not_measured_again(measured, monkeypatch):
+    (path,) = measured.glob("*.json")
+    before = path.read_bytes()
+    ran = []
+    monkeypatch.setattr(series, "run", lambda *_, **__: ran.append(1) or {"variants": {}, "title": "", "parameters": 0})
+    options = {"device": torch.device("cpu"), "folder": measured, "budget": 0, "sample_shape": (2, 5, 5)}
+    workload = ([f"{__name__}:packed_conv_critic"], ["wgan-gp"], [4])
+    series.measure(*workload, names=["ours"], **options)
+    assert not ran
+    assert path.read_bytes() == before
+    series.measure(*workload, names=["ours", "field"], **options)
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "nonsense"], "model must be one of toy-mlp, "),
+        (["--penalties", "nonsense"], "penalty must be one of wgan-gp, r1-r2, none, got 'nonsense'"),
+        (["--variants", "nonsense"], "variants must be among field, naive, "),
+        (["--batch-sizes", "0"], "batch_size must be at least 1, got 0"),
+        (["--models", "tabular-mlp", "--batch-sizes", "7"], "multiple of 10"),
+        (["--critic", "nonsense:f", "--shape", "3"], "critic 'nonsense:f' cannot be imported"),
+        (["--critic", "math:sqrt"], "needs the shape of one sample"),
+        (["--critic", "os:getcwd", "--shape", "3"], "must return an nn.Module, got str"),
+        (["--shape", "3x"], "shape must be sizes joined by x, such as 3x32x32, got '3x'"),
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--seconds", "-1"], "seconds must be at least 0, got -1.0"),
+        (["--device", "nonsense"], "device must be"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "--out", str(tmp_path / "out"), *arguments])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("wgan-fast: error: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_results_are_named(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text('{"environment": ')
+    with pytest.raises(InputError, match=r"results\.json cannot be read"):
+        results.read(path)
+
+
+def test_summary_marks_where_we_lose():
+    def variant(*milliseconds, **counts):
+        return {"milliseconds": list(milliseconds)} | counts
+
+    workload = {
+        "title": "",
+        "parameters": 1,
+        "variants": {
+            "naive": variant(10, 12, 14, units=12.0, launches=100, peak_bytes=100),
+            "jax": variant(4, 4, 4),
+            "ours": variant(5, 6, 7, units=10.0, launches=40, peak_bytes=130),
+            "limit": variant(3, 3, 3),
+        },
+    }
+    env = {"device": "Some CPU", "flags": [], "threads": 2, "versions": {"torch": "2"}, "commit": ""}
+    *_, row = report.summary({"environment": env, "workloads": {"m/wgan-gp/3": workload}}).splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == [
+        "m / wgan-gp / 3", "12 ms", "", "2.00", "", "", "", "**0.67**", "", "50%", "**1.30**",
+        "12.0 → 10.0", "100 → 40",
+    ]  # fmt: skip
+
+
+def test_readme_shows_the_committed_results():
+    readme = (CHECKOUT / "README.md").read_text()
+    section = readme.partition(report.BEGIN)[2].partition(report.END)[0]
+    assert section.strip() == report.readme_section(CHECKOUT / "benchmarks" / "results").strip(), "run `make report`"
+
+
+def test_report_writes_only_between_the_markers(tmp_path):
+    readme, folder = tmp_path / "README.md", tmp_path / "results"
+    folder.mkdir()
+    readme.write_text("before\n")
+    with pytest.raises(InputError, match="must contain the lines"):
+        report.update_readme(readme, folder)
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for path in (CHECKOUT / "benchmarks" / "results").glob("*.json"):
+        shutil.copy(path, folder)
+        device = json.loads(path.read_text())["environment"]["device"]
+        report.update_readme(readme, folder)
+        assert device in readme.read_text()
+    report.update_readme(readme, folder)
+    once = readme.read_text()
+    assert once.startswith("before\n")
+    assert once.endswith("\nafter\n")
+    assert "old" not in once
+    report.update_readme(readme, folder)
+    assert readme.read_text() == once
