@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
 # A thread that waits by spinning takes the core from the thread that it waits for, where the machine is shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test test-slow check bench kernel-check wheel-test cuda-compile clean
+.PHONY: help demo test test-slow check bench bench-kernels report kernel-check wheel-test cuda-compile clean
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -44,8 +44,26 @@ check: $(VENV)/package  ## Lint, formatting, types
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
-bench: $(VENV)/package  ## Benchmarks against the alternatives
+# JAX is a competitor, not a dependency.
+$(VENV)/jax: $(VENV)/package
+	$(BIN)/pip install --quiet -c constraints.txt jax
+	touch $@
+
+BENCH := $(BIN)/wgan-fast bench --device cpu --out benchmarks/results
+LARGE := naive naive-compiled no-penalty drop-in ours ours-compiled limit naive-bf16 ours-bf16 limit-bf16
+
+bench: $(VENV)/jax  ## The critic step against the alternatives, on this CPU; goes on where it was stopped
+	$(BENCH) --models toy-mlp tabular-mlp dcgan-28 --seconds 20
+	$(BENCH) --models resnet-32 language dcgan-64 --variants $(LARGE) --seconds 10
+	$(BENCH) --models toy-mlp dcgan-28 --penalties r1-r2 none --variants naive no-penalty drop-in ours limit --seconds 5
+	$(BENCH) --models toy-mlp dcgan-28 --batch-sizes 16 512 --variants naive ours limit --seconds 5
+	$(MAKE) report
+
+bench-kernels: $(VENV)/package  ## Each kernel against the alternatives, and the step against the committed results
 	$(BIN)/python -m pytest benchmarks
+
+report: $(VENV)/package  ## The README's table from the committed results
+	$(BIN)/python -m wgan_fast.bench.report README.md benchmarks/results
 
 kernel-check: $(VENV)/package  ## The Triton kernels for every architecture against their baselines; needs no GPU
 	$(BIN)/python tests/kernel_resources.py
