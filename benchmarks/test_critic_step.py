@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from wgan_fast.bench import results, workloads
 from wgan_fast.bench.check import Checker
 from wgan_fast.bench.measure import count, forward_flops, peak_bytes
