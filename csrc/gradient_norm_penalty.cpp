@@ -1,0 +1,239 @@
+// The input gradient's norms, the penalty and the tangent seed v on a CPU, and the second derivative: each
+// group's gradient is read from memory once, and again from the cache.
+
+#include <cmath>
+#include <tuple>
+
+#include "samples.h"
+
+namespace wgan_fast {
+namespace {
+
+// Sums are kept in this many lanes, as many as fill four vectors, for one block, and in float64 from block to
+// block: whatever the number of threads, they add up in one order.
+constexpr int64_t kLanes = 64;
+constexpr int64_t kBlock = 16 * kBufferSize;
+
+template <typename C>
+inline __attribute__((always_inline)) double dot(const C* __restrict__ a, const C* __restrict__ b,
+                                                 int64_t count) {
+  if (count < kLanes) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
+    return sum;
+  }
+  C lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] += a[i + l] * b[i + l];
+  for (int64_t l = 0; i < count; ++i, ++l) lanes[l] += a[i] * b[i];
+  double sum = 0;
+  for (int64_t l = 0; l < kLanes; ++l) sum += lanes[l];
+  return sum;
+}
+template <typename C>
+inline __attribute__((always_inline)) void scale(const C* __restrict__ a, C* __restrict__ out, int64_t count,
+                                                 C s) {
+  for (int64_t i = 0; i < count; ++i) out[i] = s * a[i];
+}
+template <typename C>
+inline __attribute__((always_inline)) void combine(const C* __restrict__ a, const C* __restrict__ b,
+                                                   C* __restrict__ out, int64_t count, C s, C q) {
+  for (int64_t i = 0; i < count; ++i) out[i] = s * a[i] + q * b[i];
+}
+
+#define WGAN_FAST_LOOPS(C)                                                                                 \
+  WGAN_FAST_CPU_CLONES double run_dot(const C* a, const C* b, int64_t count) { return dot(a, b, count); }  \
+  WGAN_FAST_CPU_CLONES void run_scale(const C* a, C* out, int64_t count, C s) { scale(a, out, count, s); } \
+  WGAN_FAST_CPU_CLONES void run_combine(const C* a, const C* b, C* out, int64_t count, C s, C q) {         \
+    combine(a, b, out, count, s, q);                                                                       \
+  }
+
+WGAN_FAST_LOOPS(float)
+WGAN_FAST_LOOPS(double)
+
+#undef WGAN_FAST_LOOPS
+
+// (w/G) Σ ψ(r) with ψ(r) = (r − target)², or max(0, r − target)² when one-sided.
+struct Penalty {
+  double weight, target;
+  bool one_sided;
+  int64_t groups;
+
+  double excess(double norm) const {
+    const double excess = norm - target;
+    return one_sided && excess < 0 ? 0 : excess;
+  }
+  // The s of v = s·g.
+  double slope(double norm) const {
+    const double factor = 2 * weight / groups;
+    if (target == 0) return factor;
+    return norm == 0 ? 0 : factor * (excess(norm) / norm);
+  }
+  // The q of v's derivative s·c + q·g in the direction c. In this order r³ is never formed.
+  double curvature(double norm, double product) const {
+    if (norm == 0 || (one_sided && norm < target)) return 0;
+    return 2 * weight / groups * target * (product / norm / norm / norm);
+  }
+};
+
+// Calls `step(at, count)` for what a buffer takes at a time of `size` elements from `at` on, or for all at
+// once.
+template <typename Step>
+void in_steps(int64_t at, int64_t size, bool direct, const Step& step) {
+  const int64_t most = direct ? size : kBufferSize;
+  for (const int64_t end = at + size; at < end; at += most) step(at, std::min(most, end - at));
+}
+
+// Reduces every row of `size` elements with `reduce(at, count) -> double`, then calls `apply(row, sum, at,
+// count)`: row by row, for the cache, or block by block where there are too few rows for the threads.
+template <typename Reduce, typename Apply>
+void reduce_rows(int64_t rows, int64_t size, const Reduce& reduce, const Apply& apply) {
+  const int64_t blocks = (size + kBlock - 1) / kBlock;
+  const auto block = [&](int64_t row, int64_t b, const auto& call) {
+    return call(row * size + b * kBlock, std::min(kBlock, size - b * kBlock));
+  };
+  if (blocks == 1 || rows >= 4 * static_cast<int64_t>(torch::stable::get_num_threads())) {
+    parallel_grains(rows, std::max<int64_t>(1, kGrainSize / size), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        double sum = 0;
+        for (int64_t b = 0; b < blocks; ++b) sum += block(row, b, reduce);
+        apply(row, sum, row * size, size);
+      }
+    });
+    return;
+  }
+  std::vector<double> partial(rows * blocks);
+  parallel_grains(rows * blocks, 2, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) partial[i] = block(i / blocks, i % blocks, reduce);
+  });
+  parallel_grains(rows * blocks, 2, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / blocks;
+      double sum = 0;
+      for (int64_t b = 0; b < blocks; ++b) sum += partial[row * blocks + b];
+      block(row, i % blocks, [&](int64_t at, int64_t count) { apply(row, sum, at, count); });
+    }
+  });
+}
+
+template <typename C>
+void penalty_as(const Tensor& gradient, const Penalty& penalty, const Tensor& value, const Tensor& mean_norm,
+                const Tensor& norm, const Tensor& seed) {
+  const Source<C> g(gradient);
+  const Target<C> v(seed);
+  auto* const norms = static_cast<C*>(norm.mutable_data_ptr());
+  reduce_rows(
+      penalty.groups, gradient.numel() / penalty.groups,
+      [&](int64_t at, int64_t size) {
+        C buffer[kBufferSize];
+        double sum = 0;
+        in_steps(at, size, g.direct(), [&](int64_t from, int64_t count) {
+          const C* const values = g.read(from, count, buffer);
+          sum += run_dot(values, values, count);
+        });
+        return sum;
+      },
+      [&](int64_t row, double sum, int64_t at, int64_t size) {
+        C in[kBufferSize], out[kBufferSize];
+        norms[row] = static_cast<C>(std::sqrt(sum));
+        const C slope = static_cast<C>(penalty.slope(norms[row]));
+        in_steps(at, size, v.direct(), [&](int64_t from, int64_t count) {
+          C* const place = v.place(from, out);
+          run_scale(g.read(from, count, in), place, count, slope);
+          v.flush(from, count, place);
+        });
+      });
+  double squares = 0, sum = 0;
+  for (int64_t row = 0; row < penalty.groups; ++row) {
+    const double excess = penalty.excess(norms[row]);
+    squares += excess * excess;
+    sum += norms[row];
+  }
+  *static_cast<C*>(value.mutable_data_ptr()) = static_cast<C>(penalty.weight * (squares / penalty.groups));
+  *static_cast<C*>(mean_norm.mutable_data_ptr()) = static_cast<C>(sum / penalty.groups);
+}
+
+template <typename C>
+void backward_as(const Tensor& gradient, const Tensor& norm, const Tensor& cotangent, const Penalty& penalty,
+                 const Tensor& result) {
+  const Source<C> g(gradient), c(cotangent);
+  const Target<C> target(result);
+  const auto* const norms = static_cast<const C*>(norm.const_data_ptr());
+  reduce_rows(
+      penalty.groups, gradient.numel() / penalty.groups,
+      [&](int64_t at, int64_t size) {
+        C first[kBufferSize], second[kBufferSize];
+        double sum = 0;
+        in_steps(at, size, g.direct(), [&](int64_t from, int64_t count) {
+          sum += run_dot(g.read(from, count, first), c.read(from, count, second), count);
+        });
+        return sum;
+      },
+      [&](int64_t row, double sum, int64_t at, int64_t size) {
+        C first[kBufferSize], second[kBufferSize], out[kBufferSize];
+        const C s = static_cast<C>(penalty.slope(norms[row]));
+        const C q = static_cast<C>(penalty.curvature(norms[row], sum));
+        in_steps(at, size, target.direct(), [&](int64_t from, int64_t count) {
+          C* const place = target.place(from, out);
+          run_combine(c.read(from, count, first), g.read(from, count, second), place, count, s, q);
+          target.flush(from, count, place);
+        });
+      });
+}
+
+Tensor dense(const Tensor& batch) {
+  return has_dense_samples(batch) ? batch : torch::stable::contiguous(batch);
+}
+
+void check(const Tensor& gradient, int64_t groups) {
+  STD_TORCH_CHECK(gradient.dim() > 0 && gradient.numel() > 0, "expected a batch that is not empty");
+  STD_TORCH_CHECK(groups > 0 && gradient.sizes()[0] % groups == 0, "expected groups of one size");
+  STD_TORCH_CHECK(gradient.scalar_type() != ScalarType::Byte, "expected a floating-point gradient");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradient_norm_penalty(Tensor gradient, double weight,
+                                                                 double target, bool one_sided,
+                                                                 int64_t group_size) {
+  STD_TORCH_CHECK(group_size > 0 && gradient.dim() > 0 && gradient.sizes()[0] % group_size == 0,
+                  "expected a group_size that divides the batch, got ", group_size);
+  const Penalty penalty{weight, target, one_sided, gradient.sizes()[0] / group_size};
+  check(gradient, penalty.groups);
+  gradient = dense(gradient);
+  const bool wide = gradient.scalar_type() == ScalarType::Double;
+  const auto dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const Tensor seed = empty_samples(gradient, gradient.sizes()[0], gradient.scalar_type());
+  const Tensor norm = torch::stable::new_empty(gradient, {penalty.groups}, dtype);
+  const Tensor value = torch::stable::new_empty(gradient, {}, dtype);
+  const Tensor mean_norm = torch::stable::new_empty(gradient, {}, dtype);
+  (wide ? penalty_as<double> : penalty_as<float>)(gradient, penalty, value, mean_norm, norm, seed);
+  return {value, mean_norm, norm, seed};
+}
+
+Tensor gradient_norm_penalty_backward(Tensor gradient, Tensor norm, Tensor cotangent, double weight,
+                                      double target, bool one_sided) {
+  const Penalty penalty{weight, target, one_sided, norm.numel()};
+  check(gradient, penalty.groups);
+  const bool wide = gradient.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(
+      norm.is_contiguous() && norm.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+      "expected the norms that gradient_norm_penalty returned");
+  STD_TORCH_CHECK(cotangent.sizes() == gradient.sizes() && cotangent.scalar_type() == gradient.scalar_type(),
+                  "expected a cotangent like the gradient");
+  gradient = dense(gradient);
+  if (!has_dense_samples(cotangent) || !same_layout(cotangent, gradient)) {
+    Tensor copy = empty_samples(gradient, gradient.sizes()[0], gradient.scalar_type());
+    cotangent = torch::stable::copy_(copy, cotangent);
+  }
+  const Tensor result = empty_samples(gradient, gradient.sizes()[0], gradient.scalar_type());
+  (wide ? backward_as<double> : backward_as<float>)(gradient, norm, cotangent, penalty, result);
+  return result;
+}
+
+}  // namespace
+}  // namespace wgan_fast
+
+STABLE_TORCH_LIBRARY_IMPL(wgan_fast, CPU, m) {
+  m.impl("gradient_norm_penalty", TORCH_BOX(&wgan_fast::gradient_norm_penalty));
+  m.impl("gradient_norm_penalty_backward", TORCH_BOX(&wgan_fast::gradient_norm_penalty_backward));
+}

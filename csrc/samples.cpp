@@ -1,0 +1,72 @@
+// Conversions between the dtypes of samples and the types that are computed in.
+
+#include "samples.h"
+
+namespace wgan_fast {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+template <typename From, typename To>
+inline __attribute__((always_inline)) void convert(const void* from, void* to, int64_t count) {
+  const auto* __restrict__ const source = static_cast<const From*>(from);
+  auto* __restrict__ const target = static_cast<To*>(to);
+  for (int64_t i = 0; i < count; ++i) target[i] = static_cast<To>(source[i]);
+}
+
+#define WGAN_FAST_CONVERSION(name, From, To)                                  \
+  WGAN_FAST_CPU_CLONES void name(const void* from, void* to, int64_t count) { \
+    convert<From, To>(from, to, count);                                       \
+  }
+
+WGAN_FAST_CONVERSION(float32_from_uint8, uint8_t, float)
+WGAN_FAST_CONVERSION(float32_from_float16, Half, float)
+WGAN_FAST_CONVERSION(float32_from_bfloat16, BFloat16, float)
+WGAN_FAST_CONVERSION(float64_from_uint8, uint8_t, double)
+WGAN_FAST_CONVERSION(float64_from_float16, Half, double)
+WGAN_FAST_CONVERSION(float64_from_bfloat16, BFloat16, double)
+WGAN_FAST_CONVERSION(float64_from_float32, float, double)
+WGAN_FAST_CONVERSION(float16_from_float32, float, Half)
+WGAN_FAST_CONVERSION(bfloat16_from_float32, float, BFloat16)
+
+#undef WGAN_FAST_CONVERSION
+
+}  // namespace
+
+Conversion conversion(ScalarType from, ScalarType to) {
+  if (to == ScalarType::Float) switch (from) {
+      case ScalarType::Float:
+        return nullptr;
+      case ScalarType::Byte:
+        return float32_from_uint8;
+      case ScalarType::Half:
+        return float32_from_float16;
+      case ScalarType::BFloat16:
+        return float32_from_bfloat16;
+      default:
+        break;
+    }
+  if (to == ScalarType::Double) switch (from) {
+      case ScalarType::Double:
+        return nullptr;
+      case ScalarType::Byte:
+        return float64_from_uint8;
+      case ScalarType::Half:
+        return float64_from_float16;
+      case ScalarType::BFloat16:
+        return float64_from_bfloat16;
+      case ScalarType::Float:
+        return float64_from_float32;
+      default:
+        break;
+    }
+  if (from == ScalarType::Float && to == ScalarType::Half) return float16_from_float32;
+  if (from == ScalarType::Float && to == ScalarType::BFloat16) return bfloat16_from_float32;
+  STD_TORCH_CHECK(false,
+                  "expected uint8, float16, bfloat16 or float32 samples computed in float32, or samples "
+                  "computed in float64 and written as float64");
+  return nullptr;
+}
+
+}  // namespace wgan_fast
