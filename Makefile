@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OPERATOR_TESTS := $(addprefix tests/,test_clipping.py test_optim.py)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
 
 # A thread that waits by spinning takes the core from the thread that it waits for, where the machine is shared.
@@ -73,6 +74,17 @@ wheel-test: $(VENV)/package  ## Wheels with and without the extension, each used
 
 cuda-compile: $(VENV)/package  ## The CUDA sources for every default architecture; needs nvcc, no GPU
 	$(BIN)/python setup.py --quiet cuda_compile
+
+# A build apart, so that nothing else loads it. The check for leaks would report Python's own.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+SANITIZED := build/sanitize
+
+sanitize: $(VENV)/package  ## The compiled operators' tests on a CPU under AddressSanitizer and UBSan
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" WGAN_FAST_REQUIRE_EXT=1 \
+		$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=$(SANITIZED)/lib \
+		$(BIN)/python -P -m pytest -m 'not slow' -k 'not compile' $(OPERATOR_TESTS)
 
 clean:  ## Remove everything that the targets made, except runs/
 	rm -rf $(VENV) build dist *.egg-info wgan_fast/_C.*.so wgan_fast/_build.json
