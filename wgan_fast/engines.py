@@ -89,7 +89,7 @@ class EngineChoice:
         except CaptureError as error:
             self._give_way(self.four_pass.critic, error)
             return None
-        return self.four_pass(batches, critic_args, critic_kwargs), plan.parameters
+        return self.four_pass.run(plan, batches, critic_args, critic_kwargs), plan.parameters
 
     def _give_way(self, critic: Callable[..., Tensor], error: CaptureError) -> None:
         if self.engine == "four_pass":

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -25,8 +26,8 @@ from .checks import (
 )
 from .double_backprop import Objective, attach
 from .engines import choice_for
+from .piecewise_linear import PiecewiseLinear
 from .precision import accumulation_dtype
-from .samples import layout_reason
 
 At = Literal["interpolates", "real", "fake", "both", "perturbed"]
 
@@ -290,7 +291,9 @@ def penalty_at(
     for point in points:
         with torch.enable_grad():
             x = point.detach().requires_grad_()
-            scores = check_scores(critic(x, *critic_args, **(critic_kwargs or {})), x, config.group_size)
+            with nullcontext() if torch.compiler.is_compiling() else PiecewiseLinear():
+                scores = critic(x, *critic_args, **(critic_kwargs or {}))
+            scores = check_scores(scores, x, config.group_size)
             gradient = _input_gradient(scores, x, differentiate)
             norm = reference.gradient_norm(gradient, config.group_size)
             penalties.append(
@@ -356,11 +359,10 @@ def interpolate(
         # The compiler fuses the plain expression with what is around it.
         mixed = torch.lerp(fake.to(alpha.dtype), real.to(alpha.dtype), reference.per_sample(alpha, real)).to(real.dtype)
         return mixed if out is None else out.copy_(mixed)
-    if out is not None and layout_reason(real=real, fake=fake, out=out) is None:
-        torch.ops.wgan_fast.interpolate_into(out, real, fake, alpha)
-        return out
-    mixed = ops.interpolate(real, fake, alpha)
-    return mixed if out is None else out.copy_(mixed)
+    if out is None:
+        return ops.interpolate(real, fake, alpha)
+    torch.ops.wgan_fast.interpolate_into(out, real, fake, alpha)
+    return out
 
 
 def penalty_from_gradient(

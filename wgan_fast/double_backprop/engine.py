@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,17 @@ class FourPassEngine:
         Raises:
             CaptureError: The critic cannot run in four passes; nothing has been computed then.
         """
-        plan = self.plan(batches, critic_args, critic_kwargs)
+        return self.run(self.plan(batches, critic_args, critic_kwargs), batches, critic_args, critic_kwargs, given)
+
+    def run(
+        self,
+        plan: Plan,
+        batches: Mapping[str, Tensor],
+        critic_args: tuple[Any, ...] = (),
+        critic_kwargs: Mapping[str, Any] | None = None,
+        given: Mapping[int, Tensor] | None = None,
+    ) -> StepOutput:
+        """Run one step on the plan that was made for these batches; the rest as in a call."""
         leaves, _ = tree_flatten((critic_args, dict(critic_kwargs or {})))
         owned = [(given or {}).get(id(tensor), tensor) for tensor in plan.owned()]
         return plan.run(owned, [_laid_out(batches[name].detach(), like) for name, like in plan.layout.items()], leaves)
@@ -73,9 +83,10 @@ class FourPassEngine:
     ) -> Plan:
         """Return the plan for these batches, made now if there is none."""
         key = self._key(batches, critic_args, critic_kwargs)
-        if key not in self.plans:
-            self.plans[key] = self._make(batches, critic_args, critic_kwargs)
-        return self.plans[key]
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self.plans[key] = self._make(batches, critic_args, critic_kwargs)
+        return plan
 
     def has_plan(
         self,
@@ -98,8 +109,7 @@ class FourPassEngine:
         return (
             example.shape, example.stride(), example.dtype, example.device,
             tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves), spec,
-            tuple(module.training for module in self.critic.modules()),
-            tuple((id(p), p.requires_grad, p.dtype, p.device) for p in self.critic.parameters()),
+            tuple(_state(self.critic)),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )  # fmt: skip
 
@@ -123,6 +133,17 @@ class FourPassEngine:
         if self.compile:
             plan.runner = _Compiled(plan.graph)
         return plan
+
+
+def _state(module: nn.Module) -> Iterator[Any]:
+    """What the graph depends on besides the batches; by hand, as ``modules()`` and ``parameters()`` cost 0.1 ms."""
+    yield module.training
+    for p in module._parameters.values():
+        if p is not None:
+            yield id(p), p.requires_grad, p.dtype, p.device
+    for child in module._modules.values():
+        if child is not None:
+            yield from _state(child)
 
 
 class _Compiled:

@@ -1,0 +1,97 @@
+"""ReLU and leaky ReLU for double backward without the dead pass.
+
+PyTorch's second derivative of these activations is a tensor of zeros, which autograd then carries back through the
+whole critic. Here it is absent (Etmann 2019, arXiv:1906.06637), so that what follows it is never computed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+aten = torch.ops.aten
+
+
+class PiecewiseLinear(TorchFunctionMode):
+    """While active, differentiable ReLUs and leaky ReLUs have no second derivative instead of one that is zero."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace the activations that can be."""
+        replace = _REPLACED.get(func)
+        if replace is not None and torch.is_grad_enabled() and args and args[0].requires_grad:
+            return replace(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _Activation(torch.autograd.Function):
+    """x where x > 0, else slope · x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, slope: float, inplace: bool) -> Tensor:
+        if slope == 0:
+            return x.relu_() if inplace else x.relu()
+        return aten.leaky_relu_(x, slope) if inplace else aten.leaky_relu(x, slope)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
+        x, ctx.slope, inplace = inputs
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        (y,) = ctx.saved_tensors
+        return _Slope.apply(cotangent, y.detach(), ctx.slope), None, None  # type: ignore[no-untyped-call]
+
+
+class _Slope(torch.autograd.Function):
+    """The activation's derivative times a vector: linear in the vector, and constant in all else."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(vector: Tensor, y: Tensor, slope: float) -> Tensor:
+        if slope == 0:
+            return aten.threshold_backward(vector, y, 0)  # type: ignore[no-any-return]
+        return aten.leaky_relu_backward(vector, y, slope, True)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        _, y, ctx.slope = inputs
+        ctx.save_for_backward(y)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        (y,) = ctx.saved_tensors
+        return _Slope.apply(cotangent, y, ctx.slope), None, None  # type: ignore[no-untyped-call]
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Tensor:
+    return _Activation.apply(input, 0.0, inplace)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _relu_(input: Tensor) -> Tensor:
+    return _relu(input, True)
+
+
+def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    # The sign of x can be read from the output of a rising function only.
+    if negative_slope < 0:
+        return F.leaky_relu(input, negative_slope, inplace)
+    return _Activation.apply(input, float(negative_slope), inplace)  # type: ignore[no-any-return,no-untyped-call]
+
+
+_REPLACED: dict[Any, Callable[..., Tensor]] = {
+    torch.relu: _relu,
+    torch.relu_: _relu_,
+    F.relu: _relu,
+    Tensor.relu: _relu,
+    Tensor.relu_: _relu_,
+    F.leaky_relu: _leaky_relu,
+}
