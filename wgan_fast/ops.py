@@ -219,8 +219,18 @@ if importlib.util.find_spec("triton"):
     _register_norm_kernels("CUDA")
 
 
+_below_autograd: Any = torch._C._AutoDispatchBelowAutograd
+"""Calls an operator past the Python function that records it, which costs as much as a small operator itself."""
+
+
+def _differentiated(*tensors: Tensor) -> bool:
+    """Whether a derivative of what follows from the tensors may be asked for, by autograd or by torch.func."""
+    recording = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return recording or torch._C._are_functorch_transforms_active()
+
+
 # Interpolation: x̂ = α(scale·x + shift) + (1−α)x̃, with α in the accumulation dtype, one per group of samples;
-# `batch` asks for [x; x̃; x̂]. `interpolate_into` takes dense samples of one layout only.
+# `batch` asks for [x; x̃; x̂]. Batches that `samples.layout_reason` objects to are copied first.
 _OPTIONS = "float scale=1.0, float shift=0.0, ScalarType? dtype=None, bool batch=False"
 for _schema in (
     "interpolate_into(Tensor(a!) out, Tensor real, Tensor fake, Tensor alpha, float scale=1.0, float shift=0.0) -> ()",
@@ -258,9 +268,7 @@ def _interpolate(
     batch: bool = False,
 ) -> Tensor:
     out = samples.empty(real, real.shape[0] * (3 if batch else 1), dtype or fake.dtype)
-    plain = samples.layout_reason(real=real, fake=fake)
-    into = _interpolate_into_plain if plain else torch.ops.wgan_fast.interpolate_into
-    into(out, real, fake, alpha, scale, shift)
+    torch.ops.wgan_fast.interpolate_into(out, real, fake, alpha, scale, shift)
     return out
 
 
@@ -279,7 +287,7 @@ def _interpolate_drawn(
     alpha = philox.uniform(state, groups).to(accumulation_dtype(fake.dtype))
     with torch.no_grad():
         state[1] += groups
-        return _interpolate(real, fake, alpha, scale, shift, dtype, batch), alpha
+        return torch.ops.wgan_fast.interpolate(real, fake, alpha, scale, shift, dtype, batch), alpha
 
 
 @torch.library.register_fake("wgan_fast::interpolate_into", lib=_library)  # type: ignore[untyped-decorator]
@@ -362,8 +370,12 @@ torch.library.register_autograd(
 
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     """Return x̂ with α ``[N]``, differentiable also under torch.func, whose transforms no registered formula passes."""
-    mixed: Tensor = _Interpolate.apply(real, fake, alpha, 1.0, 0.0, None, False)  # type: ignore[no-untyped-call]
-    return mixed
+    if _differentiated(real, fake, alpha):
+        mixed: Tensor = _Interpolate.apply(real, fake, alpha, 1.0, 0.0, None, False)  # type: ignore[no-untyped-call]
+        return mixed
+    with _below_autograd():
+        plain: Tensor = torch.ops.wgan_fast.interpolate.default(real, fake, alpha)
+        return plain
 
 
 # The penalty at a given input gradient g, one norm per group of samples: the penalty, the mean norm, the norms and
@@ -496,7 +508,11 @@ torch.library.register_autograd(
 
 def gradient_norm_penalty(gradient: Tensor, weight: float, target: float, one_sided: bool) -> Tensor:
     """Return the penalty, twice differentiable also under torch.func."""
-    outputs = _GradientNormPenalty.apply(gradient, weight, target, one_sided, 1)  # type: ignore[no-untyped-call]
+    if _differentiated(gradient):
+        outputs = _GradientNormPenalty.apply(gradient, weight, target, one_sided, 1)  # type: ignore[no-untyped-call]
+    else:
+        with _below_autograd():
+            outputs = torch.ops.wgan_fast.gradient_norm_penalty.default(gradient, weight, target, one_sided)
     penalty: Tensor = outputs[0]
     return penalty
 
@@ -511,9 +527,15 @@ def _register_triton() -> None:
     def interpolate_into(
         out: Tensor, real: Tensor, fake: Tensor, alpha: Tensor, scale: float = 1.0, shift: float = 0.0
     ) -> None:
-        torch.autograd.graph.increment_version(out)
+        real = real if samples.is_dense(real) else real.contiguous()
+        fake = samples.arranged(fake, real)
+        target = samples.arranged(out, real, copy=False)
         with torch.cuda.device(out.device):
-            kernels("interpolate").interpolate(real, fake, alpha, out, scale=scale, shift=shift)
+            kernels("interpolate").interpolate(real, fake, alpha, target, scale=scale, shift=shift)
+        if target is out:
+            torch.autograd.graph.increment_version(out)
+        else:
+            out.copy_(target)
 
     @torch.library.impl(_library, "interpolate_drawn", "CUDA")
     def interpolate_drawn(
@@ -526,8 +548,8 @@ def _register_triton() -> None:
         dtype: torch.dtype | None = None,
         batch: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        if samples.layout_reason(real=real, fake=fake):
-            return _interpolate_drawn(real, fake, state, group_size, scale, shift, dtype, batch)
+        real = real if samples.is_dense(real) else real.contiguous()
+        fake = samples.arranged(fake, real)
         out, alpha = _interpolate_drawn_fake(real, fake, state, group_size, scale, shift, dtype, batch)
         torch.autograd.graph.increment_version(state)
         with torch.cuda.device(out.device):
@@ -554,8 +576,7 @@ def _register_triton() -> None:
     ) -> Tensor:
         gradient = gradient if samples.is_dense(gradient) else gradient.contiguous()
         out = torch.empty_like(gradient)
-        if samples.layout_reason(gradient=gradient, cotangent=cotangent):
-            cotangent = torch.empty_like(gradient).copy_(cotangent)
+        cotangent = samples.arranged(cotangent, gradient)
         with torch.cuda.device(gradient.device):
             kernels("gradient_norm_penalty").gradient_norm_penalty_backward(
                 gradient, norm, cotangent, out, weight=weight, target=target, one_sided=one_sided

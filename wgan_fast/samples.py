@@ -24,16 +24,19 @@ def empty(like: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(size, strides, dtype=dtype, device=like.device)
 
 
-def layout_reason(**batches: Tensor) -> str | None:
-    """Why compiled code does not take these batches together, or None where it does."""
-    (first, reference), *others = batches.items()
-    for name, batch in batches.items():
-        if not is_dense(batch):
-            return f"{name} has gaps between or within its samples, strides {list(batch.stride())}"
-    for name, batch in others:
-        for dim in range(1, batch.dim()):
-            if batch.size(dim) != 1 and batch.stride(dim) != reference.stride(dim):
-                return f"{name} and {first} order the elements of a sample differently, strides " + (
-                    f"{list(batch.stride())} and {list(reference.stride())}"
-                )
+def layout_reason(batch: Tensor, like: Tensor) -> str | None:
+    """Why compiled code takes a copy of ``batch`` beside ``like``, or None where it takes the batch itself."""
+    if not is_dense(batch):
+        return f"there are gaps between or within its samples, strides {list(batch.stride())}"
+    if any(batch.size(d) != 1 and batch.stride(d) != like.stride(d) for d in range(1, batch.dim())):
+        strides = f"strides {list(batch.stride())} and {list(like.stride())}"
+        return f"it orders the elements of a sample differently, {strides}"
     return None
+
+
+def arranged(batch: Tensor, like: Tensor, *, copy: bool = True) -> Tensor:
+    """``batch`` where compiled code takes it, otherwise new memory in the layout of ``like``, filled if ``copy``."""
+    if layout_reason(batch, like) is None:
+        return batch
+    new = empty(like, batch.shape[0], batch.dtype)
+    return new.copy_(batch) if copy else new
