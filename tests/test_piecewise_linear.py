@@ -1,6 +1,7 @@
 """The autograd engine leaves the dead pass out, and nothing else."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ class Activated(nn.Module):
         self.activate = activate
         widths = [3, 7, 5, 1]
         make = (lambda i, o: nn.Conv2d(i, o, 3, padding=1)) if conv else nn.Linear
-        self.layers = nn.ModuleList(make(i, o) for i, o in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(make(i, o) for i, o in itertools.pairwise(widths))
 
     def forward(self, x):
         for layer in self.layers[:-1]:

@@ -35,8 +35,8 @@ Schedule = Literal["auto", "batched", "split"]
 CACHE_BYTES = 16 * 2**20
 """On a CPU, batches are not joined where their largest activation would exceed this: caches are smaller, and larger
 buffers are handed back to the system and faulted in anew at every step. Joined DCGAN-28 at batch 64 has 10 MB and is as
-fast either way; a residual critic of 32x32 images at batch 32 has 25 MB and is 1.1 times as fast apart; DCGAN-64 at batch
-64 has 50 MB, and apart its step needs less memory too."""
+fast either way; a residual critic of 32x32 images at batch 32 has 25 MB and is 1.1 times as fast apart; DCGAN-64 at
+batch 64 has 50 MB, and apart its step needs less memory too."""
 
 
 @dataclass(frozen=True)
