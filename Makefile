@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
 # A thread that waits by spinning takes the core from the thread that it waits for, where the machine is shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test test-slow check bench bench-kernels report kernel-check wheel-test cuda-compile clean
+.PHONY: help demo test test-slow check bench bench-kernels report kernel-check wheel-test cuda-compile gpu sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -69,13 +69,20 @@ report: $(VENV)/package  ## The README's table from the committed results
 kernel-check: $(VENV)/package  ## The Triton kernels for every architecture against their baselines; needs no GPU
 	$(BIN)/python tests/kernel_resources.py
 
+# Into the environment of PYTHON, which has the torch of that machine: no network, and only its GPU's architecture.
+gpu:  ## On a machine with a GPU: its tests, every kernel's bandwidth, the critic step; one results file
+	TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; torch.cuda.is_available() and print("%d.%d" % torch.cuda.get_device_capability())') \
+		$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(PYTHON) benchmarks/gpu.py $(addprefix --commit=,$(COMMIT))
+
 wheel-test: $(VENV)/package  ## Wheels with and without the extension, each used outside the checkout
 	$(BIN)/python tests/check_wheel.py
 
 cuda-compile: $(VENV)/package  ## The CUDA sources for every default architecture; needs nvcc, no GPU
 	$(BIN)/python setup.py --quiet cuda_compile
 
-# A build apart, so that nothing else loads it. The check for leaks would report Python's own.
+# A build apart, so that nothing else loads it. The check for leaks would report Python's own; a report must pass
+# pytest's capture, because the process ends with it.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 SANITIZED := build/sanitize
 
@@ -84,7 +91,7 @@ sanitize: $(VENV)/package  ## The compiled operators' tests on a CPU under Addre
 		$(BIN)/python setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=$(SANITIZED)/lib \
-		$(BIN)/python -P -m pytest -m 'not slow' -k 'not compile' $(OPERATOR_TESTS)
+		$(BIN)/python -P -m pytest --capture=sys -m 'not slow' -k 'not compile' $(OPERATOR_TESTS)
 
 clean:  ## Remove everything that the targets made, except runs/
 	rm -rf $(VENV) build dist *.egg-info wgan_fast/_C.*.so wgan_fast/_build.json

@@ -1,0 +1,308 @@
+"""Everything that only a machine with a GPU can tell: the tests there, every kernel's bandwidth, the critic step.
+
+`make gpu` installs the package and runs it; one results file, named after the device, holds what was measured.
+Without a GPU the same steps run at small sizes on the CPU, and the file says so. Needs no network.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wgan_fast import build_info, clip_weights_, interpolate, reference
+from wgan_fast.bench import results, run, workloads
+from wgan_fast.double_backprop.passes import penalty_seed
+from wgan_fast.optim import ClippedRMSprop
+
+HERE = Path(__file__).parent
+TESTS = ["clipping", "optim", "interpolate", "kernel_operators", "norm_ops", "penalty_from_gradient", "critic_step"]
+TEST_SECONDS = 150
+ROUNDS = 30
+CACHES = 4
+"""How many times the GPU's last cache one operand is, so that nothing is read from there."""
+CPU_BYTES = 1 << 18
+MODELS = ["toy-mlp", "dcgan-28", "resnet-32"]
+VARIANTS = ["no-penalty", "drop-in", "ours", "ours-compiled", "naive-bf16", "ours-bf16"]
+STEP_SECONDS = 20.0
+
+BOUND = 0.01
+PENALTY = {"weight": 10.0, "target": 1.0, "one_sided": False}
+Call = Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kernel on its operands.
+
+    Attributes:
+        moved: Bytes that any implementation must move: each input read once, each output written once.
+        variants: Ways to compute the same; "ours" is the kernel.
+        output: What the last call left, for the comparison.
+        prepare: Restores the operands before every call, untimed.
+        target: What fraction of the copy bandwidth ours is to reach on a GPU.
+    """
+
+    moved: int
+    variants: dict[str, Call]
+    output: Callable[[], list[Tensor]]
+    prepare: Call
+    target: float
+
+
+def compiled(function: Callable[..., object], device: str) -> dict[str, Callable[..., object]]:
+    """torch.compile's own kernels, where they are made in seconds."""
+    return {"compiled": torch.compile(function, fullgraph=True)} if device == "cuda" else {}
+
+
+def as_layers(flat: Tensor) -> list[Tensor]:
+    """The sizes of a critic: few large layers and many small ones."""
+    sizes = [flat.numel() // 2, flat.numel() // 4, 1000, 63, 1]
+    sizes.append(flat.numel() - sum(sizes))
+    return [part.clone() for part in flat.split(sizes)]
+
+
+def clipping(numel: int, device: str) -> Case:
+    originals = as_layers(torch.empty(numel, device=device).uniform_(-2 * BOUND, 2 * BOUND))
+    weights = [weight.clone() for weight in originals]
+
+    def foreach() -> None:
+        torch._foreach_clamp_min_(weights, -BOUND)
+        torch._foreach_clamp_max_(weights, BOUND)
+
+    def eager(weights: list[Tensor]) -> None:
+        for weight in weights:
+            weight.clamp_(-BOUND, BOUND)
+
+    variants: dict[str, Call] = {
+        "eager": lambda: eager(weights),
+        "foreach": foreach,
+        **{name: lambda f=function: f(weights) for name, function in compiled(eager, device).items()},
+        "ours": lambda: clip_weights_(weights, BOUND),
+    }
+    prepare = lambda: torch._foreach_copy_(weights, originals)  # noqa: E731
+    return Case(2 * 4 * numel, variants, lambda: weights, prepare, 0.90)
+
+
+def clipped_rmsprop(numel: int, device: str) -> Case:
+    originals = as_layers(torch.empty(numel, device=device).uniform_(-BOUND, BOUND))
+    weights = [weight.clone() for weight in originals]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizers = {
+        "eager": torch.optim.RMSprop(weights, lr=5e-5, foreach=False),
+        "foreach": torch.optim.RMSprop(weights, lr=5e-5, foreach=True),
+        "ours": ClippedRMSprop(weights, lr=5e-5, clip=BOUND),
+    }
+    averages = [torch.zeros_like(weight) for weight in weights]
+
+    def formula(weights: list[Tensor], grads: list[Tensor], averages: list[Tensor]) -> None:
+        for weight, grad, average in zip(weights, grads, averages):
+            average.mul_(0.99).addcmul_(grad, grad, value=0.01)
+            weight.addcdiv_(grad, average.sqrt().add_(1e-8), value=-5e-5).clamp_(-BOUND, BOUND)
+
+    def plain(name: str) -> None:
+        optimizers[name].step()
+        torch._foreach_clamp_min_(weights, -BOUND)
+        torch._foreach_clamp_max_(weights, BOUND)
+
+    def prepare() -> None:
+        torch._foreach_copy_(weights, originals)
+        for state in [average for owner in optimizers.values() for average in owner.state.values()]:
+            state["square_avg"].zero_()
+        torch._foreach_zero_(averages)
+
+    grads = [weight.grad for weight in weights]
+    variants: dict[str, Call] = {
+        "eager": lambda: plain("eager"),
+        "foreach": lambda: plain("foreach"),
+        **{
+            name: lambda f=function: f(weights, grads, averages) for name, function in compiled(formula, device).items()
+        },
+        "ours": optimizers["ours"].step,
+    }
+    return Case(5 * 4 * numel, variants, lambda: weights, prepare, 0.85)
+
+
+def interpolation(numel: int, device: str) -> Case:
+    shape = (numel // 12288, 3, 64, 64)
+    real, fake = torch.randn(2, *shape, device=device)
+    alpha, out = torch.rand(shape[0], device=device), torch.empty(shape, device=device)
+    column = reference.per_sample(alpha, real)
+
+    def formula(real: Tensor, fake: Tensor, column: Tensor) -> Tensor:
+        return column * real + (1 - column) * fake
+
+    variants: dict[str, Call] = {
+        "eager": lambda: out.copy_(formula(real, fake, column)),
+        "lerp": lambda: torch.lerp(fake, real, column, out=out),
+        **{
+            name: lambda f=function: out.set_(f(real, fake, column).detach())
+            for name, function in compiled(formula, device).items()
+        },
+        "ours": lambda: interpolate(real, fake, alpha, out=out),
+    }
+    return Case(3 * real.numel() * 4, variants, lambda: [out], lambda: out.fill_(torch.nan), 0.90)
+
+
+def norm_penalty(numel: int, device: str) -> Case:
+    gradient = torch.randn(numel // 12288, 12288, device=device) / 100
+    made: list[Tensor] = []
+
+    def keep(function: Callable[..., Any]) -> Call:
+        def call() -> None:
+            made[:] = function()
+
+        return call
+
+    def expression(gradient: Tensor) -> tuple[Tensor, Tensor]:
+        seed, penalty, _ = penalty_seed(gradient, **PENALTY, group_size=1)
+        return seed, penalty
+
+    def ours() -> tuple[Tensor, Tensor]:
+        penalty, _, _, seed = torch.ops.wgan_fast.gradient_norm_penalty(gradient, *PENALTY.values())
+        return seed, penalty
+
+    variants: dict[str, Call] = {
+        "eager": keep(lambda: expression(gradient)),
+        **{name: keep(lambda f=function: f(gradient)) for name, function in compiled(expression, device).items()},
+        "ours": keep(ours),
+    }
+    return Case(2 * gradient.numel() * 4, variants, lambda: made, made.clear, 0.85)
+
+
+KERNELS: dict[str, Callable[[int, str], Case]] = {
+    "clip_weights": clipping,
+    "clipped_rmsprop": clipped_rmsprop,
+    "interpolate": interpolation,
+    "gradient_norm_penalty": norm_penalty,
+}
+
+
+def milliseconds(call: Call, device: str) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def copy_bandwidth(numel: int, device: str) -> float:
+    """GB/s of a copy, bytes read plus bytes written: what memory-bound code can reach."""
+    source = torch.randn(numel, device=device)
+    target = torch.empty_like(source)
+    times = [milliseconds(lambda: target.copy_(source), device) for _ in range(3 + ROUNDS)][3:]
+    return 2 * 4 * numel / statistics.median(times) / 1e6
+
+
+@torch.no_grad()
+def measure(make: Callable[[int, str], Case], numel: int, device: str, copy: float) -> dict[str, Any]:
+    """Compare every variant's result with the first one's, then time them interleaved."""
+    case = make(numel, device)
+    expected: list[Tensor] | None = None
+    for _ in range(3):
+        for call in case.variants.values():
+            case.prepare()
+            call()
+            expected = expected or [tensor.clone() for tensor in case.output()]
+            torch.testing.assert_close(case.output(), expected, rtol=1e-4, atol=1e-6)
+    del expected
+    times: dict[str, list[float]] = {name: [] for name in case.variants}
+    for _ in range(ROUNDS):
+        for name, call in case.variants.items():
+            case.prepare()
+            times[name].append(round(milliseconds(call, device), 5))
+    rate = case.moved / statistics.median(times["ours"]) / 1e6
+    return {
+        "bytes": case.moved,
+        "milliseconds": times,
+        "gb_per_s": round(rate, 1),
+        "of_copy_bandwidth": round(rate / copy, 3),
+        "target": case.target,
+    }
+
+
+def tests() -> dict[str, Any]:
+    """Run the tests that need a GPU."""
+    files = [path for name in TESTS if (path := HERE.parent / "tests" / f"test_{name}.py").exists()]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "cuda or gpu", *map(str, files)]
+    try:
+        done = subprocess.run(
+            command, cwd=HERE.parent, capture_output=True, text=True, timeout=TEST_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"exit_code": None, "summary": f"not done after {TEST_SECONDS} s"}
+    print(done.stdout)
+    return {"exit_code": done.returncode, "summary": done.stdout.strip().splitlines()[-1]}
+
+
+def report(name: str, measured: dict[str, Any]) -> str:
+    medians = {variant: statistics.median(times) for variant, times in measured["milliseconds"].items()}
+    others = ", ".join(
+        f"{time / medians['ours']:.2f} times as fast as {variant}"
+        for variant, time in medians.items()
+        if variant != "ours"
+    )
+    return f"{name}: {measured['of_copy_bandwidth']:.2f} of copy bandwidth (target {measured['target']:.2f}), {others}"
+
+
+def main() -> int:
+    """Measure, write the file and say where it is; 1 where a test failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results file (benchmarks/results; runs/gpu without GPU)"
+    )
+    parser.add_argument("--commit", default="", help="what was measured, where the checkout has no history")
+    options = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    numel = CPU_BYTES // 4
+    if device == "cuda":
+        numel = CACHES * torch.cuda.get_device_properties(0).L2_cache_size // 4 // 12288 * 12288
+    else:
+        print("no GPU: small sizes on the CPU, which say nothing of a GPU; no test of the GPU ran")
+    described = results.environment(torch.device(device))
+    described["commit"] = described["commit"] or options.commit
+    copy = copy_bandwidth(numel, device)
+    print(f"{described['device']}: a copy moves {copy:.0f} GB/s")
+    found: dict[str, Any] = {
+        "environment": described | {"build": build_info(), "gpu": device == "cuda"},
+        "copy_gb_per_s": round(copy, 1),
+        "kernels": {},
+        "workloads": {},
+    }
+    folder = options.out or (HERE / "results" if device == "cuda" else HERE.parent / "runs" / "gpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{results.slug(described)}.json"
+    for name, make in KERNELS.items():
+        found["kernels"][name] = measure(make, numel, device, copy)
+        print(report(name, found["kernels"][name]), flush=True)
+        results.write(path, found)
+    for model in MODELS if device == "cuda" else MODELS[:1]:
+        workload = workloads.build(model, device=device)
+        variants, budget = (VARIANTS, STEP_SECONDS) if device == "cuda" else (["ours"], 0.5)
+        found["workloads"][workload.key] = run.run(workload, variants, budget=budget)
+        ratio = results.ratio(found["workloads"][workload.key], "naive", "ours")
+        print(f"critic step, {model}: {ratio.median:.2f} times as fast as naive" if ratio else f"{model}: not timed")
+        results.write(path, found)
+    found["tests"] = tests() if device == "cuda" else {"exit_code": 0, "summary": "not run: no GPU"}
+    results.write(path, found)
+    print(f"tests: {found['tests']['summary']}\nwrote {path}")
+    return 0 if found["tests"]["exit_code"] == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
