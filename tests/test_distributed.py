@@ -46,7 +46,8 @@ def networks():
     torch.manual_seed(3)
     generator = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 5))
     generator.latent_dim = 3
-    critic = nn.Sequential(nn.Linear(5, 9), nn.Softplus(), nn.Linear(9, 6), nn.LeakyReLU(0.2), nn.Linear(6, 1, bias=False))
+    hidden = [nn.Linear(5, 9), nn.Softplus(), nn.Linear(9, 6), nn.LeakyReLU(0.2)]
+    critic = nn.Sequential(*hidden, nn.Linear(6, 1, bias=False))
     return generator.double(), critic.double()
 
 
@@ -179,9 +180,7 @@ def run(worker: Runner, world: int, *arguments: Any, cwd: Path) -> None:
 def assert_close_runs(actual: Path, expected: Path, tolerance: float = 1e-10) -> None:
     """Networks and averages agree; the data's order and the random numbers are the very same."""
     assert newest_checkpoint(actual).name == newest_checkpoint(expected).name
-    (tensors, _), (wanted, _) = (
-        read_checkpoint(newest_checkpoint(run)) for run in (actual, expected)
-    )
+    (tensors, _), (wanted, _) = (read_checkpoint(newest_checkpoint(run)) for run in (actual, expected))
     assert tensors.keys() == wanted.keys()
     for name, tensor in wanted.items():
         if name == "random.torch":
@@ -202,7 +201,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * (name == "r1")) for name in CASES])
 def test_two_processes_equal_one_with_the_same_batch_for_fifty_iterations(worker, tmp_path, case):
     for world in (1, 2):
         run(worker, world, "train", f"run{world}", 50, 12, CASES[case], cwd=tmp_path)

@@ -58,6 +58,14 @@ _TOY_BLOCK = 64  # batches per draw: one call and one copy to the device for all
 _HOLDOUT, _EPOCH, _TAKE, _WORKERS = range(4)
 
 
+class _Reading(NamedTuple):
+    """How batches are read; none of it changes what is in them."""
+
+    workers: int
+    part: slice
+    ahead: int
+
+
 class Split(ABC):
     """One side of a data set. Its size is ``len(split)``, `sys.maxsize` for a toy set, which is endless."""
 
@@ -87,7 +95,7 @@ class Split(ABC):
 
     @abstractmethod
     def _batches(
-        self, batch_size: int, seed: int, start: int, device: torch.device, workers: int, part: slice
+        self, batch_size: int, seed: int, start: int, device: torch.device, reading: "_Reading"
     ) -> Iterator[Tensor]: ...
 
 
@@ -189,6 +197,7 @@ def batches(
     device: torch.device | str = "cpu",
     workers: int = 0,
     part: slice = _WHOLE,
+    ahead: int = 2,
 ) -> Iterator[Tensor]:
     """Draw batches from a split without end.
 
@@ -205,6 +214,7 @@ def batches(
         workers: DataLoader processes for what streams; the order does not depend on it. Random augmentation
             inside a Dataset is the Dataset's own and does not resume.
         part: the rows of every batch that are wanted, for one of several processes; the others are not read.
+        ahead: batches that the worker processes keep ready between them.
 
     Returns:
         An iterator over tensors `[N, *sample_shape]` (as many as `part` has), float32, on `device`: images in
@@ -213,10 +223,10 @@ def batches(
     Raises:
         InputError: for settings out of range, at once; for a file that cannot be read, when it is reached.
     """
-    _check_at_least(1, batch_size=batch_size)
+    _check_at_least(1, batch_size=batch_size, ahead=ahead)
     _check_at_least(0, seed=seed, start=start, workers=workers)
     _check_at_most_split(split, batch_size=batch_size)
-    return split._batches(batch_size, seed, start, torch.device(device), workers, part)
+    return split._batches(batch_size, seed, start, torch.device(device), _Reading(workers, part, ahead))
 
 
 def _check_at_least(least: int, **settings: int) -> None:
@@ -276,12 +286,12 @@ class _TensorSplit(Split):
         return _normalise(self.data.index_select(0, rows.to(self.data.device)).cpu(), self.divisor)
 
     def _batches(
-        self, batch_size: int, seed: int, start: int, device: torch.device, workers: int, part: slice
+        self, batch_size: int, seed: int, start: int, device: torch.device, reading: "_Reading"
     ) -> Iterator[Tensor]:
         home = self.data.to(device) if self.data.nbytes <= RESIDENT_BYTES else self.data
         pin = device.type == "cuda" and home.device.type == "cpu"
         for rows in _index_batches(self.indices, batch_size, seed, start, home.device):
-            batch = home.index_select(0, rows[part])
+            batch = home.index_select(0, rows[reading.part])
             batch = batch.pin_memory() if pin else batch
             yield _normalise(batch.to(device, non_blocking=True), self.divisor)
 
@@ -301,15 +311,16 @@ class _DatasetSplit(Split):
         return _normalise(samples, self.items.form.divisor)
 
     def _batches(
-        self, batch_size: int, seed: int, start: int, device: torch.device, workers: int, part: slice
+        self, batch_size: int, seed: int, start: int, device: torch.device, reading: "_Reading"
     ) -> Iterator[Tensor]:
         order = _index_batches(self.indices, batch_size, seed, start, torch.device("cpu"))
         worker_seed = int(_rng(seed, _WORKERS, start).integers(2**63))
         loader = DataLoader(
             self.items,
             batch_size=None,  # what the sampler yields and the items return are whole batches
-            sampler=(rows[part].tolist() for rows in order),
-            num_workers=workers,
+            sampler=(rows[reading.part].tolist() for rows in order),
+            num_workers=reading.workers,
+            prefetch_factor=-(-reading.ahead // reading.workers) if reading.workers else None,
             pin_memory=device.type == "cuda",
             generator=torch.Generator().manual_seed(worker_seed),  # or it would draw from the global one
         )
@@ -332,13 +343,13 @@ class _ToySplit(Split):
         return torch.from_numpy(self.toy.draw(_rng(seed, _TAKE, self.side), n).astype(np.float32))
 
     def _batches(
-        self, batch_size: int, seed: int, start: int, device: torch.device, workers: int, part: slice
+        self, batch_size: int, seed: int, start: int, device: torch.device, reading: "_Reading"
     ) -> Iterator[Tensor]:
         block, skipped = divmod(start, _TOY_BLOCK)
         while True:
             points = self.toy.draw(_rng(seed, _EPOCH, self.side, block), _TOY_BLOCK * batch_size)
             on_device = torch.from_numpy(points.astype(np.float32)).to(device)
-            yield from on_device.view(_TOY_BLOCK, batch_size, 2)[skipped:, part].unbind()
+            yield from on_device.view(_TOY_BLOCK, batch_size, 2)[skipped:, reading.part].unbind()
             block, skipped = block + 1, 0
 
 

@@ -126,10 +126,9 @@ class GraphedCalls:
     def _capture(self, static: Sequence[Tensor]) -> _Captured:
         """Record the operations without running them; random numbers are drawn anew at every replay."""
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
         try:
             # Threads that pin memory for the data may call CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 result = self._function(static)
         except RuntimeError as error:
             raise InputError(

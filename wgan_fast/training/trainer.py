@@ -293,6 +293,7 @@ class Trainer:
             device=self.device,
             workers=config.workers,
             part=self._replicas.rows(iteration.batch_size),
+            ahead=2 * iteration.n_critic,  # those of the next iteration too
         )
         logged, since = self.step, time.perf_counter()
         while self.step < config.steps:
