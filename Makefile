@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OPERATOR_TESTS := $(addprefix tests/,test_clipping.py test_optim.py)
+OPERATOR_TESTS := $(wildcard $(patsubst %,tests/test_%.py,clipping optim norm_ops interpolate kernel_operators))
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
 
 # A thread that waits by spinning takes the core from the thread that it waits for, where the machine is shared.

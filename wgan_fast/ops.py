@@ -86,7 +86,7 @@ def _clipped_rmsprop_foreach_(
             foreach=True,
             maximize=maximize,
             capturable=device_lr is not None,
-            lr=lr if device_lr is None else device_lr,
+            lr=lr if device_lr is None else device_lr,  # type: ignore[arg-type]  # annotated as a number only
             alpha=alpha,
             eps=eps,
             weight_decay=weight_decay,
