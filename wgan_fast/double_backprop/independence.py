@@ -109,6 +109,8 @@ def _propagate(
         if name == "stack":
             return dim + (axis <= dim)  # type: ignore[no-any-return]
         return dim if axis != dim else None
+    if name == "view_as":
+        given = given[:1]  # the other tensor lends its shape
     if given[0] is None or any(dim is not None for dim in given[1:]):
         return _PRODUCTS[name](call, given, shapes, out) if name in _PRODUCTS else _LATE.get(name)
     dim, shape = given[0], shapes[0]
@@ -289,7 +291,9 @@ _RULES: dict[str, Rule] = {
     "max_pool1d": _keep_leading,
     "max_pool2d": _keep_leading,
     "max_pool3d": _keep_leading,
+    "max": _reduce,
     "mean": _reduce,
+    "min": _reduce,
     "narrow": _along,
     "norm": _reduce,
     "one_hot": _same,
@@ -305,6 +309,7 @@ _RULES: dict[str, Rule] = {
     "select": _select,
     "slice": _slice,
     "softmax": _along,
+    "sort": _along,
     "split": _along,
     "split_with_sizes": _along,
     "squeeze": _view,
@@ -312,6 +317,7 @@ _RULES: dict[str, Rule] = {
     "sum": _reduce,
     "swapaxes": _transpose,
     "t": _transpose,
+    "topk": _along,
     "transpose": _transpose,
     "unbind": _select,
     "unflatten": _view,

@@ -1,0 +1,62 @@
+"""The drop-in penalty on every critic of the engine's tests: no operator makes it slower than double backward.
+
+`gradient_penalty` and its backward against `wgan_fast.reference`, interleaved in one process. The baseline runs twice a
+round, and its ratio to itself says what is noise. These critics are tiny: what is timed is the cost of a call rather
+than of arithmetic, which is where a drop-in could lose.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wgan_fast import gradient_penalty, reference
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from test_engine_exactness import CRITICS
+
+BATCH = 64
+ROUNDS = 15
+LEAST_SECONDS = 0.01
+"""What one reading of the clock spans at least."""
+
+
+def seconds(step, calls):
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - start) / calls
+
+
+@pytest.mark.parametrize("name", CRITICS)
+def test_penalty_is_never_slower(name, capsys):
+    torch.manual_seed(0)
+    make, (_, *shape) = CRITICS[name]
+    critic = make()
+    layout = torch.channels_last if name == "channels last" else torch.preserve_format
+    real, fake = (x.contiguous(memory_format=layout) if len(shape) == 3 else x for x in torch.randn(2, BATCH, *shape))
+    alpha = torch.rand(BATCH)
+
+    def naive():
+        critic.zero_grad(set_to_none=True)
+        points = [reference.interpolate(real, fake, alpha)]
+        reference.gradient_penalty(critic, points)[0].backward()
+
+    def ours():
+        critic.zero_grad(set_to_none=True)
+        gradient_penalty(critic, real, fake, alpha=alpha, engine="four_pass").backward()
+
+    with sdpa_kernel(SDPBackend.MATH):  # the only attention that autograd differentiates twice
+        steps = {"naive": naive, "ours": ours, "naive again": naive}
+        calls = max(1, round(LEAST_SECONDS / max(seconds(step, 3) for step in steps.values())))
+        rounds = [{variant: seconds(step, calls) for variant, step in steps.items()} for _ in range(ROUNDS)]
+    ratio = statistics.median(times["naive"] / times["ours"] for times in rounds)
+    noise = statistics.quantiles([times["naive"] / times["naive again"] for times in rounds], n=10)
+    naive_us, ours_us = (1e6 * statistics.median(times[variant] for times in rounds) for variant in ("naive", "ours"))
+    with capsys.disabled():
+        print(f"\n{name:24} {ratio:5.2f} times as fast ({naive_us:6.0f} µs -> {ours_us:6.0f} µs)", end="")
+    assert ratio >= min(noise[0], 0.95)
