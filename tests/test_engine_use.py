@@ -489,6 +489,28 @@ def test_compiled_step_is_the_uncompiled_one() -> None:
         assert_equal_gradients(ours, plain)
 
 
+@pytest.mark.slow
+def test_compiling_again_happens_once_for_a_last_smaller_batch() -> None:
+    torch._dynamo.reset()
+    critic = mlp()
+    step = CriticStep(critic, compile=True, engine="four_pass")
+    torch._dynamo.utils.counters.clear()
+    frames = []
+    for batch in (6, 4, 6, 4, 6):
+        step(*samples(batch), alpha(batch))
+        frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert frames == [1, 2, 2, 2, 2]
+
+
+def test_the_code_of_a_step_can_be_read() -> None:
+    critic, (real, fake) = mlp(), samples()
+    step = CriticStep(critic)
+    assert step.code == ""
+    step(real, fake)
+    assert "def forward(self, p_0_weight" in step.code
+    assert "threshold_backward" in step.code or "tanh_backward" in step.code
+
+
 def test_compiler_failure_warns_once_and_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile(graph: Callable[..., object], **options: object) -> Callable[..., object]:
         def fail(*args: object) -> object:

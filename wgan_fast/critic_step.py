@@ -100,6 +100,12 @@ class CriticStep:
         self.steps_taken = 0
         """Calls so far; decides which steps carry a lazy penalty, so set it when resuming."""
 
+    @property
+    def code(self) -> str:
+        """The flat graphs that have run so far, as Python; empty before the first step and where autograd runs."""
+        engines = [choice.four_pass for choice in self._choices.values() if choice.four_pass]
+        return "\n".join(plan.code for engine in engines for plan in engine.plans.values())
+
     def __call__(
         self,
         real: Tensor,

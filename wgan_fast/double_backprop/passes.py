@@ -469,19 +469,10 @@ def penalty_seed(
     Returns:
         v = (w/N) ψ'(‖g‖) g/‖g‖ ``[N, *D]`` (0 where g = 0), the penalty, and the mean norm.
     """
-    dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    groups = gradient.shape[0] // group_size
-    norm = torch.linalg.vector_norm(gradient.reshape(groups, -1), dim=1, dtype=dtype)
-    excess = norm if target == 0 else norm - target
-    if one_sided:
-        excess = excess.clamp(min=0)
-    penalty = torch.dot(excess, excess) * (weight / groups)
-    if target == 0:
-        return gradient * (2 * weight / groups), penalty, norm.mean()
-    # Where the norm is 0 so is g, whatever it is multiplied by; threshold keeps the division finite and lets NaN pass.
-    slope = excess / torch.threshold(norm, 0, torch.inf) * (2 * weight / groups)
-    slope = slope.to(gradient.dtype).repeat_interleave(group_size) if group_size > 1 else slope.to(gradient.dtype)
-    return gradient * slope.view(-1, *[1] * (gradient.dim() - 1)), penalty, norm.mean()
+    penalty, mean_norm, _, v = torch.ops.wgan_fast.gradient_norm_penalty(
+        gradient, weight, target, one_sided, group_size
+    )
+    return v, penalty, mean_norm
 
 
 def number_values(values: Mapping[fx.Node, Any]) -> Values:
