@@ -115,6 +115,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for index, (name, colour) in enumerate(zip(PLOTTED, colours)):
         bars = [(row, ratio(workload, "naive", name)) for row, workload in enumerate(workloads.values())]
         shown = [(row + index * height, found) for row, found in bars if found is not None]
+        if not shown:
+            continue
         axes.barh(
             [y for y, _ in shown],
             [found.median for _, found in shown],
