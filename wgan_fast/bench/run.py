@@ -55,9 +55,9 @@ def run(
             if variant.computes != "nothing":
                 found[name]["error"] = checker.check(name, variant, step)
             once[name] = fastest_of(step, device, repeats=1)
-            times = once[name] / once["naive"]
-            if times > TOO_SLOW:
-                raise Skipped(f"{times:.0f} times as long as naive, in a single reading")
+            slowness = once[name] / once["naive"]
+            if slowness > TOO_SLOW:
+                raise Skipped(f"{slowness:.0f} times as long as naive, in a single reading")
             if variant.computes != "nothing" and not variant.compiled:
                 counted = count(step)
                 found[name] |= {
