@@ -296,6 +296,11 @@ class _TensorSplit(Split):
             yield _normalise(batch.to(device, non_blocking=True), self.divisor)
 
 
+def _leave_the_group(worker: int) -> None:
+    """Keep Ctrl-C and signals to the whole group from a worker: whoever reads from it may want to finish first."""
+    os.setpgid(0, 0)
+
+
 class _DatasetSplit(Split):
     """Items `indices` of a Dataset."""
 
@@ -322,6 +327,7 @@ class _DatasetSplit(Split):
             num_workers=reading.workers,
             prefetch_factor=-(-reading.ahead // reading.workers) if reading.workers else None,
             pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_the_group,
             generator=torch.Generator().manual_seed(worker_seed),  # or it would draw from the global one
         )
         for batch in loader:

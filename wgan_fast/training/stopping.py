@@ -1,6 +1,5 @@
 """Stopping when asked to: Ctrl-C and SIGTERM end training between two iterations, with everything saved."""
 
-import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -38,7 +37,6 @@ class StopRequests:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            _in_children()
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -57,16 +55,3 @@ class StopRequests:
         if self.signal is not None or self.nothing_to_save:
             raise InterruptedTraining("stopped before there was anything to save", number)
         self.signal = number
-
-
-def _as_a_child() -> None:
-    """Processes that decode data are ended by the one that started them, not by a signal to all: it needs them yet."""
-    for number in SIGNALS:
-        if isinstance(getattr(signal.getsignal(number), "__self__", None), StopRequests):
-            signal.signal(number, signal.SIG_IGN)
-
-
-def _in_children(registered: list[bool] = []) -> None:  # noqa: B006 (once per process)
-    if not registered:
-        os.register_at_fork(after_in_child=_as_a_child)
-        registered.append(True)
