@@ -70,7 +70,8 @@ def _order_by_first_use(graph: fx.Graph) -> None:
     def place(node: fx.Node) -> None:
         pending = [node]
         while pending:
-            needed = [*pending[-1].all_input_nodes, *filter(None, [before.get(pending[-1])])]
+            # Earlier effects first: they may write what the inputs read, as the copies that make a circular padding do.
+            needed = [*filter(None, [before.get(pending[-1])]), *pending[-1].all_input_nodes]
             missing = [source for source in needed if source not in order]
             if missing:
                 pending.extend(reversed(missing))
