@@ -16,6 +16,7 @@ from torch.optim.rmsprop import rmsprop
 from . import build as build
 from . import normalization, philox, samples
 from .engines import run_by_number
+from .mlp_critic_step import four_passes
 from .precision import accumulation_dtype
 from .reference import per_sample
 
@@ -217,6 +218,44 @@ def _register_norm_kernels(key: str) -> None:
 
 if importlib.util.find_spec("triton"):
     _register_norm_kernels("CUDA")
+
+
+# A whole critic step of a narrow MLP: mean scores, penalty and mean norm, the norms, every gradient.
+_library.define(  # type: ignore[no-untyped-call]
+    "mlp_critic_step(Tensor real, Tensor fake, Tensor alpha, Tensor[] parameters, float negative_slope, float weight, "
+    "float target, bool one_sided, str precision) -> (Tensor, Tensor, Tensor[])",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("mlp_critic_step", four_passes, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+@torch.library.register_fake("wgan_fast::mlp_critic_step", lib=_library)  # type: ignore[untyped-decorator]
+def _mlp_critic_step_fake(
+    real: Tensor, fake: Tensor, alpha: Tensor, parameters: list[Tensor], *_: object
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return real.new_empty(4), real.new_empty(real.shape[0]), [p.new_empty(p.shape) for p in parameters]
+
+
+def _register_mlp_critic_step(key: str) -> None:
+    """Let Triton run it for the tensors of a dispatch key; the kernel is imported at the first call."""
+
+    @torch.library.impl(_library, "mlp_critic_step", key)
+    def step(
+        real: Tensor, fake: Tensor, alpha: Tensor, parameters: list[Tensor], *options: Any
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        kernels = importlib.import_module(".kernels.mlp_critic_step", __package__)
+        packed = torch.cat([p.flatten() for p in parameters])
+        given = [tensor.contiguous() for tensor in (real, fake, alpha)]
+        with torch.cuda.device_of(real):  # type: ignore[no-untyped-call]
+            figures, norm, gradient = kernels.mlp_critic_step(
+                *given, packed, parameters[0].shape[0], len(parameters) // 2 - 1, *options
+            )
+        parts = gradient.split([p.numel() for p in parameters])
+        return figures, norm, [part.view(p.shape) for part, p in zip(parts, parameters)]
+
+
+if importlib.util.find_spec("triton"):
+    _register_mlp_critic_step("CUDA")
 
 
 _below_autograd: Any = torch._C._AutoDispatchBelowAutograd
