@@ -55,8 +55,8 @@ def test_penalty_is_never_slower(name, capsys):
         calls = max(1, round(LEAST_SECONDS / max(seconds(step, 3) for step in steps.values())))
         rounds = [{variant: seconds(step, calls) for variant, step in steps.items()} for _ in range(ROUNDS)]
     ratio = statistics.median(times["naive"] / times["ours"] for times in rounds)
-    noise = statistics.quantiles([times["naive"] / times["naive again"] for times in rounds], n=10)
+    noise = statistics.quantiles([times["naive"] / times["naive again"] for times in rounds], n=4)
     naive_us, ours_us = (1e6 * statistics.median(times[variant] for times in rounds) for variant in ("naive", "ours"))
     with capsys.disabled():
         print(f"\n{name:24} {ratio:5.2f} times as fast ({naive_us:6.0f} µs -> {ours_us:6.0f} µs)", end="")
-    assert ratio >= min(noise[0], 0.95)
+    assert ratio >= noise[0] - 0.02, f"{ratio:.2f} of the baseline's speed, whose own lower quartile is {noise[0]:.2f}"
