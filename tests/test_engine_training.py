@@ -4,6 +4,7 @@ WGAN-GP on 5,000 MNIST digits as users train it: a small DCGAN, Adam, five criti
 starts from the same weights and sees the same samples, noise and α.
 """
 
+import functools
 import statistics
 from collections.abc import Iterator
 
@@ -12,9 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from wgan_fast import CriticStep, models
-from wgan_fast.data import batches, load_data
+from wgan_fast.data import Split, batches, load_data
 
 BATCH, N_CRITIC, LATENT = 32, 5, 16
+
+
+@functools.cache
+def digits() -> Split:
+    return load_data("mnist5k").train
 
 
 class Training:
@@ -29,7 +35,7 @@ class Training:
             torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.5, 0.9)) for network in (critic, generator)
         ]
         self.step = CriticStep(critic, engine=engine)
-        self.reals = batches(load_data("mnist5k").train, BATCH, seed=0)
+        self.reals = batches(digits(), BATCH, seed=0)
         self.random = torch.Generator().manual_seed(2)
         self.order = None if order is None else torch.Generator().manual_seed(order)
         self.dtype = dtype
