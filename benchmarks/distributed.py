@@ -1,7 +1,7 @@
 """What one iteration and its messages cost with several processes.
 
-`torchrun --nproc-per-node=2 benchmarks/distributed.py` prints, for each model and batch size, the median time of an iteration (n_critic = 5) and of one exchange of gradients,
-which includes waiting for the slower process.
+`torchrun --nproc-per-node=2 benchmarks/distributed.py` prints, for each model and batch size, the median time of an
+iteration (n_critic = 5) and of one exchange of gradients, which includes waiting for the slower process.
 """
 
 import itertools
