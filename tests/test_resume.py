@@ -247,7 +247,8 @@ def test_run_killed_at_two_hundred_random_instants_resumes_bit_for_bit(cli, undi
 
 
 EVERY_OPTION = [
-    "train", *TINY, "--engine", "four_pass", "--cuda-graph", "--penalty-every", "3", "--schedule", "cosine",
+    "train", *TINY, "--engine", "four_pass", "--cuda-graph", "--channels-last", "--penalty-every", "3",
+    "--schedule", "cosine",
     "--on-divergence", "rewind", "--steps", "300", "--checkpoint-every", "5", "--sample-every", "100",
 ]  # fmt: skip
 """Long enough that preparing the four passes is a small part of it."""
@@ -404,7 +405,7 @@ VARIANTS = {
     "hinge with spectral norm": [*TINY, "--method", "hinge"],
     "lazy penalty": [*TINY, "--penalty-every", "3"],
     "static buffers": [*TINY, "--cuda-graph", "--schedule", "cosine"],
-    "plain options": [*TINY, "--no-fused", "--no-generate-ahead", "--no-channels-last"],
+    "plain options": [*TINY, "--no-fused", "--no-generate-ahead"],
     "bfloat16": [*TINY, "--precision", "bf16"],
     "no data held out": [*TINY, "--holdout", "0"],
     "folder of images": [*TINY, "--data", "images"],

@@ -134,7 +134,7 @@ def test_static_buffers_change_no_bit_of_the_critic(tmp_path):
         assert same_bits(a.detach(), b.detach())
 
 
-@pytest.mark.parametrize("before", [{}, {"channels_last": False, "fused": False}, {"cuda_graph": True}])
+@pytest.mark.parametrize("before", [{}, {"channels_last": True, "fused": False}, {"cuda_graph": True}])
 def test_run_goes_on_with_other_options(tmp_path, before):
     """What may be changed on resuming changes nothing but the rounding."""
     whole = trained(tmp_path / "whole", norm=True)

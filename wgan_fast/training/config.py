@@ -191,7 +191,7 @@ class TrainConfig:
     cuda_graph: bool = False
     fused: bool = True
     generate_ahead: bool = True
-    channels_last: bool = True
+    channels_last: bool = False
     workers: int = 0
     out: Path | None = None
     log_every: int = 10

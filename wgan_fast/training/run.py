@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .. import metrics, models
+from .. import metrics, models, quality
 from ..data import Data, load_data
 from ..errors import InputError
 from ..files import write_atomically
@@ -175,7 +175,8 @@ class Run:
         Returns:
             The critic's Wasserstein estimate on held-out and on training data; the sliced Wasserstein distance of
             generated samples to held-out ones and, as its floor, that between two disjoint real sets of the same
-            size; for toy mixtures the modes covered and the share of high-quality samples.
+            size; for toy mixtures the modes covered and the share of high-quality samples; for images with classes
+            what ``quality.Judge.rate`` returns.
 
         Raises:
             InputError: The run's data cannot be loaded any more.
@@ -203,6 +204,10 @@ class Run:
                 "modes": coverage.total,
                 "high_quality": coverage.high_quality,
             }
+        config = self.description.config
+        labels = quality.load_labels(config.data, holdout=config.holdout, seed=config.seed)
+        if labels is not None:
+            report |= quality.Judge.load(data, labels, samples=samples, seed=seed).rate(fake)
         return report
 
 
