@@ -1,7 +1,7 @@
 """Plans: a critic and the shapes of one batch, turned into a flat graph that is run at every step."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -224,8 +224,7 @@ class Plan:
             for node, leaf in list(self._examples.items())[1:]
         }
         constants = {node: recorder.constant(node.name, value) for node, value in self.captured.constants.items()}
-        # oneDNN's recurrent layers keep a workspace that a recording cannot see, and have no double backward.
-        with recorder.fake, recorder, torch.no_grad(), _without_onednn():
+        with recorder.fake, recorder, torch.no_grad():
             base = Run(self.captured, recorder.labelled)
             base.values.update(owned | constants | extras)
             shared = [node for node in self.captured.calls() if node not in self.roles.sampled]
@@ -286,16 +285,6 @@ class Plan:
     def code(self) -> str:
         """The flat graph as Python."""
         return self.graph.code
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
 
 
 def _addmm_flops(bias: Any, a: torch.Size, b: torch.Size, *args: Any, **kwargs: Any) -> int:

@@ -4,7 +4,7 @@ Look an operator up with ``rule_for``. What has no rule of its own gets the gene
 that operator alone.
 """
 
-from . import activations, linear, normalization, pooling, structure
+from . import activations, linear, normalization, pooling, recurrent, structure
 from .base import Call, Rule, Slot, rule_for
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "linear",
     "normalization",
     "pooling",
+    "recurrent",
     "rule_for",
     "structure",
 ]
