@@ -391,6 +391,25 @@ def test_random_numbers_are_drawn_once_for_forward_and_tangent(name, schedule):
     assert_exact(engine(batches), double_backward, critic)
 
 
+@pytest.mark.parametrize("objective", [Objective(cross_entropy, weight=None), Objective(wasserstein)])
+def test_memory_is_read_between_its_writes(objective):
+    """Padding and masks are written piece by piece, batch after batch, while running statistics keep their order."""
+    padding, dropout = C(3, 6, 3, padding=1, padding_mode="circular"), nn.AlphaDropout(0.4)
+    again = C(6, 6, 3, padding=1, padding_mode="circular")
+    critic = nn.Sequential(padding, nn.BatchNorm2d(6), nn.Tanh(), again, dropout, nn.Flatten(), L(384, 1)).double()
+    batches = batches_of(IMAGES)
+    engine = FourPassEngine(critic, objective)
+    engine.plan(batches)
+
+    def double_backward(module):
+        torch.manual_seed(5)
+        return truth(module, objective, batches)
+
+    plain = copy.deepcopy(critic)
+    torch.manual_seed(5)
+    assert_exact(engine(batches), double_backward, plain)
+
+
 def test_an_activation_that_autograd_differentiates_once_is_right():
     """PyTorch has no second derivative of hardsigmoid; the same critic in other words has."""
     torch.manual_seed(1)

@@ -245,7 +245,8 @@ class Grower:
                 self.add(self.resampled)
             if self.chance(0.35):
                 self.add(lambda: Combined(self.body(), draw.choice(["add", "cat", "mul"])))
-            if self.dims and self.chance(0.1):
+            # Where an activation is not contiguous the mask's numbers lie elsewhere: as random, but not to be compared.
+            if self.dims and not has_dropout and self.chance(0.1):
                 self.add(lambda: SelfAttention(self.shape[0], self.chance(0.3)))
             if self.layers and self.chance(0.1):
                 self.add(lambda: draw.choice(self.layers))  # tied: the same module once more
@@ -277,7 +278,7 @@ def random_problem(seed):
         # Spectral norm of a constant has no gradient at all; elsewhere any subset may be frozen.
         parameter.requires_grad_(draw.random() < 0.9 or name == "score.weight")
     N = grower.group_size * draw.randint(2, 5)
-    channels_last = grower.dims == 2 and draw.random() < 0.3
+    channels_last = grower.dims == 2 and not draws_numbers(critic) and draw.random() < 0.3
     layout = torch.channels_last if channels_last else torch.contiguous_format
     if channels_last and draw.random() < 0.5:
         critic = critic.to(memory_format=layout)

@@ -32,7 +32,11 @@ def _fold_constants(recorder: Recorder) -> None:
     """Evaluate once what depends on no input, such as the seeds of a loss that is linear in the scores."""
     graph = recorder.graph
     known: dict[fx.Node, Any] = {}
+    # What is written to later, such as the memory of a random mask, is no constant.
+    overwritten = set().union(*map(_written, graph.nodes))
     for node in graph.nodes:
+        if _memory(node) in overwritten:
+            continue
         if node.op == "get_attr":
             known[node] = recorder.constants[node.target]
         if node.target in _FILLED and node.meta["val"].numel() > 0:
@@ -65,13 +69,14 @@ def _order_by_first_use(graph: fx.Graph) -> None:
     """Run segment after segment, and views at their first use, so that nothing is held for their sake."""
     order: dict[fx.Node, None] = {}
     effects = [node for node in graph.nodes if _has_effect(node)]
-    before = dict(zip(effects[1:], effects))
+    before = _memory_order(graph)
+    for later, earlier in zip(effects[1:], effects):
+        before[later].append(earlier)
 
     def place(node: fx.Node) -> None:
         pending = [node]
         while pending:
-            # Earlier effects first: they may write what the inputs read, as the copies that make a circular padding do.
-            needed = [*filter(None, [before.get(pending[-1])]), *pending[-1].all_input_nodes]
+            needed = [*pending[-1].all_input_nodes, *before[pending[-1]]]
             missing = [source for source in needed if source not in order]
             if missing:
                 pending.extend(reversed(missing))
@@ -87,6 +92,39 @@ def _order_by_first_use(graph: fx.Graph) -> None:
     for node in order:
         if node is not end:
             end.prepend(node)
+
+
+def _memory_order(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """What memory asks to run before each node: the last write to what it touches, the reads of what it overwrites."""
+    before: dict[fx.Node, list[fx.Node]] = {node: [] for node in graph.nodes}
+    writer: dict[int | None, fx.Node] = {}
+    readers: dict[int | None, list[fx.Node]] = {}
+    for node in graph.nodes:
+        written = _written(node)
+        for memory in {_memory(touched) for touched in (node, *node.all_input_nodes)} - {None}:
+            if memory in writer:
+                before[node].append(writer[memory])
+            if memory in written:
+                before[node] += readers.pop(memory, [])
+                writer[memory] = node
+            else:
+                readers.setdefault(memory, []).append(node)
+    return before
+
+
+def _memory(node: fx.Node) -> int | None:
+    val = node.meta.get("val")
+    return val.untyped_storage()._cdata if isinstance(val, Tensor) else None
+
+
+def _written(node: fx.Node) -> set[int | None]:
+    """The memory that a node writes to, of what it was given."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return set()
+    given = {a.name: value for a, value in zip(schema.arguments, node.args)} | dict(node.kwargs)
+    written = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return {_memory(value) for value in written if isinstance(value, fx.Node)}
 
 
 def _own_outputs(graph: fx.Graph) -> None:
