@@ -259,9 +259,9 @@ def test_evaluate_reports_distances_beside_their_floor(finished, capsys):
     main(["evaluate", str(finished), "--samples", "50"])
     printed = capsys.readouterr().out
     report = json.loads((finished / "evaluation.json").read_text())
-    assert report.keys() == KEYS
+    assert report.keys() >= KEYS
     assert (report["step"], report["samples"]) == (4, 50)
-    for key in KEYS:
+    for key in report:
         assert key.replace("_", " ") in printed
         assert isinstance(report[key], int | float)
     assert printed.splitlines()[-1] == str(finished / "evaluation.json")

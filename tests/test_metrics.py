@@ -75,6 +75,122 @@ def test_missing_pot_is_said_with_the_extra_that_brings_it(monkeypatch):
         metrics.sliced_wasserstein([[1.0]], [[2.0]])
 
 
+# Fréchet distance
+
+
+def textbook_frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """The formula of Heusel et al. 2017, with a matrix square root."""
+    linalg = pytest.importorskip("scipy.linalg")
+    covariances = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = linalg.sqrtm(covariances[0] @ covariances[1]).real
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root))
+
+
+@pytest.mark.parametrize(("n", "m", "dimension"), [(63, 100, 7), (100, 1000, 33), (500, 63, 20)])
+def test_frechet_distance_is_the_formula_with_a_matrix_square_root(n, m, dimension):
+    rng = np.random.default_rng(n)
+    a = rng.normal(size=(n, dimension))
+    b = 0.5 * rng.normal(size=(m, dimension)) @ rng.normal(size=(dimension, dimension)) + 0.3
+    # The root of a product of covariances is known to about the square root of its smallest eigenvalue's error.
+    assert metrics.frechet_distance(a, b) == pytest.approx(textbook_frechet(a, b), rel=1e-7)
+
+
+def test_frechet_distance_of_a_shift_and_of_a_scaling_is_known():
+    a = np.random.default_rng(0).normal(size=(100, 3, 2))
+    # Fewer samples than dimensions: the covariance is singular, and the distance still that of the means.
+    few = a[:3]
+    shift = np.arange(6.0).reshape(3, 2)
+    assert metrics.frechet_distance(few, few + shift) == pytest.approx(55, rel=1e-9)
+    centred = a - a.mean(0)
+    expected = 4 * centred.reshape(100, 6).var(axis=0, ddof=1).sum()  # (3 - 1)^2 times the total variance
+    assert metrics.frechet_distance(centred, 3 * centred) == pytest.approx(expected, rel=1e-9)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
+
+
+def test_frechet_distance_is_that_of_torchmetrics():
+    fid = pytest.importorskip("torchmetrics.image.fid", reason="torchmetrics is not installed")
+
+    class Identity(nn.Module):
+        num_features = 5
+
+        def forward(self, x):
+            return x
+
+    a, b = torch.randn(200, 5).double(), 2 * torch.randn(100, 5).double() + 1
+    measure = fid.FrechetInceptionDistance(feature=Identity())
+    measure.update(a, real=True)
+    measure.update(b, real=False)
+    assert metrics.frechet_distance(a, b) == pytest.approx(measure.compute().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ([[1.0, 2.0]], [[1.0, 2.0], [0.0, 1.0]], "a must hold at least 2 samples, got 1"),
+        ([[1.0], [2.0]], [[1.0, 2.0], [0.0, 1.0]], "a and b must have samples of one size, got 1 and 2"),
+        ([[1.0], [math.inf]], [[1.0], [2.0]], "a must be finite"),
+    ],
+)
+def test_frechet_distance_refuses_what_it_cannot_measure(a, b, message):
+    with pytest.raises(InputError, match=message):
+        metrics.frechet_distance(a, b)
+
+
+# Precision, recall, density, coverage
+
+
+def textbook_manifold(real: np.ndarray, fake: np.ndarray, k: int) -> metrics.Manifold:
+    """The definitions of Kynkäänniemi et al. 2019 and Naeem et al. 2020, sample by sample."""
+
+    def radius(point, own):
+        return sorted(np.linalg.norm(point - other) for other in own)[k]
+
+    real_radii, fake_radii = [radius(x, real) for x in real], [radius(y, fake) for y in fake]
+    inside = [[np.linalg.norm(x - y) < r for y in fake] for x, r in zip(real, real_radii)]
+    reached = [any(np.linalg.norm(x - y) < r for y, r in zip(fake, fake_radii)) for x in real]
+    return metrics.Manifold(
+        precision=np.mean([any(row[j] for row in inside) for j in range(len(fake))]),
+        recall=np.mean(reached),
+        density=np.sum(inside) / (k * len(fake)),
+        coverage=np.mean([any(row) for row in inside]),
+    )
+
+
+@pytest.mark.parametrize(("n", "m", "nearest"), [(63, 30, 5), (30, 63, 1), (50, 31, 3)])
+def test_manifold_follows_the_definitions(n, m, nearest, monkeypatch):
+    monkeypatch.setattr(metrics, "_BLOCK", 13)
+    rng = np.random.default_rng(nearest)
+    real, fake = rng.normal(size=(n, 2)), 0.7 * rng.normal(size=(m, 2)) + 0.6
+    expected = textbook_manifold(real, fake, nearest)
+    assert len(set(expected)) == 4, "figures that coincide could be swapped"
+    assert metrics.manifold(real, fake, nearest=nearest) == pytest.approx(expected, rel=1e-12)
+
+
+def test_manifold_is_that_of_prdc():
+    prdc = pytest.importorskip("prdc", reason="prdc is not installed")
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(1100, 8)), 0.8 * rng.normal(size=(300, 8)) + 0.2
+    expected = prdc.compute_prdc(real, fake, 5)
+    assert metrics.manifold(real, fake)._asdict() == pytest.approx(expected, rel=1e-12)
+
+
+def test_manifold_tells_a_generator_of_one_mode_from_one_of_noise():
+    rng = np.random.default_rng(0)
+    centres = 10 * np.eye(4)
+    real = centres[rng.integers(4, size=200)] + rng.normal(size=(200, 4))
+    one_mode = metrics.manifold(real, centres[0] + rng.normal(size=(200, 4)))
+    assert one_mode.precision > 0.9
+    assert one_mode.coverage < 0.35
+    noise = metrics.manifold(real, 30 * rng.normal(size=(200, 4)))
+    assert max(noise.precision, noise.density, noise.coverage) < 0.1
+
+
+@pytest.mark.parametrize("nearest", [0, 3])
+def test_manifold_refuses_neighbours_that_there_are_not(nearest):
+    with pytest.raises(InputError, match=f"less than the 3 samples of a set, got {nearest}"):
+        metrics.manifold(np.zeros((3, 2)), np.ones((4, 2)), nearest=nearest)
+
+
 MODES = [[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]]
 
 

@@ -318,3 +318,50 @@ def test_missing_libraries_are_said_with_the_extra_that_brings_them():
         "    raise SystemExit('imported')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Tracked quality
+
+
+def test_rank_correlation_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    for a, b in ((rng.normal(size=33), rng.normal(size=33)), rng.integers(4, size=(2, 63)).astype(float)):
+        assert plots._rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, rel=1e-12)
+    assert plots._rank_correlation(np.arange(2.0), np.arange(2.0)) is None
+    assert plots._rank_correlation(np.arange(5.0), np.zeros(5)) is None
+
+
+def tracked(key, *, rising=False):
+    """An estimate that falls with noise that its mean is free of, and a distance tracked at every tenth step."""
+    records = [{"step": step, "wasserstein": 100 - step + 30 * (-1) ** step} for step in range(1, 101)]
+    for record in records[9::10]:
+        record[key] = record["step"] if rising else 1000 / record["step"]
+    return records
+
+
+@pytest.mark.parametrize(
+    ("key", "label"),
+    [("frechet_distance", "Fréchet distance"), ("sliced_wasserstein", "sliced Wasserstein distance")],
+)
+@pytest.mark.parametrize("rising", [False, True])
+def test_tracked_quality_is_drawn_with_its_rank_correlation(tmp_path, drawn, key, label, rising):
+    plots.save_curves(tracked(key, rising=rising), tmp_path / "curves.png")
+    axes = [axes for axes in drawn[0].axes if axes.get_ylabel() == label]
+    np.testing.assert_array_equal(axes[0].lines[0].get_xdata(), np.arange(10, 101, 10))
+    expected = np.arange(10, 101, 10) if rising else 1000 / np.arange(10, 101, 10)
+    np.testing.assert_allclose(axes[0].lines[0].get_ydata(), expected)
+    title = f"Wasserstein estimate; Spearman's ρ with the {label}: {'-1.00' if rising else '1.00'} (10 points)"
+    assert drawn[0].axes[0].get_title(loc="left") == title
+
+
+def test_title_is_plain_where_quality_was_not_tracked(tmp_path, drawn):
+    plots.save_curves([{"step": step, "wasserstein": 1.0 / step} for step in range(1, 9)], tmp_path / "curves.png")
+    assert drawn[0].axes[0].get_title(loc="left") == "Wasserstein estimate"
+
+
+def test_distance_of_zero_and_missing_values_are_drawn(tmp_path, drawn):
+    records = tracked("frechet_distance")
+    records[9]["frechet_distance"], records[19]["frechet_distance"] = 0.0, None
+    plots.save_curves(records, tmp_path / "curves.png")
+    assert "(9 points)" in drawn[0].axes[0].get_title(loc="left")

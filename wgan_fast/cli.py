@@ -106,7 +106,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a trained run against data that it did not train on.
+    """Measure a trained run against data that it did not train on, and in the eyes of a classifier if it has classes.
 
     Attributes:
         folder: The run's folder.

@@ -1,7 +1,11 @@
-"""Measures of a trained generator: distance to the data, modes covered, and what the critic says."""
+"""Measures of a trained generator: distance to the data, modes covered, and what the critic says.
+
+`quality` applies the ones that need features to those of a classifier.
+"""
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +15,8 @@ from torch import Tensor, nn
 from wgan_fast.errors import InputError
 
 _Samples = Tensor | ArrayLike
+
+_BLOCK = 1024  # rows of a matrix of distances that are held at a time
 
 
 def _rows(samples: _Samples, name: str) -> NDArray[np.float64]:
@@ -61,6 +67,106 @@ def sliced_wasserstein(a: _Samples, b: _Samples, *, projections: int = 512, seed
     return float(ot.sliced_wasserstein_distance(rows_a, rows_b, n_projections=projections, seed=seed))
 
 
+def frechet_distance(a: _Samples, b: _Samples) -> float:
+    """Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017, arXiv:1706.08500).
+
+    d² = |μ_a − μ_b|² + Tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½), the quantity that FID takes of Inception's features. With
+    Σ = RᵀR, the trace of the root is the sum of the singular values of R_a R_bᵀ: no root of a matrix that may be
+    singular is taken, and nothing complex appears.
+
+    Args:
+        a: Features, `[N, *D]`, N at least 2; flattened, in float64.
+        b: Features, `[M, *D]`, M at least 2.
+
+    Returns:
+        d², in the squared units of the features. It is biased upwards for few samples: compare it with that between
+        two real sets of the same size.
+
+    Raises:
+        InputError: The features are fewer than two, not finite or of different sizes.
+    """
+    rows_a, rows_b = _rows(a, "a"), _rows(b, "b")
+    _same_dimension(rows_a, rows_b, "a and b")
+    means, roots = [], []
+    for name, rows in (("a", rows_a), ("b", rows_b)):
+        if len(rows) < 2:
+            raise InputError(f"{name} must hold at least 2 samples, got {len(rows)}")
+        means.append(rows.mean(axis=0))
+        roots.append(np.linalg.qr((rows - means[-1]) / math.sqrt(len(rows) - 1)).R)
+    root_a, root_b = roots
+    shared = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+    # The trace of a covariance RᵀR is the squared Frobenius norm of R.
+    squared = ((means[0] - means[1]) ** 2).sum() + (root_a**2).sum() + (root_b**2).sum() - 2 * shared
+    return max(float(squared), 0.0)
+
+
+class Manifold(NamedTuple):
+    """How two sets of features lie in one another's neighbourhoods.
+
+    Attributes:
+        precision: Share of the generated samples that lie in the neighbourhood of a real one.
+        recall: Share of the real samples that lie in the neighbourhood of a generated one.
+        density: Real neighbourhoods that a generated sample lies in, over k; its mean is 1 for equal distributions.
+        coverage: Share of the real samples whose neighbourhood holds a generated one.
+    """
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def manifold(real: _Samples, fake: _Samples, *, nearest: int = 5) -> Manifold:
+    """Precision, recall, density and coverage of generated samples.
+
+    Precision and recall are those of Kynkäänniemi et al. 2019 (arXiv:1904.06991), density and coverage those of Naeem
+    et al. 2020 (arXiv:2002.09797), whose reference code, `prdc`, this agrees with. The neighbourhood of a sample is
+    the open ball that reaches to its k-th nearest neighbour in its own set.
+
+    Args:
+        real: Features of real samples, `[N, *D]`; flattened, in float64.
+        fake: Features of generated samples, `[M, *D]`.
+        nearest: k, less than N and M.
+
+    Returns:
+        The four shares. They depend on N and M: compare them with those between two real sets of the same size.
+
+    Raises:
+        InputError: The features are empty, not finite or of different sizes, or nearest is not in 1..min(N, M) − 1.
+    """
+    rows_real, rows_fake = _rows(real, "real"), _rows(fake, "fake")
+    _same_dimension(rows_real, rows_fake, "real and fake")
+    fewest = min(len(rows_real), len(rows_fake))
+    if not 1 <= nearest < fewest:
+        raise InputError(f"nearest must be at least 1 and less than the {fewest} samples of a set, got {nearest}")
+    a, b = torch.from_numpy(rows_real), torch.from_numpy(rows_fake)
+    radii_a, radii_b = _radii(a, nearest), _radii(b, nearest)
+    within = torch.zeros(len(b), dtype=torch.int64)  # of how many real neighbourhoods
+    recalled = covered = 0
+    for rows, radii in zip(torch.split(a, _BLOCK), torch.split(radii_a, _BLOCK)):
+        distances = _distances(rows, b)
+        inside = distances < radii[:, None]
+        within += inside.sum(0)
+        recalled += int((distances < radii_b).any(1).sum())
+        covered += int(inside.any(1).sum())
+    return Manifold(
+        precision=float((within > 0).double().mean()),
+        recall=recalled / len(a),
+        density=float(within.double().mean()) / nearest,
+        coverage=covered / len(a),
+    )
+
+
+def _radii(rows: Tensor, nearest: int) -> Tensor:
+    """Distance from each sample to its k-th nearest neighbour; the sample itself comes first."""
+    return torch.cat([_distances(part, rows).kthvalue(nearest + 1, dim=1).values for part in torch.split(rows, _BLOCK)])
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    # Not through the inner product, which cancels for points much closer to each other than to the origin.
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 @dataclass(frozen=True)
 class ModeCoverage:
     """How generated samples spread over the modes of a known mixture.
@@ -104,10 +210,7 @@ def mode_coverage(samples: _Samples, modes: _Samples, std: float) -> ModeCoverag
         raise InputError(f"std must be positive and finite, got {std}")
     rows, centres = _rows(samples, "samples"), _rows(modes, "modes")
     _same_dimension(rows, centres, "samples and modes")
-    # Not through the inner product, which cancels for points much closer to each other than to the origin.
-    distances = torch.cdist(
-        torch.from_numpy(rows), torch.from_numpy(centres), compute_mode="donot_use_mm_for_euclid_dist"
-    )
+    distances = _distances(torch.from_numpy(rows), torch.from_numpy(centres))
     distance, nearest = (tensor.numpy() for tensor in distances.min(dim=1))
     good = distance <= 3 * std
     counts = np.bincount(nearest[good], minlength=len(centres))

@@ -264,6 +264,13 @@ _PANELS = (
 )
 
 
+_QUALITY = (
+    ("frechet_distance", "Fréchet distance"),
+    ("sliced_wasserstein", "sliced Wasserstein distance"),
+)
+"""What is drawn beside the Wasserstein estimate, if it was tracked: the first of these that was."""
+
+
 def save_curves(
     records: Iterable[Mapping[str, Any]],
     path: str | os.PathLike[str],
@@ -277,7 +284,9 @@ def save_curves(
         records: The lines of metrics.jsonl as mappings: `step` (generator steps) and any of `wasserstein`,
             `held_out_wasserstein`, `critic_loss`, `generator_loss`, `real_score`, `fake_score`, `gradient_norm`,
             `penalty`, `learning_rate` and `images_per_second`. A panel is drawn for what occurs; missing and
-            non-finite values are left out.
+            non-finite values are left out. Where `frechet_distance` or `sliced_wasserstein` was tracked, it shares the
+            panel of the Wasserstein estimate, with Spearman's rank correlation of the two in the title: an estimate
+            that means something falls as the distance does (Arjovsky et al. 2017, arXiv:1701.07875, figure 3).
         path: The file to write; its folder exists.
         title: Title of the whole picture; None for none.
         target: The gradient norm that the penalty asks for, drawn as a line; None draws none.
@@ -286,6 +295,7 @@ def save_curves(
         InputError: No record has a step and a value to draw.
     """
     records = [record for record in records if "step" in record]
+    quality = next(((label, found) for key, label in _QUALITY if len((found := _series(records, key))[0])), None)
     panels = []
     for panel in _PANELS:
         series = [(curve, *_series(records, curve.key)) for curve in panel.curves]
@@ -295,9 +305,10 @@ def save_curves(
     if not panels:
         raise InputError("records must hold at least one step with a finite value to draw")
 
-    # The first panel is the one to look at: it gets a row of its own where the others fill the rows below.
-    wide = len(panels) % 2
-    rows = (len(panels) + 1) // 2
+    # The first panel is the one to look at: it gets a row of its own where the others fill the rows below,
+    # or where its title is long.
+    wide = 1 if quality is not None else len(panels) % 2
+    rows = (len(panels) + wide + 1) // 2
     every_step = np.concatenate([steps for _, series in panels for _, steps, _ in series])
     first, last = every_step.min(), every_step.max()
     margin = 0.02 * (last - first) or 1.0
@@ -309,9 +320,60 @@ def save_curves(
         axes = figure.add_subplot(place)
         _draw_panel(axes, panel, series, target if panel.curves[0].key == "gradient_norm" else None)
         axes.set_xlim(*frame)
+        if quality is not None and panel is _PANELS[0]:
+            label, distances = quality
+            _draw_quality(axes, *series[0][1:], label, *distances)
     if title is not None:
         figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     _save(figure, path)
+
+
+def _draw_quality(
+    axes: Axes,
+    steps: NDArray[np.float64],
+    estimates: NDArray[np.float64],
+    label: str,
+    tracked_steps: NDArray[np.float64],
+    distances: NDArray[np.float64],
+) -> None:
+    """Draw a tracked distance on an axis of its own, and say how its ranks correlate with those of the estimate."""
+    right = axes.twinx()
+    (line,) = right.plot(tracked_steps, distances, color=_GREEN, linewidth=1.6, marker="o", markersize=4)
+    # A generator begins ten times as far away as it ends: on a linear scale what happens later is a flat line.
+    if distances.min() > 0:
+        right.set_yscale("log")
+        for axis_formatter in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+            axis_formatter(StrMethodFormatter("{x:,g}"))
+    right.set_ylabel(label, fontsize=9, color=_GREEN)
+    right.tick_params(labelsize=8)
+    right.spines["top"].set_visible(False)
+    axes.legend(
+        [*axes.get_legend_handles_labels()[0], line],
+        [*axes.get_legend_handles_labels()[1], label],
+        loc="upper right", ncols=3, frameon=False, fontsize=9,
+    )  # fmt: skip
+    # The estimate of one batch is noisy: take the mean of what was logged since the distance before.
+    ends = np.searchsorted(steps, tracked_steps, side="right")
+    starts = np.concatenate(([0], ends[:-1]))
+    pairs = [(estimates[a:b].mean(), distance) for a, b, distance in zip(starts, ends, distances) if a < b]
+    correlation = _rank_correlation(*np.array(pairs).reshape(-1, 2).T)
+    if correlation is not None:
+        axes.set_title(
+            f"{axes.get_title(loc='left')}; Spearman's ρ with the {label}: {correlation:.2f} ({len(pairs)} points)",
+            loc="left", fontsize=11,
+        )  # fmt: skip
+
+
+def _rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
+    """Spearman's rank correlation, equal values sharing their mean rank; None where there is no order to compare."""
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    ranks = []
+    for values in (a, b):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum() - (counts - 1) / 2)[inverse] - (len(values) + 1) / 2)
+    first, second = ranks
+    return float(first @ second / np.sqrt((first @ first) * (second @ second)))
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

