@@ -17,8 +17,9 @@ aten, ops = torch.ops.aten, torch.ops.wgan_fast
 
 
 def _widen(call: Call) -> None:
-    """Under autocast normalise in float32, as autocast does."""
-    if torch.is_autocast_enabled(call.operands[0].device.type):
+    """Under autocast normalise in float32 where autocast does, which is everywhere but on a CPU."""
+    device = call.operands[0].device.type
+    if device != "cpu" and torch.is_autocast_enabled(device):
         half = (torch.bfloat16, torch.float16)
         call.operands = [x.float() if x.dtype in half else x for x in call.operands]
 
