@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent
 REQUIRED = os.environ.get("WGAN_FAST_REQUIRE_EXT") == "1"
 PACKAGES = [
     "wgan_fast",
+    "wgan_fast.bench",
     "wgan_fast.double_backprop",
     "wgan_fast.double_backprop.rules",
     "wgan_fast.kernels",
