@@ -22,10 +22,6 @@ class Affine(Rule):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             call.operands = [x.to(dtype) if x.dtype == torch.float32 else x for x in call.operands]
-        return self.run(call)
-
-    def run(self, call: Call) -> Output:
-        """The operator itself."""
         return call.run()
 
     def second(
@@ -83,81 +79,63 @@ class Linear(Affine):
 class Convolution(Affine):
     """Convolutions and transposed convolutions of every stride, padding, dilation and grouping."""
 
-    def run(self, call: Call) -> Output:
-        """On a CPU over channels-last memory: oneDNN's kernels for it are up to twice as fast, in 1-D four times."""
-        if not self._batched(call):
-            return call.run()
-        data, weight = call.slot("input"), call.slot("weight")
-        call.operands = [_channels_last(x) if i in (data, weight) else x for i, x in enumerate(call.operands)]
-        return self._convolve(call, call.operands[data], call.tensor("bias"))  # type: ignore[index]
+    def forward(self, call: Call) -> Output:
+        """Run the layer, on a CPU over channels-last memory: oneDNN's kernels for it are up to twice as fast."""
+        bias = call.slot("bias")
+        call.operands = [x if i == bias else _channels_last(x) for i, x in enumerate(call.operands)]
+        return super().forward(call)
 
     def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
         """One call of PyTorch's convolution backward."""
-        if not self._batched(call):
-            return super().vjp(call, cotangent, wanted)
         data, weight, bias = call.slot("input"), call.slot("weight"), call.slot("bias")
+        x = call.operands[data]  # type: ignore[index]
+        if x.dim() != self._geometry(call)["dims"] + 2:
+            return super().vjp(call, cotangent, wanted)
         # With the weight's gradient comes the bias's at no cost; alone it is a sum.
         mask = [data in wanted, weight in wanted, weight in wanted and bias is not None and bias in wanted]
         gx = gw = gb = None
         if any(mask):
-            operands = [cotangent, call.operands[data], call.operands[weight]]  # type: ignore[index]
-            lift = self._lifts(call)
             gx, gw, gb = aten.convolution_backward(
-                *[x.unsqueeze(2) if lift else x for x in operands],
+                cotangent,
+                x,
+                call.operands[weight],  # type: ignore[index]
                 [cotangent.shape[1]],
-                *self._settings(call, lift),
+                *self._settings(call),
                 mask,
             )
-            gx, gw = (g.squeeze(2) if g is not None and lift else g for g in (gx, gw))
         if bias is not None and bias in wanted and weight not in wanted:
-            gb = cotangent.sum([0, *range(2, cotangent.dim())])
+            gb = cotangent.sum([0, *range(2, x.dim())])
         return [{data: gx, weight: gw, bias: gb}[i] for i in wanted]
 
     def apply(self, call: Call, x: Tensor) -> Tensor:
         """The convolution of x without a bias."""
-        return self._convolve(call, _channels_last(x), None)
+        x = _channels_last(x)
+        return aten.convolution(x, call.tensor("weight"), None, *self._settings(call))  # type: ignore[no-any-return]
 
-    def _convolve(self, call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
-        weight: Tensor = call.tensor("weight")  # type: ignore[assignment]
-        if not self._lifts(call):
-            return aten.convolution(x, weight, bias, *self._settings(call))  # type: ignore[no-any-return]
-        settings = self._settings(call, lift=True)
-        return aten.convolution(x.unsqueeze(2), weight.unsqueeze(2), bias, *settings).squeeze(2)  # type: ignore[no-any-return]
+    def _geometry(self, call: Call) -> dict[str, Any]:
+        name = call.op._schema.name
+        return {"dims": int(name[-2]), "transposed": "transpose" in name}
 
-    def _batched(self, call: Call) -> bool:
-        return bool(call.operands[call.slot("input")].dim() == self._dims(call) + 2)  # type: ignore[index]
+    def _settings(self, call: Call) -> list[Any]:
+        dims, transposed = self._geometry(call).values()
 
-    def _lifts(self, call: Call) -> bool:
-        """Whether to run it over images of height 1: PyTorch's own 1-D form insists on channels first."""
-        return self._dims(call) == 1 and call.operands[0].device.type == "cpu"
-
-    @staticmethod
-    def _dims(call: Call) -> int:
-        return int(call.op._schema.name[-2])
-
-    def _settings(self, call: Call, lift: bool = False) -> list[Any]:
-        dims, transposed = self._dims(call), "transpose" in call.op._schema.name
-
-        def each(name: str, above: int) -> list[int]:
+        def each(name: str) -> list[int]:
             value = call.argument(name)
             value = [value] if isinstance(value, int) else list(value)
-            value = value * dims if len(value) == 1 else value
-            return [above, *value] if lift else value
+            return value * dims if len(value) == 1 else value
 
-        output_padding = each("output_padding", 0) if transposed else [0] * (dims + lift)
+        output_padding = each("output_padding") if transposed else [0] * dims
         return [
-            each("stride", 1), each("padding", 0), each("dilation", 1), transposed, output_padding,
-            call.argument("groups"),
+            each("stride"), each("padding"), each("dilation"), transposed, output_padding, call.argument("groups")
         ]  # fmt: skip
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    if x.dim() == 3:
-        return _channels_last(x.unsqueeze(2)).squeeze(2)
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     # Whether memory is channels-last cannot be told from one channel; its stride says what PyTorch takes it for.
-    if x.device.type != "cpu" or x.stride(1) == 1:
+    if layout is None or x.device.type != "cpu" or x.stride(1) == 1:
         return x
-    return x.clone(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    return x.clone(memory_format=layout)
 
 
 @register("scaled_dot_product_attention")
