@@ -1,7 +1,7 @@
 """Plans: a critic and the shapes of one batch, turned into a flat graph that is run at every step."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -151,7 +151,12 @@ class Plan:
         self.schedule = self._arrange(schedule)
         self.curved: set[str] = set()
         self.linear: set[str] = set()
-        self.graph = self._record()
+        try:
+            self.graph = self._record()
+        except CaptureError:
+            raise
+        except RuntimeError as error:
+            raise CaptureError(f"the step cannot be recorded{raised_at(error)}: {first_line(error)}") from error
         self.runner: Callable[..., Any] = self.graph
 
     def _prove(self) -> None:
@@ -259,7 +264,8 @@ class Plan:
     def run(self, owned: Sequence[Tensor], batches: Sequence[Tensor], extras: Sequence[Any] = ()) -> StepOutput:
         """Run the graph on given values of the critic's parameters and buffers."""
         tensors = [extra for extra in extras if isinstance(extra, Tensor)]
-        with torch.no_grad(), torch.autocast(self.device, enabled=False):
+        on = torch.is_autocast_enabled(self.device)
+        with torch.no_grad(), torch.autocast(self.device, enabled=False) if on else nullcontext():
             return StepOutput(*self.runner(*owned, *batches, *tensors))
 
     def units(self) -> float:
