@@ -14,6 +14,7 @@ from ..clipping import clip_weights_
 from ..critic_step import CriticStep, CriticStepResult
 from ..errors import InputError
 from ..losses import get_loss
+from ..optim import ClippedRMSprop
 from ..precision import accumulation_dtype
 from .config import TrainConfig
 from .distributed import Replicas
@@ -88,11 +89,13 @@ class Iteration:
         )
         self._generator_loss = get_loss(config.recipe.loss).generator
         self.optimizers = {
-            name: make_optimizer(parameters, config, rate)
-            for (name, parameters), rate in zip(
-                self._trained.items(), (config.learning_rate, config.generator_learning_rate or config.learning_rate)
-            )
+            "critic": make_optimizer(self._trained["critic"], config, config.learning_rate, config.clip),
+            "generator": make_optimizer(
+                self._trained["generator"], config, config.generator_learning_rate or config.learning_rate
+            ),
         }
+        fused = isinstance(self.optimizers["critic"], ClippedRMSprop)
+        self._clip = None if fused else config.clip
         self.step = 0
         self.rewinds = 0
         self.rng = torch.Generator(self.device) if replicas.world > 1 else None
@@ -137,8 +140,8 @@ class Iteration:
             result = self.critic_step(self.laid_out(real), fake, alpha)
             result = CriticStepResult(*self.replicas.average_gradients("critic", critic, result))
             self._move("critic")
-            if self.config.clip is not None:
-                clip_weights_(critic, self.config.clip)
+            if self._clip is not None:
+                clip_weights_(critic, self._clip)
 
         with self._autocast():
             loss = self._generator_loss(self.critic(self.generator(self._noise())))
@@ -261,9 +264,12 @@ def trainable(name: str, network: nn.Module) -> list[nn.Parameter]:
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter], config: TrainConfig, learning_rate: float | None
+    parameters: list[nn.Parameter], config: TrainConfig, learning_rate: float | None, clip: float | None = None
 ) -> torch.optim.Optimizer:
-    """Build a network's optimizer as the configuration says, its learning rate a tensor under a CUDA graph."""
+    """Build a network's optimizer as the configuration says, its learning rate a tensor under a CUDA graph.
+
+    RMSprop with a ``clip`` is the fused one, which also clips.
+    """
     rate, beta1, beta2 = learning_rate or 0.0, config.beta1 or 0.0, config.beta2 or 0.0
     graph = config.cuda_graph and parameters[0].device.type == "cuda"
     lr: float | Tensor = torch.tensor(rate, device=parameters[0].device) if config.cuda_graph else rate
@@ -272,6 +278,8 @@ def make_optimizer(
         # None leaves the choice to PyTorch.
         fused = config.fused or None
         optimizer = torch.optim.Adam(parameters, lr=lr, betas=(beta1, beta2), fused=fused, capturable=graph)
+    elif clip is not None:
+        optimizer = ClippedRMSprop(parameters, lr=lr, alpha=beta2, clip=clip, capturable=graph)
     else:
         optimizer = torch.optim.RMSprop(parameters, lr=lr, alpha=beta2, capturable=graph)
     for group in optimizer.param_groups:
