@@ -24,7 +24,7 @@ try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
     from PIL import Image, ImageDraw, ImageFont
 except ImportError as error:
     raise ImportError("wgan_fast.plots needs Matplotlib and Pillow: pip install 'wgan_fast[train]'") from error
@@ -342,8 +342,9 @@ def _draw_quality(
     # A generator begins ten times as far away as it ends: on a linear scale what happens later is a flat line.
     if distances.min() > 0:
         right.set_yscale("log")
-        for axis_formatter in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
-            axis_formatter(StrMethodFormatter("{x:,g}"))
+        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        right.yaxis.set_minor_locator(NullLocator())
     right.set_ylabel(label, fontsize=9, color=_GREEN)
     right.tick_params(labelsize=8)
     right.spines["top"].set_visible(False)

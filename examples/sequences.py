@@ -1,0 +1,67 @@
+"""One-dimensional sequences: elevation profiles of the Jacksboro fault (real terrain, part of Matplotlib).
+
+python examples/sequences.py
+"""
+
+import torch
+from matplotlib.cbook import get_sample_data
+from torch import Tensor, nn
+
+import wgan_fast
+from wgan_fast.metrics import sliced_wasserstein
+from wgan_fast.plots import save_grid
+
+LATENT = 16
+LENGTH = 64
+
+
+def profiles() -> Tensor:
+    """Pieces of the map's rows, `[N, 1, LENGTH]`, from west to east, each less its mean, in units of 100 m."""
+    elevation = torch.from_numpy(get_sample_data("jacksboro_fault_dem.npz")["elevation"].astype("float32")) / 100
+    pieces = elevation.unfold(1, LENGTH, LENGTH).reshape(-1, 1, LENGTH)
+    return pieces - pieces.mean(2, keepdim=True)
+
+
+def networks() -> tuple[nn.Module, nn.Module]:
+    generator = nn.Sequential(
+        nn.Linear(LATENT, 32 * 16), nn.ReLU(), nn.Unflatten(1, (32, 16)),
+        nn.ConvTranspose1d(32, 16, 4, stride=2, padding=1), nn.ReLU(),
+        nn.ConvTranspose1d(16, 1, 4, stride=2, padding=1),
+    )  # fmt: skip
+    critic = nn.Sequential(
+        nn.Conv1d(1, 16, 5, stride=2, padding=2), nn.LeakyReLU(0.2),
+        nn.Conv1d(16, 32, 5, stride=2, padding=2), nn.LeakyReLU(0.2),
+        nn.Flatten(), nn.Linear(32 * 16, 1),
+    )  # fmt: skip
+    return generator, critic
+
+
+def train(sequences: Tensor, steps: int) -> nn.Module:
+    generator, critic = networks()
+    penalty = wgan_fast.GradientPenalty(critic)  # planned once for all batches
+    generator_optimizer = torch.optim.Adam(generator.parameters(), lr=5e-4, betas=(0.0, 0.9))
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=5e-4, betas=(0.0, 0.9))
+    for _ in range(steps):
+        for _ in range(5):
+            real = sequences[torch.randint(len(sequences), (64,))]
+            fake = generator(torch.randn(64, LATENT)).detach()
+            loss = critic(fake).mean() - critic(real).mean() + penalty(real, fake)
+            critic_optimizer.zero_grad()
+            loss.backward()
+            critic_optimizer.step()
+        loss = -critic(generator(torch.randn(64, LATENT))).mean()
+        generator_optimizer.zero_grad()
+        loss.backward()
+        generator_optimizer.step()
+    return generator
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    real = profiles()[torch.randperm(len(profiles()))]
+    generator = train(real[:1500], steps=2000)
+    with torch.no_grad():
+        samples = generator(torch.randn(500, LATENT))
+    print(f"distance to the data: {sliced_wasserstein(samples, real[1500:2000]):.3f}")
+    print(f"of data to data:      {sliced_wasserstein(real[:500], real[1500:2000]):.3f}")
+    save_grid(samples[:40], "profiles.png", columns=1)
