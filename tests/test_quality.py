@@ -100,6 +100,15 @@ def test_labels_of_other_data_are_refused(data):
         quality.Judge.load(data, quality.load_labels("digits", holdout=0.3))
 
 
+def test_too_few_samples_have_no_judge(data, labels, tmp_path):
+    assert quality.Judge.load(data, labels, samples=1) is None
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.arange(10 * 16, dtype=np.uint8).reshape(10, 4, 4))
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.arange(10, dtype=np.uint8))
+    few, their = load_data(tmp_path), quality.load_labels(str(tmp_path))
+    assert quality.Judge.load(few, their) is None
+    assert quality.tracker(few, their)(few.train.take(5)).keys() == {"sliced_wasserstein"}
+
+
 # The classifier and its cache
 
 

@@ -274,7 +274,7 @@ class Judge:
     reference: Tensor
 
     @classmethod
-    def load(cls, data: Data, labels: Labels, *, samples: int = 2000, seed: int = 0) -> "Judge":
+    def load(cls, data: Data, labels: Labels, *, samples: int = 2000, seed: int = 0) -> "Judge | None":
         """Get the classifier of a data set, training it if need be, and draw the real samples.
 
         The training split is parted: a quarter of it, at most as much as was held out, stays unseen by the classifier.
@@ -285,20 +285,23 @@ class Judge:
             samples: Real samples on each side of a comparison, at most; fewer where there are not as many.
             seed: Chooses them. The classifier does not depend on it.
 
+        Returns:
+            The judge; None where fewer than two samples would be left on a side.
+
         Raises:
-            InputError: There is nothing to compare with, or the labels are not those of the data.
+            InputError: The labels are not as many as the samples.
         """
         for split, their_labels in ((data.train, labels.train), (data.held_out, labels.held_out)):
             if len(split) != len(their_labels):
                 raise InputError(f"there are {len(their_labels)} labels for {len(split)} samples of {data.name}")
         unseen = min(len(data.held_out), len(data.train) // 4)
-        if unseen < 2 or samples < 2:
-            raise InputError(f"{data.name} has too few samples to compare with: {unseen} that no network saw")
+        compared = min(samples, unseen)
+        if compared < 2:
+            return None
         rows = min(len(data.train), unseen + _MOST)
         images, classes = data.train.take(rows), _take(labels.train, rows)
         count = 1 + int(max(classes.max(), _take(labels.held_out, len(labels.held_out)).max()))
         classifier = load_classifier(images[unseen:], classes[unseen:], count)
-        compared = min(samples, unseen)
         held_out = data.held_out.take(compared, seed=seed)
         right = _logits(classifier, held_out).argmax(1) == _take(labels.held_out, compared, seed)
         order = torch.randperm(unseen, generator=torch.Generator().manual_seed(seed))[:compared]
@@ -379,8 +382,8 @@ def tracker(data: Data, labels: Labels | None, *, seed: int = 0) -> Tracker | No
     """
     if not len(data.held_out):
         return None
-    if labels is not None and len(data.sample_shape) == 3:
-        judge = Judge.load(data, labels, samples=_TRACKED, seed=seed)
+    judge = None if labels is None else Judge.load(data, labels, samples=_TRACKED, seed=seed)
+    if judge is not None:
 
         def rate(fake: Tensor) -> dict[str, Any]:
             rating = judge.rate(fake)

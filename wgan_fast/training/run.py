@@ -206,8 +206,9 @@ class Run:
             }
         config = self.description.config
         labels = quality.load_labels(config.data, holdout=config.holdout, seed=config.seed)
-        if labels is not None:
-            report |= quality.Judge.load(data, labels, samples=samples, seed=seed).rate(fake)
+        judge = None if labels is None else quality.Judge.load(data, labels, samples=samples, seed=seed)
+        if judge is not None:
+            report |= judge.rate(fake)
         return report
 
 
