@@ -134,10 +134,14 @@ class Dropout(Elementwise):
         x, p = call.operands[0], call.argument("p")
         if not call.argument("train") or p == 0:
             return x.clone()
-        # The operator draws what it multiplies by; applied to ones it yields the mask, scale included, with the
-        # same use of the random number generator.
-        call.saved["mask"] = call.op(torch.ones_like(x), p, True)
-        return x * call.saved["mask"]
+        if call.op is aten.dropout.default and x.device.type == "cpu" and p < 1:
+            mask = torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
+        else:
+            # The operator draws what it multiplies by; applied to ones it yields the mask, scale included, with the
+            # same use of the random number generator.
+            mask = call.op(torch.ones_like(x), p, True)
+        call.saved["mask"] = mask
+        return x * mask
 
     def slope(self, call: Call, vector: Tensor) -> Tensor:
         """Multiply by the mask."""
