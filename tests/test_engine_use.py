@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import textbook
@@ -620,3 +621,99 @@ def test_explain_names_the_line_that_cannot_be_captured() -> None:
     assert (report.engine, report.units) == ("autograd", None)
     assert "test_engine_use.py" in report.reason
     assert "if x.sum() > 0" in str(report)
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -0.3 * gradient
+
+
+def _hooked(h: Tensor) -> Tensor:
+    if h.requires_grad:
+        h.register_hook(lambda gradient: 2 * gradient)
+    return h
+
+
+class Scaled(nn.Module):
+    """A critic that reads attributes, counts its calls, and has something of its own in the middle."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor] = lambda h: h) -> None:
+        super().__init__()
+        self.head, self.tail, self.activation = nn.Linear(5, 8), nn.Linear(8, 1), nn.SiLU()
+        self.scale, self.calls, self.middle = 1.0, 0, middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        out: Tensor = self.tail(self.activation(self.middle(self.head(x)) * self.scale))
+        return out
+
+
+def scaled(middle: Callable[[Tensor], Tensor] = lambda h: h) -> Scaled:
+    torch.manual_seed(0)
+    return Scaled(middle).double()
+
+
+@pytest.mark.parametrize(
+    ("middle", "said"),
+    [
+        (Reversed.apply, "Reversed, an autograd.Function with a backward of its own"),
+        (_hooked, "a hook on a tensor's gradient"),
+        (lambda h: torch.fft.fft(h).abs(), "complex numbers"),
+    ],
+)
+def test_a_backward_that_the_forward_does_not_tell_is_left_to_autograd(middle: Any, said: str) -> None:
+    critic, (real, fake) = scaled(middle), samples()
+    with pytest.warns(RuntimeWarning, match=said):
+        gradient_penalty(critic, real, fake, alpha=alpha())
+    assert_same(critic, lambda engine: gradient_penalty(critic, real, fake, alpha=alpha(), engine=engine))
+
+
+def test_backward_hooks_of_modules_are_left_to_autograd() -> None:
+    critic, (real, fake) = scaled(), samples()
+    gradient_penalty(critic, real, fake, alpha=alpha(), engine="four_pass")
+    critic.head.register_full_backward_hook(lambda module, inputs, outputs: (2 * inputs[0],))
+    with pytest.raises(CaptureError, match="module head has backward hooks"):
+        gradient_penalty(critic, real, fake, alpha=alpha(), engine="four_pass")
+
+
+def test_attributes_that_the_forward_reads_are_noticed_when_they_change() -> None:
+    critic, (real, fake) = scaled(), samples()
+
+    def check() -> None:
+        assert_same(critic, lambda engine: gradient_penalty(critic, real, fake, alpha=alpha(), engine=engine))
+
+    check()
+    critic.scale = 2.5
+    check()
+    critic.activation = nn.Tanh()
+    check()
+    critic.activation = nn.LeakyReLU(0.1)
+    check()
+    critic.activation.negative_slope = 0.7
+    check()
+    critic.forward = lambda x: critic.tail(critic.head(x).tanh())
+    check()
+
+
+def test_attributes_that_the_forward_writes_ask_for_no_new_plan() -> None:
+    critic, (real, fake) = scaled(), samples()
+    step = CriticStep(critic, engine="four_pass")
+    for _ in range(3):
+        step(real, fake, alpha())
+        critic(real)
+    (choice,) = step._choices.values()
+    assert choice.four_pass is not None
+    assert len(choice.four_pass.plans) == 1
+
+
+def test_what_the_proof_does_not_follow_runs_split() -> None:
+    def scattered(h: Tensor) -> Tensor:
+        return torch.zeros_like(h).index_put((torch.arange(len(h)),), h)
+
+    critic, (real, fake) = scaled(scattered), samples()
+    assert_same(critic, lambda engine: gradient_penalty(critic, real, fake, alpha=alpha(), engine=engine))

@@ -60,6 +60,8 @@ class CriticStep:
             parameters, norms and means in float32.
         schedule: How the four-pass engine arranges real, fake and interpolates: "batched", "split" or "auto".
 
+    In four passes spectral norm makes one power iteration a step, where autograd makes one for each forward pass.
+
     Raises:
         TypeError: An argument is of the wrong type.
         ValueError: A setting is unknown, or ``compile`` is asked for with ``engine="autograd"``.
@@ -131,9 +133,11 @@ class CriticStep:
 
         Raises:
             TypeError: As ``gradient_penalty``.
-            ValueError: As ``gradient_penalty``; no gradient has been touched then.
+            ValueError: As ``gradient_penalty``, or under ``torch.inference_mode()``; no gradient has been touched then.
         """
         check_critic_arguments(critic_args, critic_kwargs)
+        if torch.is_inference_mode_enabled():
+            raise ValueError("a critic step needs gradients, which torch.inference_mode() forbids")
         penalty = self._penalty_now()
         group_size = self.penalty.group_size if self.penalty else 1
         points: list[Tensor] = []

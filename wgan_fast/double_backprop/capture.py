@@ -18,7 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import BackwardCFunction
 from torch.export.graph_signature import InputKind
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map, tree_map_only, tree_unflatten
 
 from ..checks import check_scores
@@ -116,9 +119,11 @@ def capture(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         kwargs: Example keyword arguments.
 
     Raises:
-        CaptureError: The critic branches on data, or mutates its activations through views.
+        CaptureError: The critic branches on data, mutates its activations through views, or changes what flows
+            backward through it.
         TypeError: The critic does not return a tensor.
     """
+    _refuse_own_backwards(critic, args, kwargs)
     try:
         program, dynamic = _export(critic, args, dict(kwargs), dynamic=True), True
     except Exception:
@@ -151,6 +156,53 @@ def capture(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return captured
 
 
+def _refuse_own_backwards(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse critics whose backward pass is not what their forward pass says: a capture would not see it."""
+    for name, module in critic.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise CaptureError(f"module {name or 'critic'} has backward hooks, which four passes would not call")
+    mode, hooks = FakeTensorMode(allow_non_fake_inputs=True), _TensorHooks()
+    owned = {
+        name: mode.from_tensor(tensor.detach(), static_shapes=True).requires_grad_(tensor.requires_grad)
+        for name, tensor in (*critic.named_parameters(), *critic.named_buffers())
+    }
+
+    def stand_in(x: Tensor) -> Tensor:
+        return mode.from_tensor(x.detach(), static_shapes=True).requires_grad_(x.is_floating_point())
+
+    try:
+        with _quiet(), torch.enable_grad(), mode, hooks:
+            given, named = tree_map_only(Tensor, stand_in, (args, dict(kwargs)))
+            scores = torch.func.functional_call(critic, owned, given, named)
+    except Exception:
+        # What does not run without data is not captured either, for a reason that the export words better.
+        return
+    if hooks.found:
+        raise CaptureError("the critic registers a hook on a tensor's gradient, which four passes would not call")
+    pending, seen = [getattr(scores, "grad_fn", None)], set[Any]()
+    while pending:
+        function = pending.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if isinstance(function, BackwardCFunction):
+            raise CaptureError(
+                f"the critic calls {type(function).__name__.removesuffix('Backward')}, an "
+                "autograd.Function with a backward of its own"
+            )
+        pending.extend(source for source, _ in function.next_functions)
+
+
+class _TensorHooks(TorchFunctionMode):
+    """Notices hooks on the gradients of tensors."""
+
+    found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= func in (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
+        return func(*args, **(kwargs or {}))
+
+
 def _export(critic: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> Any:
     rows = args[0].shape[0]
 
@@ -175,7 +227,7 @@ def _quiet() -> Iterator[None]:
     level = log.level
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        log.setLevel(logging.ERROR)
+        log.setLevel(logging.CRITICAL + 1)
         try:
             yield
         finally:

@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_flatten
 from .capture import first_line
 from .plan import Objective, Plan, Schedule, StepOutput
 
+MOST_PLANS = 64
+"""Of one engine; the oldest gives way."""
+
 
 class FourPassEngine:
     """Runs one objective on one critic.
@@ -31,6 +34,9 @@ class FourPassEngine:
         self._critic = weakref.ref(critic)
         self.objective, self.schedule, self.compile = objective, schedule, compile
         self.plans: dict[Hashable, Plan] = {}
+        self._warned = False
+        self._written: set[Attribute] = set()
+        """Attributes that the critic's own forward writes, such as counters: they do not ask for a new plan."""
 
     @property
     def critic(self) -> nn.Module:
@@ -85,8 +91,23 @@ class FourPassEngine:
         key = self._key(batches, critic_args, critic_kwargs)
         plan = self.plans.get(key)
         if plan is None:
-            plan = self.plans[key] = self._make(batches, critic_args, critic_kwargs)
+            before = dict(_attributes(self.critic))
+            plan = self._make(batches, critic_args, critic_kwargs)
+            self._written |= {name for name, value in _attributes(self.critic) if before.get(name, value) != value}
+            self._keep(self._key(batches, critic_args, critic_kwargs), plan)
         return plan
+
+    def _keep(self, key: Hashable, plan: Plan) -> None:
+        self.plans[key] = plan
+        if len(self.plans) > MOST_PLANS:
+            del self.plans[next(iter(self.plans))]
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"the critic was planned {MOST_PLANS} times, which takes a while each time: batch shapes change, "
+                    "or a number that its forward reads does (a buffer may change without a new plan)",
+                    RuntimeWarning, stacklevel=6,
+                )  # fmt: skip
 
     def has_plan(
         self,
@@ -109,7 +130,7 @@ class FourPassEngine:
         return (
             example.shape, example.stride(), example.dtype, example.device,
             tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves), spec,
-            tuple(_state(self.critic)),
+            tuple(pair for pair in _attributes(self.critic) if pair[0] not in self._written),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )  # fmt: skip
 
@@ -140,15 +161,32 @@ def _flat(critic_args: tuple[Any, ...], critic_kwargs: Mapping[str, Any] | None)
     return tree_flatten((critic_args, dict(critic_kwargs or {}))) if critic_args or critic_kwargs else ([], None)
 
 
-def _state(module: nn.Module) -> Iterator[Any]:
-    """What the graph depends on besides the batches; by hand, as ``modules()`` and ``parameters()`` cost 0.1 ms."""
-    yield module.training
+Attribute = tuple[int, str]
+"""A module's id and the name of an attribute."""
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[Attribute, Any]]:
+    """What a forward method may read besides tensors, by hand: ``modules()`` and ``parameters()`` cost 0.1 ms.
+
+    Globals and what closures hold are not seen; a capture takes them as they are.
+    """
+    key = id(module)
+    hooks = len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks)
+    yield (key, ""), (type(module), hooks, id(module.__dict__.get("forward")))
+    for name, value in module.__dict__.items():
+        if type(value) in _PLAIN and name[0] != "_":
+            yield (key, name), value
+        elif type(value) in (tuple, list) and all(type(item) in _PLAIN for item in value):
+            yield (key, name), tuple(value)
     for p in module._parameters.values():
         if p is not None:
-            yield id(p), p.requires_grad, p.dtype, p.device
+            yield (id(p), ""), (p.requires_grad, p.dtype, p.device, p.shape)
     for child in module._modules.values():
         if child is not None:
-            yield from _state(child)
+            yield from _attributes(child)
+
+
+_PLAIN = {bool, int, float, str, type(None), torch.dtype}
 
 
 class _Compiled:

@@ -46,6 +46,8 @@ class Roles:
             if any(source in sampled for source in sources):
                 sampled.add(node)
             value = node.meta.get("val")
+            if isinstance(value, Tensor) and value.is_complex():
+                raise CaptureError(f"{where(node)} makes complex numbers, which have no rule")
             if node.meta.get(STOPS_GRADIENT) or (isinstance(value, Tensor) and not value.is_floating_point()):
                 continue
             if isinstance(value, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
@@ -74,10 +76,6 @@ class Run:
                 self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
                 continue
             call = self.calls[node] = self.call(node, sampled)
-            drawn = node.meta.get("val") if torch.Tag.nondeterministic_seeded in node.target.tags else None
-            if isinstance(drawn, Tensor) and drawn.is_contiguous():
-                # Random numbers are drawn in the order of memory, which must be that of the critic itself.
-                call.operands = [x.contiguous() for x in call.operands]
             with self.label(node.name), explained(node):
                 call.output = self.values[node] = rule_for(node.target).forward(call)
 
@@ -91,7 +89,8 @@ class Run:
 
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), bind)
         return Call(
-            node.target, tuple(args), kwargs, [self.values[s] for s in slots], [s in sampled for s in slots]
+            node.target, tuple(args), kwargs, [self.values[s] for s in slots], [s in sampled for s in slots],
+            captured=node.meta.get("val"),
         )  # fmt: skip
 
     def operands(self, node: fx.Node) -> list[fx.Node]:

@@ -22,7 +22,6 @@ from .passes import (
     Roles,
     Rows,
     Run,
-    laid_out,
     number_values,
     penalty_seed,
     shared_gradients,
@@ -151,12 +150,7 @@ class Plan:
         self.schedule = self._arrange(schedule)
         self.curved: set[str] = set()
         self.linear: set[str] = set()
-        try:
-            self.graph = self._record()
-        except CaptureError:
-            raise
-        except RuntimeError as error:
-            raise CaptureError(f"the step cannot be recorded{raised_at(error)}: {first_line(error)}") from error
+        self.graph = self._record()
         self.runner: Callable[..., Any] = self.graph
 
     def _prove(self) -> None:
@@ -174,6 +168,8 @@ class Plan:
             self.dims = batch_dims(self.captured, calls, small, large)
         except (CoupledError, CaptureError) as error:
             self.coupled = str(error)
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            self.coupled = f"the proof does not follow the graph: {first_line(error)}"
 
     def _arrange(self, schedule: Schedule) -> Literal["batched", "split"]:
         if self.coupled or schedule == "split":
@@ -229,17 +225,22 @@ class Plan:
             for node, leaf in list(self._examples.items())[1:]
         }
         constants = {node: recorder.constant(node.name, value) for node, value in self.captured.constants.items()}
-        with recorder.fake, recorder, torch.no_grad():
-            base = Run(self.captured, recorder.labelled)
-            base.values.update(owned | constants | extras)
-            shared = [node for node in self.captured.calls() if node not in self.roles.sampled]
-            with self.autocast():
-                base.evaluate([n for n in shared if not _counts(n)], self.roles.sampled)
-            self._counters = [node for node in shared if _counts(node)]
-            if "alpha" in batches:
-                with recorder.labelled("interpolates"), torch.autocast(self.device, enabled=False):
-                    batches["points"] = _mix(batches["real"], batches["fake"], batches["alpha"])
-            outputs = _Step(self, base, batches).record()
+        try:
+            with recorder.fake, recorder, torch.no_grad():
+                base = Run(self.captured, recorder.labelled)
+                base.values.update(owned | constants | extras)
+                shared = [node for node in self.captured.calls() if node not in self.roles.sampled]
+                with self.autocast():
+                    base.evaluate([n for n in shared if not _counts(n)], self.roles.sampled)
+                self._counters = [node for node in shared if _counts(node)]
+                if "alpha" in batches:
+                    with recorder.labelled("interpolates"), torch.autocast(self.device, enabled=False):
+                        batches["points"] = _mix(batches["real"], batches["fake"], batches["alpha"])
+                outputs = _Step(self, base, batches).record()
+        except CaptureError:
+            raise
+        except RuntimeError as error:
+            raise CaptureError(f"the step cannot be recorded{raised_at(error)}: {first_line(error)}") from error
         recorder.output(outputs)
         graph = finish(recorder)
         if self.in_place:
@@ -462,7 +463,6 @@ class _Step:
             for node, slot in zip(self.captured.parameters, self.plan._slots):
                 gradient, key = self.cotangents.get(node), id(_read(slot))
                 if gradient is not None:
-                    gradient = laid_out(gradient, self.base.values[node])
                     gradients[key] = gradients[key] + gradient if key in gradients else gradient
         return (
             loss,

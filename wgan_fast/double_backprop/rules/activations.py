@@ -135,11 +135,11 @@ class Dropout(Elementwise):
         if not call.argument("train") or p == 0:
             return x.clone()
         if call.op is aten.dropout.default and x.device.type == "cpu" and p < 1:
-            mask = torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
+            mask = call.blank(x).bernoulli_(1 - p).div_(1 - p)
         else:
             # The operator draws what it multiplies by; applied to ones it yields the mask, scale included, with the
             # same use of the random number generator.
-            mask = call.op(torch.ones_like(x), p, True)
+            mask = call.op(call.blank(x).fill_(1), p, True)
         call.saved["mask"] = mask
         return x * mask
 
@@ -157,7 +157,7 @@ class AlphaDropout(Dropout):
         x, p = call.operands[0], call.argument("p")
         if not call.argument("train") or p == 0:
             return x.clone()
-        shift = call.op(torch.zeros_like(x), p, True)
+        shift = call.op(call.blank(x).zero_(), p, True)
         scale = ((_SELU_LIMIT**2 * p + 1) * (1 - p)) ** -0.5 if p < 1 else 0.0
         call.saved["mask"] = (shift > 0).to(x.dtype) * scale
         return x * call.saved["mask"] + shift

@@ -43,6 +43,7 @@ class Call:
         sampled: For each operand, whether it has rows that belong to samples (or is shared by all of them).
         output: What the operator returned.
         saved: What the rule kept from the forward, with the batch in the same dimension as the output.
+        captured: Stands for the output as the critic itself lays it out.
     """
 
     op: Any
@@ -52,6 +53,7 @@ class Call:
     sampled: list[bool]
     output: Output = None
     saved: dict[str, Tensor] = field(default_factory=dict)
+    captured: Any = None
 
     def run(self, operands: Sequence[Tensor] | None = None) -> Output:
         """Apply the operator to ``operands``, by default its own."""
@@ -84,6 +86,12 @@ class Call:
         operands[index] = value
         return replace(self, operands=operands)
 
+    def blank(self, x: Tensor) -> Tensor:
+        """Memory like ``x``, laid out as in the critic itself: random numbers are drawn in the order of memory."""
+        strides = [s if isinstance(s, int) else s.node.hint for s in self.captured.stride()]
+        order = sorted(range(x.dim()), key=lambda d: -strides[d])
+        return x.new_empty([x.shape[d] for d in order]).permute([order.index(d) for d in range(x.dim())])
+
 
 class Rule:
     """The generic rule: everything follows from autograd on this operator alone.
@@ -98,6 +106,9 @@ class Rule:
 
     def forward(self, call: Call) -> Output:
         """Run the operator; may leave tensors in ``call.saved``."""
+        if _draws(call) and isinstance(call.captured, Tensor):
+            alike = [x.dim() == call.captured.dim() for x in call.operands]
+            call.operands = [call.blank(x).copy_(x) if same else x for x, same in zip(call.operands, alike)]
         return call.run()
 
     def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
