@@ -9,11 +9,13 @@
 
 #include <array>
 #include <cmath>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <type_traits>
 
 #define WGAN_FAST_INLINE inline __attribute__((always_inline))
+#define WGAN_FAST_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace wgan_fast {
 namespace {
@@ -21,9 +23,9 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// The sum over samples is made of this many parts whatever the number of threads, so that it does not depend
-// on it.
-constexpr int64_t kParts = 64;
+// The sum over samples is made of at most so many parts, of at least so many elements each, whatever the
+// number of threads, so that it does not depend on it.
+constexpr int64_t kParts = 64, kGrain = kGrainSize / 2;
 
 enum class Kind { kForward, kVjp, kJvp, kParameters, kSecond };
 
@@ -52,7 +54,6 @@ struct Task {
   double *mean, *rstd;          // [N, groups], written by kForward
   double eps;                   // for kForward
   const double *weight, *bias;  // [C], or nullptr for ones and zeros; the bias for kForward
-  double* parts;                // [kParts, 2, C]: shares of the weight's and the bias's gradient, or nullptr
 };
 
 template <typename T>
@@ -69,92 +70,114 @@ WGAN_FAST_INLINE A total(const A* lanes) {
   return sum;
 }
 
-// Adds sum(v) and sum(v (x - mean)) over a line of one channel.
-template <typename T, typename A = Sum<T>>
-WGAN_FAST_INLINE void moments(const T* v, const T* x, A mean, int64_t size, A* first, A* second) {
-  A a[kLanes<A>] = {}, b[kLanes<A>] = {};
-  int64_t i = 0;
-  for (; i + kLanes<A> <= size; i += kLanes<A>)
-    for (int64_t l = 0; l < kLanes<A>; ++l) {
-      const A value = static_cast<A>(v[i + l]);
-      a[l] += value;
-      b[l] += value * (static_cast<A>(x[i + l]) - mean);
+// So many floats are added one by one before their sum joins one of doubles: an error grows with the number
+// of terms.
+constexpr int64_t kRun = 64;
+
+// The sums over a line of the K values that `terms` gives for an index.
+template <int K, typename A, typename Terms>
+WGAN_FAST_INLINE std::array<double, K> sums_over(int64_t size, const Terms& terms) {
+  constexpr int64_t L = kLanes<A>;
+  std::array<double, K> whole{};
+  for (int64_t begin = 0; begin < size; begin += kRun * L) {
+    const int64_t end = std::min(size, begin + kRun * L);
+    A lanes[K][L] = {};
+    int64_t i = begin;
+    for (; i + L <= end; i += L) {
+      // Unrolled, the lanes are no loop any more and some sums are not vectorised.
+#pragma GCC unroll 1
+      for (int64_t l = 0; l < L; ++l) {
+        const std::array<A, K> term = terms(i + l);
+        for (int k = 0; k < K; ++k) lanes[k][l] += term[k];
+      }
     }
-  for (int64_t l = 0; i < size; ++i, ++l) {
-    a[l] += static_cast<A>(v[i]);
-    b[l] += static_cast<A>(v[i]) * (static_cast<A>(x[i]) - mean);
+    for (int64_t l = 0; i < end; ++i, ++l) {
+      const std::array<A, K> term = terms(i);
+      for (int k = 0; k < K; ++k) lanes[k][l] += term[k];
+    }
+    for (int k = 0; k < K; ++k) whole[k] += total(lanes[k]);
   }
-  *first += total(a);
-  *second += total(b);
+  return whole;
 }
 
-// Adds sum(x - mean) and sum((x - mean)^2) over a line of one channel.
+// The same for many channels at once: `row` adds one row of terms to `recent`, of which there are `size`.
+template <typename A, typename Row>
+WGAN_FAST_INLINE void sum_rows(int64_t rows, int64_t size, A* __restrict recent, double* __restrict sums,
+                               const Row& row) {
+  std::fill(sums, sums + size, 0.0);
+  for (int64_t begin = 0; begin < rows; begin += kRun) {
+    std::fill(recent, recent + size, A(0));
+    for (int64_t s = begin; s < std::min(rows, begin + kRun); ++s) row(s);
+    for (int64_t i = 0; i < size; ++i) sums[i] += recent[i];
+  }
+}
+
+// sum(v) and sum(v (x - mean)) over a line of one channel.
 template <typename T, typename A = Sum<T>>
-WGAN_FAST_INLINE void deviations(const T* x, A mean, int64_t size, A* first, A* second) {
-  A a[kLanes<A>] = {}, b[kLanes<A>] = {};
-  int64_t i = 0;
-  for (; i + kLanes<A> <= size; i += kLanes<A>)
-    for (int64_t l = 0; l < kLanes<A>; ++l) {
-      const A value = static_cast<A>(x[i + l]) - mean;
-      a[l] += value;
-      b[l] += value * value;
-    }
-  for (int64_t l = 0; i < size; ++i, ++l) {
+WGAN_FAST_INLINE std::array<double, 2> moments(const T* v, const T* x, A mean, int64_t size) {
+  return sums_over<2, A>(size, [=](int64_t i) WGAN_FAST_INLINE_LAMBDA {
+    const A value = static_cast<A>(v[i]);
+    return std::array<A, 2>{value, value * (static_cast<A>(x[i]) - mean)};
+  });
+}
+
+// sum(x - mean) and sum((x - mean)^2) over a line.
+template <typename T, typename A = Sum<T>>
+WGAN_FAST_INLINE std::array<double, 2> deviations(const T* x, A mean, int64_t size) {
+  return sums_over<2, A>(size, [=](int64_t i) WGAN_FAST_INLINE_LAMBDA {
     const A value = static_cast<A>(x[i]) - mean;
-    a[l] += value;
-    b[l] += value * value;
-  }
-  *first += total(a);
-  *second += total(b);
+    return std::array<A, 2>{value, value * value};
+  });
 }
 
 template <typename T, typename A = Sum<T>>
-WGAN_FAST_INLINE A dot(const T* u, const T* v, int64_t size) {
-  A a[kLanes<A>] = {};
-  int64_t i = 0;
-  for (; i + kLanes<A> <= size; i += kLanes<A>)
-    for (int64_t l = 0; l < kLanes<A>; ++l) a[l] += static_cast<A>(u[i + l]) * static_cast<A>(v[i + l]);
-  for (int64_t l = 0; i < size; ++i, ++l) a[l] += static_cast<A>(u[i]) * static_cast<A>(v[i]);
-  return total(a);
+WGAN_FAST_INLINE double dot(const T* u, const T* v, int64_t size) {
+  return sums_over<1, A>(size, [=](int64_t i) WGAN_FAST_INLINE_LAMBDA {
+    return std::array<A, 1>{static_cast<A>(u[i]) * static_cast<A>(v[i])};
+  })[0];
 }
 
 // Per channel: sum(x - mean), then sum((x - mean)^2).
 template <typename T, typename A = Sum<T>>
-WGAN_FAST_INLINE void spread(const Shape& shape, const T* x, const A* mean, A* sums) {
+WGAN_FAST_INLINE void spread(const Shape& shape, const T* x, const A* mean, A* recent, double* sums) {
   const int64_t C = shape.C, S = shape.S;
-  A* __restrict first = sums, * __restrict second = sums + C;
-  std::fill(sums, sums + 2 * C, A(0));
   if (!shape.last) {
-    for (int64_t c = 0; c < C; ++c) deviations(x + c * S, mean[c], S, first + c, second + c);
+    for (int64_t c = 0; c < C; ++c) {
+      const auto found = deviations(x + c * S, mean[c], S);
+      sums[c] = found[0], sums[C + c] = found[1];
+    }
     return;
   }
-  for (int64_t s = 0; s < S; ++s)
+  A* __restrict first = recent, * __restrict second = recent + C;
+  sum_rows(S, 2 * C, recent, sums, [=](int64_t s) WGAN_FAST_INLINE_LAMBDA {
     for (int64_t c = 0; c < C; ++c) {
       const A value = static_cast<A>(x[s * C + c]) - mean[c];
       first[c] += value;
       second[c] += value * value;
     }
+  });
 }
 
 // Per channel: sum(v) and sum(v (x - mean)) for every operand, then sum(v0 v1) where there are two.
 template <int V, typename T, typename A = Sum<T>>
 WGAN_FAST_INLINE void measure(const Shape& shape, const std::array<const T*, 3>& v, const T* x, const A* mean,
-                              A* sums) {
+                              A* recent, double* sums) {
   const int64_t C = shape.C, S = shape.S;
-  std::fill(sums, sums + (2 * V + 1) * C, A(0));
   if (!shape.last) {
     for (int64_t c = 0; c < C; ++c) {
-      for (int k = 0; k < V; ++k)
-        moments(v[k] + c * S, x + c * S, mean[c], S, sums + 2 * k * C + c, sums + (2 * k + 1) * C + c);
+      for (int k = 0; k < V; ++k) {
+        const auto found = moments(v[k] + c * S, x + c * S, mean[c], S);
+        sums[2 * k * C + c] = found[0], sums[(2 * k + 1) * C + c] = found[1];
+      }
       if (V > 1) sums[2 * V * C + c] = dot(v[0] + c * S, v[1] + c * S, S);
     }
     return;
   }
-  for (int64_t s = 0; s < S; ++s) {
+  sum_rows(S, (2 * V + (V > 1)) * C, recent, sums, [&](int64_t s) WGAN_FAST_INLINE_LAMBDA {
     const T* row = x + s * C;
     for (int k = 0; k < V; ++k) {
       const T* u = v[k] + s * C;
-      A* __restrict first = sums + 2 * k * C, * __restrict second = first + C;
+      A* __restrict first = recent + 2 * k * C, * __restrict second = first + C;
       for (int64_t c = 0; c < C; ++c) {
         const A value = static_cast<A>(u[c]);
         first[c] += value;
@@ -163,10 +186,10 @@ WGAN_FAST_INLINE void measure(const Shape& shape, const std::array<const T*, 3>&
     }
     if (V > 1) {
       const T *u = v[0] + s * C, *w = v[1] + s * C;
-      A* __restrict both = sums + 2 * V * C;
+      A* __restrict both = recent + 2 * V * C;
       for (int64_t c = 0; c < C; ++c) both[c] += static_cast<A>(u[c]) * static_cast<A>(w[c]);
     }
-  }
+  });
 }
 
 // out = sum over k of factors[k] v_k, plus factors[V] (x - mean) + factors[V + 1], with a factor per channel.
@@ -196,102 +219,194 @@ WGAN_FAST_INLINE void combine(const Shape& shape, const std::array<const T*, 3>&
   }
 }
 
+// Means over a group: of the weighted cotangent u, the tangent t and the weighted cotangent b of the output,
+// of the products of each with n, and of u t.
+struct Means {
+  double u = 0, un = 0, t = 0, tn = 0, b = 0, bn = 0, ut = 0;
+};
+
+// out = sum over k of given[k] v_k, plus slope (x - mean) + shift. The weight of a channel multiplies the
+// cotangents, and all of a JVP.
+struct Combination {
+  std::array<double, 3> given{};
+  double slope = 0, shift = 0;
+};
+
+WGAN_FAST_INLINE Combination combination(Kind kind, double r, const Means& means) {
+  const auto& [u, un, t, tn, b, bn, ut] = means;
+  if (kind == Kind::kVjp) return {{r}, -r * r * un, -r * u};
+  if (kind == Kind::kJvp) return {{r}, -r * r * tn, -r * t};
+  const double spread = ut - u * t - un * tn;
+  return {{-r * r * tn, -r * r * un, r},
+          -r * r * (r * (spread - 2 * un * tn) + bn),
+          r * (r * (un * t + tn * u) - b)};
+}
+
 // One group of one sample: from its channels' sums to their factors, and to its share of the parameters'
 // gradients.
-template <typename A>
-WGAN_FAST_INLINE void solve(const Task& task, int64_t begin, int64_t end, double rstd, const A* sums,
-                            A* factors, double* share) {
+template <int V, typename A>
+WGAN_FAST_INLINE void solve(const Task& task, int64_t begin, int64_t end, double r, const double* sums,
+                            const A* weight, A* factors, double* share) {
   const int64_t C = task.shape.C;
-  const double r = rstd, m = static_cast<double>((end - begin) * task.shape.S);
-  const auto weight = [&](int64_t c) { return task.weight ? task.weight[c] : 1.0; };
+  const double m = static_cast<double>((end - begin) * task.shape.S);
   // <w v> and <w v n> of operand k, weighted or not.
-  const auto means = [&](int k, bool weighted) {
-    double plain = 0, normal = 0;
+  const auto means_of = [&](int k, bool weighted, double& plain, double& normal) WGAN_FAST_INLINE_LAMBDA {
     for (int64_t c = begin; c < end; ++c) {
-      const double w = weighted ? weight(c) : 1.0;
+      const double w = weighted ? weight[c] : 1.0;
       plain += w * sums[2 * k * C + c];
       normal += w * sums[(2 * k + 1) * C + c];
     }
-    return std::pair(plain / m, normal * r / m);
+    plain /= m, normal *= r / m;
   };
-  const auto gradient = [&](int k, int64_t c) {
-    share[c] += r * sums[(2 * k + 1) * C + c];
-    share[C + c] += sums[2 * k * C + c];
+  const auto gradient = [&](int k) WGAN_FAST_INLINE_LAMBDA {
+    for (int64_t c = begin; c < end; ++c) {
+      share[c] += r * sums[(2 * k + 1) * C + c];
+      share[C + c] += sums[2 * k * C + c];
+    }
   };
-  switch (task.kind) {
-    case Kind::kForward:
-      return;
-    case Kind::kParameters:
-      for (int64_t c = begin; c < end; ++c) gradient(0, c);
-      return;
-    case Kind::kVjp: {
-      const auto [u, un] = means(0, true);
-      for (int64_t c = begin; c < end; ++c) {
-        factors[c] = static_cast<A>(r * weight(c));
-        factors[C + c] = static_cast<A>(-r * r * un);
-        factors[2 * C + c] = static_cast<A>(-r * u);
-      }
-      return;
-    }
-    case Kind::kJvp: {
-      const auto [t, tn] = means(0, false);
-      for (int64_t c = begin; c < end; ++c) {
-        const double scale = r * weight(c);
-        factors[c] = static_cast<A>(scale);
-        factors[C + c] = static_cast<A>(-scale * r * tn);
-        factors[2 * C + c] = static_cast<A>(-scale * t);
-      }
-      return;
-    }
-    case Kind::kSecond: {
-      const bool incoming = task.vectors == 3;
-      const A* both = sums + 2 * task.vectors * C;
-      const auto [u, un] = means(0, true);
-      const auto [t, tn] = means(1, false);
-      const auto [b, bn] = incoming ? means(2, true) : std::pair(0.0, 0.0);
-      double ut = 0;
-      for (int64_t c = begin; c < end; ++c) ut += weight(c) * both[c];
-      const double spread = ut / m - u * t - un * tn;
-      A *slope = factors + task.vectors * C, *shift = slope + C;
-      for (int64_t c = begin; c < end; ++c) {
-        factors[c] = static_cast<A>(-r * r * tn * weight(c));
-        factors[C + c] = static_cast<A>(-r * r * un);
-        if (incoming) factors[2 * C + c] = static_cast<A>(r * weight(c));
-        slope[c] = static_cast<A>(-r * r * (r * (spread - 2 * un * tn) + bn));
-        shift[c] = static_cast<A>(r * (r * (un * t + tn * u) - b));
-        share[c] += r * (both[c] - t * sums[c] - r * tn * sums[C + c]);
-        if (incoming) gradient(2, c);
-      }
+  if (task.kind == Kind::kParameters) return gradient(0);
+  Means means;
+  if (task.kind == Kind::kJvp)
+    means_of(0, false, means.t, means.tn);
+  else
+    means_of(0, true, means.u, means.un);
+  if (V > 1) {
+    const double* both = sums + 2 * V * C;
+    means_of(1, false, means.t, means.tn);
+    for (int64_t c = begin; c < end; ++c) {
+      means.ut += weight[c] * both[c] / m;
+      share[c] += r * (both[c] - means.t * sums[c] - r * means.tn * sums[C + c]);
     }
   }
+  if (V > 2) {
+    means_of(2, true, means.b, means.bn);
+    gradient(2);
+  }
+  const Combination made = combination(task.kind, r, means);
+  for (int64_t c = begin; c < end; ++c) {
+    const double w = weight[c], all = task.kind == Kind::kJvp ? w : 1.0;
+    for (int k = 0; k < V; ++k) factors[k * C + c] = static_cast<A>(made.given[k] * (k == 1 ? 1.0 : w));
+    factors[V * C + c] = static_cast<A>(made.slope * all);
+    factors[(V + 1) * C + c] = static_cast<A>(made.shift * all);
+  }
+}
+
+// The statistics of a group from the sums of (x - mean) and (x - mean)^2 over its m elements. Returns how far
+// the true mean lies from `mean`.
+WGAN_FAST_INLINE double state(const Task& task, int64_t group, double mean, double m, double first,
+                              double second) {
+  const double rest = first / m, variance = second / m - rest * rest;
+  task.mean[group] = mean + rest;
+  task.rstd[group] = 1 / std::sqrt(std::max(variance, 0.0) + task.eps);
+  return rest;
 }
 
 // The forward of one sample: statistics from the deviations about a first mean, so that a large mean costs
 // nothing.
 template <typename T, typename A = Sum<T>>
-WGAN_FAST_INLINE void normalize(const Task& task, int64_t n, const T* x, A* mean, A* sums, A* factors) {
+WGAN_FAST_INLINE void normalize(const Task& task, int64_t n, const T* x, const A* weight, const A* bias,
+                                A* mean, A* recent, double* sums, A* factors) {
   const Shape& shape = task.shape;
   const int64_t C = shape.C, channels = C / shape.groups;
   const double m = static_cast<double>(channels * shape.S);
-  const auto group_mean = [&](int64_t g, const A* values) {
-    double sum = 0;
-    for (int64_t c = g * channels; c < (g + 1) * channels; ++c) sum += values[c];
-    return sum / m;
+  const auto sum = [&](int64_t g, const double* values) {
+    return std::accumulate(values + g * channels, values + (g + 1) * channels, 0.0);
   };
   std::fill(mean, mean + C, A(0));
-  spread(shape, x, mean, sums);
+  spread(shape, x, mean, recent, sums);
   for (int64_t g = 0; g < shape.groups; ++g)
-    std::fill(mean + g * channels, mean + (g + 1) * channels, static_cast<A>(group_mean(g, sums)));
-  spread(shape, x, mean, sums);
+    std::fill(mean + g * channels, mean + (g + 1) * channels, static_cast<A>(sum(g, sums) / m));
+  spread(shape, x, mean, recent, sums);
   for (int64_t g = 0; g < shape.groups; ++g) {
-    const double rest = group_mean(g, sums), variance = group_mean(g, sums + C) - rest * rest;
-    const double r = 1 / std::sqrt(std::max(variance, 0.0) + task.eps);
-    task.mean[n * shape.groups + g] = mean[g * channels] + rest;
-    task.rstd[n * shape.groups + g] = r;
+    const int64_t group = n * shape.groups + g;
+    const double rest = state(task, group, mean[g * channels], m, sum(g, sums), sum(g, sums + C));
     for (int64_t c = g * channels; c < (g + 1) * channels; ++c) {
-      const double scale = task.weight ? r * task.weight[c] : r;
+      const double scale = task.rstd[group] * weight[c];
       factors[c] = static_cast<A>(scale);
-      factors[C + c] = static_cast<A>((task.bias ? task.bias[c] : 0.0) - scale * rest);
+      factors[C + c] = static_cast<A>(bias[c] - scale * rest);
+    }
+  }
+}
+
+// A group of one element per channel is a line along which the weight varies: everything about it in three
+// passes. Adds its shares of the parameters' gradients to `scale` and `shift`.
+template <int V, typename T, typename A = Sum<T>>
+WGAN_FAST_INLINE void line(const Task& task, int64_t group, int64_t size,
+                           const std::array<const T*, 3>& operands, const T* __restrict x,
+                           const A* __restrict weight, const A* __restrict bias, A* __restrict scale,
+                           A* __restrict shift, T* __restrict out) {
+  const double m = static_cast<double>(size);
+  const T* __restrict v0 = operands[0], * __restrict v1 = operands[1], * __restrict v2 = operands[2];
+  if constexpr (V == 0) {
+    const auto first = sums_over<1, A>(
+        size, [=](int64_t c) WGAN_FAST_INLINE_LAMBDA { return std::array<A, 1>{static_cast<A>(x[c])}; });
+    const A mean = static_cast<A>(first[0] / m);
+    const auto [once, twice] = deviations(x, mean, size);
+    const A rest = static_cast<A>(state(task, group, mean, m, once, twice));
+    const A r = static_cast<A>(task.rstd[group]);
+    for (int64_t c = 0; c < size; ++c)
+      out[c] = static_cast<T>((static_cast<A>(x[c]) - mean - rest) * r * weight[c] + bias[c]);
+    return;
+  } else {
+    const A mean = static_cast<A>(task.mean[group]);
+    const double rstd = task.rstd[group];
+    const A r = static_cast<A>(rstd);
+    const auto gradient = [=](const T* __restrict v) WGAN_FAST_INLINE_LAMBDA {
+      for (int64_t c = 0; c < size; ++c) {
+        const A value = static_cast<A>(v[c]);
+        scale[c] += r * (value * (static_cast<A>(x[c]) - mean));
+        shift[c] += value;
+      }
+    };
+    const auto means_of = [=](const T* __restrict v, bool weighted, double& plain,
+                              double& normal) WGAN_FAST_INLINE_LAMBDA {
+      const auto found =
+          weighted ? sums_over<2, A>(size,
+                                     [=](int64_t c) WGAN_FAST_INLINE_LAMBDA {
+                                       const A value = weight[c] * static_cast<A>(v[c]);
+                                       return std::array<A, 2>{value, value * (static_cast<A>(x[c]) - mean)};
+                                     })
+                   : moments(v, x, mean, size);
+      plain = found[0] / m, normal = found[1] * rstd / m;
+    };
+    if (task.kind == Kind::kParameters) return gradient(v0);
+    Means means;
+    if (V == 1 && task.kind == Kind::kJvp) {
+      means_of(v0, false, means.t, means.tn);
+      const Combination made = combination(Kind::kJvp, rstd, means);
+      const A slope = static_cast<A>(made.slope), offset = static_cast<A>(made.shift);
+      for (int64_t c = 0; c < size; ++c)
+        out[c] = static_cast<T>(weight[c] *
+                                (r * static_cast<A>(v0[c]) + slope * (static_cast<A>(x[c]) - mean) + offset));
+      return;
+    }
+    means_of(v0, true, means.u, means.un);
+    if constexpr (V > 1) {
+      means_of(v1, false, means.t, means.tn);
+      means.ut = sums_over<1, A>(
+                     size,
+                     [=](int64_t c) WGAN_FAST_INLINE_LAMBDA {
+                       return std::array<A, 1>{weight[c] * static_cast<A>(v0[c]) * static_cast<A>(v1[c])};
+                     })[0] /
+                 m;
+      const A t = static_cast<A>(means.t), rtn = static_cast<A>(rstd * means.tn);
+      for (int64_t c = 0; c < size; ++c)
+        scale[c] +=
+            r * (static_cast<A>(v0[c]) * (static_cast<A>(v1[c]) - t - rtn * (static_cast<A>(x[c]) - mean)));
+    }
+    if constexpr (V > 2) {
+      means_of(v2, true, means.b, means.bn);
+      gradient(v2);
+    }
+    const Combination made = combination(V == 1 ? Kind::kVjp : Kind::kSecond, rstd, means);
+    const A slope = static_cast<A>(made.slope), offset = static_cast<A>(made.shift);
+    const A g0 = static_cast<A>(made.given[0]), g1 = static_cast<A>(made.given[1]);
+    for (int64_t c = 0; c < size; ++c) {
+      A weighted = g0 * static_cast<A>(v0[c]);
+      if (V > 2) weighted += r * static_cast<A>(v2[c]);
+      A sum = weight[c] * weighted + slope * (static_cast<A>(x[c]) - mean) + offset;
+      if (V > 1) sum += g1 * static_cast<A>(v1[c]);
+      out[c] = static_cast<T>(sum);
     }
   }
 }
@@ -311,13 +426,20 @@ WGAN_FAST_INLINE void samples(const Task& task, int64_t begin, int64_t end, doub
   using A = Sum<T>;
   const Shape& shape = task.shape;
   const int64_t C = shape.C, size = shape.sample(), channels = C / shape.groups;
-  std::vector<A> scratch((1 + (2 * V + 2) + (V + 2)) * C);
-  A *mean = scratch.data(), *sums = mean + C, *factors = sums + (2 * V + 2) * C;
+  std::vector<double> sums((2 * V + 2) * C);
+  std::vector<A> scratch((3 + (2 * V + 2) + (V + 2)) * C);
+  A *mean = scratch.data(), *weight = mean + C, *bias = weight + C, *recent = bias + C,
+    *factors = recent + (2 * V + 2) * C;
+  for (int64_t c = 0; c < C; ++c) {
+    weight[c] = task.weight ? static_cast<A>(task.weight[c]) : A(1);
+    bias[c] = task.bias ? static_cast<A>(task.bias[c]) : A(0);
+  }
   int64_t turned = 0;
   for (int k = 0; k < V; ++k) turned += task.given[k].turned;
   std::vector<T> copies(turned * size);
   for (int64_t n = begin; n < end; ++n) {
     const T* x = static_cast<const T*>(task.x) + n * size;
+    T* out = task.out ? static_cast<T*>(task.out) + n * size : nullptr;
     std::array<const T*, 3> v{};
     T* copy = copies.data();
     for (int k = 0; k < V; ++k) {
@@ -328,15 +450,31 @@ WGAN_FAST_INLINE void samples(const Task& task, int64_t begin, int64_t end, doub
         copy += size;
       }
     }
-    if constexpr (V == 0) {
-      normalize(task, n, x, mean, sums, factors);
-    } else {
-      for (int64_t c = 0; c < C; ++c) mean[c] = static_cast<A>(task.mean[n * shape.groups + c / channels]);
-      measure<V>(shape, v, x, mean, sums);
-      for (int64_t g = 0; g < shape.groups; ++g)
-        solve(task, g * channels, (g + 1) * channels, task.rstd[n * shape.groups + g], sums, factors, share);
+    if (shape.S == 1) {
+      for (int64_t at = 0; at < C; at += channels) {
+        std::array<const T*, 3> given{};
+        for (int k = 0; k < V; ++k) given[k] = v[k] + at;
+        line<V>(task, (n * C + at) / channels, channels, given, x + at, weight + at, bias + at, recent + at,
+                recent + C + at, out ? out + at : nullptr);
+      }
+      if (share && ((n - begin) % kRun == kRun - 1 || n == end - 1)) {
+        for (int64_t i = 0; i < 2 * C; ++i) share[i] += recent[i];
+        std::fill(recent, recent + 2 * C, A(0));
+      }
+      continue;
     }
-    if (task.out) combine<V>(shape, v, x, mean, factors, static_cast<T*>(task.out) + n * size);
+    if constexpr (V == 0) {
+      normalize(task, n, x, weight, bias, mean, recent, sums.data(), factors);
+    } else {
+      const int64_t group = n * shape.groups;
+      for (int64_t g = 0; g < shape.groups; ++g)
+        std::fill(mean + g * channels, mean + (g + 1) * channels, static_cast<A>(task.mean[group + g]));
+      measure<V>(shape, v, x, mean, recent, sums.data());
+      for (int64_t g = 0; g < shape.groups; ++g)
+        solve<V>(task, g * channels, (g + 1) * channels, task.rstd[group + g], sums.data(), weight, factors,
+                 share);
+    }
+    if (out) combine<V>(shape, v, x, mean, factors, out);
   }
 }
 
@@ -406,16 +544,14 @@ std::vector<double> read(const Tensor& tensor) {
   return values;
 }
 
-template <typename Values>
-Tensor written(const Tensor& like, const Values& values, const std::vector<int64_t>& sizes) {
+Tensor written(const Tensor& like, const double* values, const std::vector<int64_t>& sizes) {
   const bool wide = like.scalar_type() == ScalarType::Double;
   Tensor tensor = torch::stable::new_empty(like, sizes, wide ? ScalarType::Double : ScalarType::Float);
-  for (int64_t i = 0; i < tensor.numel(); ++i) {
-    if (wide)
-      static_cast<double*>(tensor.mutable_data_ptr())[i] = values(i);
-    else
-      static_cast<float*>(tensor.mutable_data_ptr())[i] = static_cast<float>(values(i));
-  }
+  if (wide)
+    std::copy(values, values + tensor.numel(), static_cast<double*>(tensor.mutable_data_ptr()));
+  else
+    std::transform(values, values + tensor.numel(), static_cast<float*>(tensor.mutable_data_ptr()),
+                   [](double value) { return static_cast<float>(value); });
   return tensor;
 }
 
@@ -436,8 +572,7 @@ class Run {
     const bool first = lies(input, false);
     last_ = !first && (input.dim() == 4 || input.dim() == 5) && lies(input, true);
     if (!first && !last_) x_ = torch::stable::contiguous(input);
-    // A line of one element is no line: one position per sample is a row of channels.
-    shape.last = last_ || shape.S == 1;
+    shape.last = last_;
     task_.x = x_.const_data_ptr();
     if (weight) task_.weight = per_channel(*weight, weight_);
   }
@@ -474,8 +609,9 @@ class Run {
   void run() {
     const Shape& shape = task_.shape;
     task_.mean = mean_.data(), task_.rstd = rstd_.data();
-    const int64_t count = std::min(kParts, shape.N);
-    if (task_.kind == Kind::kParameters || task_.kind == Kind::kSecond) parts_.resize(kParts * 2 * shape.C);
+    const int64_t grains = (shape.N * shape.sample() + kGrain - 1) / kGrain;
+    const int64_t count = std::min({kParts, shape.N, grains});
+    if (task_.kind == Kind::kParameters || task_.kind == Kind::kSecond) parts_.resize(count * 2 * shape.C);
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         const int64_t from = shape.N * part / count, to = shape.N * (part + 1) / count;
@@ -500,19 +636,15 @@ class Run {
   // The gradient of the weight (0) or of the bias (1).
   Tensor gradient(int64_t which) const {
     const int64_t C = task_.shape.C;
-    const auto sum = [&](int64_t c) {
-      double sum = 0;
-      for (int64_t part = 0; part < kParts; ++part) sum += parts_[(2 * part + which) * C + c];
-      return sum;
-    };
-    return written(x_, sum, {C});
+    std::vector<double> sums(C);
+    for (size_t part = which * C; part < parts_.size(); part += 2 * C)
+      for (int64_t c = 0; c < C; ++c) sums[c] += parts_[part + c];
+    return written(x_, sums.data(), {C});
   }
 
   std::pair<Tensor, Tensor> made_statistics() const {
     const std::vector<int64_t> sizes{task_.shape.N, task_.shape.groups};
-    return {written(
-                x_, [&](int64_t i) { return mean_[i]; }, sizes),
-            written(x_, [&](int64_t i) { return rstd_[i]; }, sizes)};
+    return {written(x_, mean_.data(), sizes), written(x_, rstd_.data(), sizes)};
   }
 
  private:

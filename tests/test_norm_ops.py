@@ -134,6 +134,32 @@ def test_lower_precision_is_as_exact_as_autograd_in_it(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("shape", [(2, 4, 64, 64), (2, 4, 256, 256), (2, 65536)])
+def test_long_sums_are_as_exact_as_pytorch_on_contiguous_memory(
+    shape: tuple[int, ...], layout: str, device: str
+) -> None:
+    case = Case(shape, 1).to(torch.float32, device)
+    # A sum of noise is small beside its terms, and so is its exact value a poor measure of its error.
+    case.delta = case.delta.abs()
+    x, delta = laid_out(case.x, layout), laid_out(case.delta, layout)
+    _, mean, rstd = torch.ops.wgan_fast.norm_forward(x, None, None, 1, 1e-5)
+    actual = rstd, *torch.ops.wgan_fast.norm_parameters(delta, x, mean, rstd, 1)
+
+    def pytorch(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        N, C, S, aten = *x.shape[:2], x.shape[2:].numel(), torch.ops.aten
+        weight = torch.ones(C, dtype=x.dtype, device=device)
+        _, mean, rstd = aten.native_group_norm(x, weight, weight, N, C, S, 1, 1e-5)
+        shares = aten.native_group_norm_backward(delta, x, mean, rstd, weight, N, C, S, 1, [False, True, True])
+        return rstd, *shares[1:]
+
+    theirs, exact = pytorch(case.x, case.delta), pytorch(case.x.double(), case.delta.double())
+    for ours, other, reference in zip(actual, theirs, exact):
+        error, their_error = ((v.double() - reference).norm() for v in (ours, other))
+        assert error <= 2 * their_error + torch.finfo(torch.float32).eps * reference.norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 def test_results_lie_in_memory_as_the_input_does(layout: str, device: str) -> None:
     case = Case((2, 6, 5, 3), 2).to(torch.float32, device)
     out = case.run(IMPLEMENTATIONS[0].values[0], (layout, "contiguous"))
