@@ -5,6 +5,7 @@ blocks under ``no_grad`` are inlined and marked, and inputs are sorted into para
 critic's own arguments.
 """
 
+import copy
 import inspect
 import io
 import logging
@@ -60,6 +61,7 @@ class Captured:
         constants: Placeholder to the tensor it stands for.
         inputs: Placeholders of the flattened ``(args, kwargs)``, in order.
         dynamic: Whether the graph holds for other batch sizes.
+        written: The attributes that the critic's forward writes: the module's id and the attribute's name.
     """
 
     graph: fx.Graph
@@ -68,6 +70,7 @@ class Captured:
     constants: dict[fx.Node, Tensor] = field(default_factory=dict)
     inputs: list[fx.Node] = field(default_factory=list)
     dynamic: bool = True
+    written: set[tuple[int, str]] = field(default_factory=set)
 
     @property
     def scores(self) -> fx.Node:
@@ -123,7 +126,7 @@ def capture(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
             backward through it.
         TypeError: The critic does not return a tensor.
     """
-    _refuse_own_backwards(critic, args, kwargs)
+    written = _try_on(critic, args, kwargs)
     try:
         program, dynamic = _export(critic, args, dict(kwargs), dynamic=True), True
     except Exception:
@@ -133,7 +136,7 @@ def capture(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
             raise CaptureError(
                 f"torch.export could not capture the critic{raised_at(error)}: {first_line(error)}"
             ) from error
-    captured = Captured(fx.Graph(), dynamic=dynamic)
+    captured = Captured(fx.Graph(), dynamic=dynamic, written=written)
     env: dict[fx.Node, fx.Node] = {}
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     for spec, node in zip(program.graph_signature.input_specs, placeholders):
@@ -156,16 +159,19 @@ def capture(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return captured
 
 
-def _refuse_own_backwards(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Refuse critics whose backward pass is not what their forward pass says: a capture would not see it."""
+def _try_on(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[tuple[int, str]]:
+    """Run a copy of the critic without data, for what a capture would not see.
+
+    Returns:
+        The attributes that its forward writes: the module's id and the attribute's name.
+
+    Raises:
+        CaptureError: Its backward pass is not what its forward pass says.
+    """
     for name, module in critic.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             raise CaptureError(f"module {name or 'critic'} has backward hooks, which four passes would not call")
     mode, hooks = FakeTensorMode(allow_non_fake_inputs=True), _TensorHooks()
-    owned = {
-        name: mode.from_tensor(tensor.detach(), static_shapes=True).requires_grad_(tensor.requires_grad)
-        for name, tensor in (*critic.named_parameters(), *critic.named_buffers())
-    }
 
     def stand_in(x: Tensor) -> Tensor:
         return mode.from_tensor(x.detach(), static_shapes=True).requires_grad_(x.is_floating_point())
@@ -173,10 +179,11 @@ def _refuse_own_backwards(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapp
     try:
         with _quiet(), torch.enable_grad(), mode, hooks:
             given, named = tree_map_only(Tensor, stand_in, (args, dict(kwargs)))
-            scores = torch.func.functional_call(critic, owned, given, named)
+            twin = copy.deepcopy(critic)
+            scores = twin(*given, **named)
     except Exception:
         # What does not run without data is not captured either, for a reason that the export words better.
-        return
+        return set()
     if hooks.found:
         raise CaptureError("the critic registers a hook on a tensor's gradient, which four passes would not call")
     pending, seen = [getattr(scores, "grad_fn", None)], set[Any]()
@@ -191,6 +198,13 @@ def _refuse_own_backwards(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapp
                 "autograd.Function with a backward of its own"
             )
         pending.extend(source for source, _ in function.next_functions)
+    twins = zip(critic.modules(), twin.modules())
+    return {
+        (id(module), name)
+        for module, copied in twins
+        for name, value in module.__dict__.items()
+        if isinstance(value, bool | int | float | str | None) and value != copied.__dict__.get(name)
+    }
 
 
 class _TensorHooks(TorchFunctionMode):

@@ -35,7 +35,7 @@ class FourPassEngine:
         self.objective, self.schedule, self.compile = objective, schedule, compile
         self.plans: dict[Hashable, Plan] = {}
         self._warned = False
-        self._written: set[Attribute] = set()
+        self._written: set[tuple[int, str]] = set()
         """Attributes that the critic's own forward writes, such as counters: they do not ask for a new plan."""
 
     @property
@@ -91,9 +91,8 @@ class FourPassEngine:
         key = self._key(batches, critic_args, critic_kwargs)
         plan = self.plans.get(key)
         if plan is None:
-            before = dict(_attributes(self.critic))
             plan = self._make(batches, critic_args, critic_kwargs)
-            self._written |= {name for name, value in _attributes(self.critic) if before.get(name, value) != value}
+            self._written |= plan.captured.written
             self._keep(self._key(batches, critic_args, critic_kwargs), plan)
         return plan
 
@@ -161,11 +160,7 @@ def _flat(critic_args: tuple[Any, ...], critic_kwargs: Mapping[str, Any] | None)
     return tree_flatten((critic_args, dict(critic_kwargs or {}))) if critic_args or critic_kwargs else ([], None)
 
 
-Attribute = tuple[int, str]
-"""A module's id and the name of an attribute."""
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[Attribute, Any]]:
+def _attributes(module: nn.Module) -> Iterator[tuple[tuple[int, str], Any]]:
     """What a forward method may read besides tensors, by hand: ``modules()`` and ``parameters()`` cost 0.1 ms.
 
     Globals and what closures hold are not seen; a capture takes them as they are.
