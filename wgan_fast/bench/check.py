@@ -42,7 +42,7 @@ class Checker:
 
         Raises:
             WrongGradientsError: That is more than ``variant.allowed_factor`` times what it is for the well-written
-                naive step in the same precision, and more than one rounding.
+                naive step in the same precision, of images in the worse memory format, and more than one rounding.
         """
         error = self._error(step, variant.computes)
         naive_error = self._naive_error(variant.computes, variant.precision)
@@ -67,7 +67,10 @@ class Checker:
         return _joined(step.gradients())
 
     def _measure_naive(self, computes: Computes, precision: Precision) -> float:
-        error = self._error(naive(self.workload, precision, computes), computes)
+        # A rounding that moves an activation across a kink makes the gradient jump: one layout alone may be lucky.
+        images = self.workload.real.dim() == 4
+        layouts = [self.workload, self.workload.channels_last()] if images else [self.workload]
+        error = max(self._error(naive(workload, precision, computes), computes) for workload in layouts)
         # Losing more than half of the digits is no rounding.
         if not error <= EPSILON[precision] ** 0.5:
             raise WrongGradientsError(f"naive on {self.workload.key}: the gradients are off by {error:.1e}")
