@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,12 @@ from textbook import CASES, Case
 
 # The tensors of the tests are small: threads only cost, and results stay the same from machine to machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Classifiers that tests train are kept for the tests alone."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)
