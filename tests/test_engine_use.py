@@ -649,6 +649,7 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
+        self.seen = [*getattr(self, "seen", []), len(x)]
         out: Tensor = self.tail(self.activation(self.middle(self.head(x)) * self.scale))
         return out
 
@@ -676,9 +677,14 @@ def test_a_backward_that_the_forward_does_not_tell_is_left_to_autograd(middle: A
 def test_backward_hooks_of_modules_are_left_to_autograd() -> None:
     critic, (real, fake) = scaled(), samples()
     gradient_penalty(critic, real, fake, alpha=alpha(), engine="four_pass")
-    critic.head.register_full_backward_hook(lambda module, inputs, outputs: (2 * inputs[0],))
-    with pytest.raises(CaptureError, match="module head has backward hooks"):
-        gradient_penalty(critic, real, fake, alpha=alpha(), engine="four_pass")
+    for register, hook in (
+        (critic.head.register_full_backward_hook, lambda module, inputs, outputs: (2 * inputs[0],)),
+        (critic.head.register_full_backward_pre_hook, lambda module, outputs: (2 * outputs[0],)),
+    ):
+        handle = register(hook)
+        with pytest.raises(CaptureError, match="module head has backward hooks"):
+            gradient_penalty(critic, real, fake, alpha=alpha(), engine="four_pass")
+        handle.remove()
 
 
 def test_attributes_that_the_forward_reads_are_noticed_when_they_change() -> None:

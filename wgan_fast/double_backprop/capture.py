@@ -12,7 +12,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,13 +198,26 @@ def _try_on(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
                 "autograd.Function with a backward of its own"
             )
         pending.extend(source for source, _ in function.next_functions)
-    twins = zip(critic.modules(), twin.modules())
     return {
         (id(module), name)
-        for module, copied in twins
-        for name, value in module.__dict__.items()
-        if isinstance(value, bool | int | float | str | None) and value != copied.__dict__.get(name)
+        for module, copied in zip(critic.modules(), twin.modules())
+        for name, value in plain_attributes(copied).items()
+        if plain_attributes(module).get(name, ...) != value
     }
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Hashable]:
+    """The numbers, flags and names that a module holds itself, and its lists of them."""
+    found: dict[str, Hashable] = {}
+    for name, value in module.__dict__.items():
+        if type(value) in _PLAIN and name[0] != "_":
+            found[name] = value
+        elif type(value) in (tuple, list) and all(type(item) in _PLAIN for item in value):
+            found[name] = tuple(value)
+    return found
+
+
+_PLAIN = {bool, int, float, str, type(None), torch.dtype}
 
 
 class _TensorHooks(TorchFunctionMode):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten
 
-from .capture import first_line
+from .capture import first_line, plain_attributes
 from .plan import Objective, Plan, Schedule, StepOutput
 
 MOST_PLANS = 64
@@ -166,22 +166,16 @@ def _attributes(module: nn.Module) -> Iterator[tuple[tuple[int, str], Any]]:
     Globals and what closures hold are not seen; a capture takes them as they are.
     """
     key = id(module)
-    hooks = len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks)
-    yield (key, ""), (type(module), hooks, id(module.__dict__.get("forward")))
-    for name, value in module.__dict__.items():
-        if type(value) in _PLAIN and name[0] != "_":
-            yield (key, name), value
-        elif type(value) in (tuple, list) and all(type(item) in _PLAIN for item in value):
-            yield (key, name), tuple(value)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    yield (key, ""), (type(module), *map(len, hooks), id(module.__dict__.get("forward")))
+    for name, value in plain_attributes(module).items():
+        yield (key, name), value
     for p in module._parameters.values():
         if p is not None:
             yield (id(p), ""), (p.requires_grad, p.dtype, p.device, p.shape)
     for child in module._modules.values():
         if child is not None:
             yield from _attributes(child)
-
-
-_PLAIN = {bool, int, float, str, type(None), torch.dtype}
 
 
 class _Compiled:
