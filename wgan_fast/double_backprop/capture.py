@@ -210,14 +210,18 @@ def plain_attributes(module: nn.Module) -> dict[str, Hashable]:
     """The numbers, flags and names that a module holds itself, and its lists of them."""
     found: dict[str, Hashable] = {}
     for name, value in module.__dict__.items():
-        if type(value) in _PLAIN and name[0] != "_":
+        if name[0] == "_":
+            continue
+        kind = type(value)
+        if kind in _PLAIN:
             found[name] = value
-        elif type(value) in (tuple, list) and all(type(item) in _PLAIN for item in value):
+        elif kind in _SEQUENCES and _PLAIN.issuperset(map(type, value)):
             found[name] = tuple(value)
     return found
 
 
 _PLAIN = {bool, int, float, str, type(None), torch.dtype}
+_SEQUENCES = {tuple, list}
 
 
 class _TensorHooks(TorchFunctionMode):
