@@ -165,14 +165,14 @@ def _state(critic: nn.Module, written: set[tuple[int, str]]) -> Hashable:
 
     Globals and what closures hold are not seen; a capture takes them as they are.
     """
-    found: list[Hashable] = []
+    found: list[Any] = []
     pending = [critic]
     while pending:
         module = pending.pop()
         plain = plain_attributes(module)
         if written:
             plain = {name: value for name, value in plain.items() if (id(module), name) not in written}
-        found += [id(type(module)), id(module.__dict__.get("forward")), *plain.items()]
+        found += [type(module), id(module.__dict__.get("forward")), *plain.items()]
         found += map(len, (module._forward_hooks, module._forward_pre_hooks))
         found += map(len, (module._backward_hooks, module._backward_pre_hooks))
         found += [
