@@ -167,6 +167,15 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def _attempt() -> str:
+    """What keeps the addresses of processes that torchrun has restarted from those of the dead, in the store it keeps.
+
+    Its count of restarts is the same for all processes of one machine only.
+    """
+    one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "any"
+
+
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun started: NCCL between GPUs, gloo between CPUs; nothing for a single process.
@@ -182,7 +191,10 @@ def processes(device: torch.device) -> Iterator[None]:
         options["device_id"] = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     rank, world = os.environ.get("RANK", "?"), os.environ["WORLD_SIZE"]
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+        store, number, count = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"attempt-{_attempt()}", store)  # type: ignore[attr-defined]
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, **options)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise LostProcessError(f"process {rank} of {world} could not join the others: {reason}") from error
