@@ -34,7 +34,12 @@ demo: $(VENV)/package  ## Train on 5,000 MNIST digits for a few minutes, draw an
 	$(BIN)/wgan-fast sample runs/demo --grid 12x12 --scores
 	$(BIN)/wgan-fast evaluate runs/demo
 
-test: $(VENV)/package  ## The tests that take seconds each
+# The frameworks of two examples: the demo does without.
+$(VENV)/integrations: $(VENV)/package
+	$(BIN)/pip install --quiet -c constraints.txt accelerate lightning
+	touch $@
+
+test: $(VENV)/integrations  ## The tests that take seconds each
 	$(BIN)/python -m pytest -m 'not slow'
 
 test-slow: $(VENV)/package  ## The exhaustive tests
