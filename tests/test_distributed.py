@@ -196,6 +196,7 @@ CASES = {
     "wgan-gp": {"n_critic": 3},
     "lazy penalty, four passes, cosine": {
         "n_critic": 3, "penalty_every": 2, "engine": "four_pass", "schedule": "cosine", "generate_ahead": False,
+        "track": 20,
     },
     "r1": {"method": "r1"},
 }  # fmt: skip

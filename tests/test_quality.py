@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wgan_fast import metrics, quality
-from wgan_fast.data import load_data
+from wgan_fast.data import load_data, load_labels
 from wgan_fast.errors import InputError
 
 pytest.importorskip("sklearn")
@@ -34,7 +34,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def labels():
-    return quality.load_labels("digits", seed=3)
+    return load_labels("digits", seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_labels_are_those_of_the_samples(holdout, seed):
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     truth = {image.astype(np.float32).tobytes(): label for image, label in zip(digits.images, digits.target)}
     data = load_data("digits", holdout=holdout, seed=seed)
-    labels = quality.load_labels("digits", holdout=holdout, seed=seed)
+    labels = load_labels("digits", holdout=holdout, seed=seed)
     for samples, classes in ((data.train, labels.train), (data.held_out, labels.held_out)):
         assert len(samples) == len(classes)
         images = ((samples.take(100, seed=2)[:, 0] + 1) * 8).round().numpy()
@@ -75,7 +75,7 @@ def test_labels_of_idx_files_are_those_of_the_samples(tmp_path, end, names):
         write_idx(tmp_path / (name.format("labels", 1) + end), classes)
     sources = [tmp_path, tmp_path / (names[0].format("images", 3) + end)]
     for source in sources:
-        data, labels = load_data(source, seed=1), quality.load_labels(str(source), seed=1)
+        data, labels = load_data(source, seed=1), load_labels(str(source), seed=1)
         for samples, their in ((data.train, labels.train), (data.held_out, labels.held_out)):
             greys = (samples.take(len(samples))[:, 0, 0, 0] + 1) * 127.5 / 20
             assert greys.round().tolist() == their.take(len(their))[:, 0].tolist()
@@ -84,29 +84,29 @@ def test_labels_of_idx_files_are_those_of_the_samples(tmp_path, end, names):
 def test_data_without_classes_has_no_labels(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((9, 4), np.float32))
     for source in ("8gaussians", str(tmp_path / "x.npy"), str(tmp_path), "nowhere"):
-        assert quality.load_labels(source) is None
+        assert load_labels(source) is None
 
 
 @pytest.mark.parametrize("body", [b"", bytes((0, 0, 8, 1, 0, 0, 0, 3, 1, 2)), bytes((0, 0, 8, 3, 0, 0, 0, 0))])
 def test_damaged_labels_are_refused(tmp_path, body):
     write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((3, 4, 4), np.uint8))
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(body)
-    with pytest.raises(InputError, match="train-labels-idx1-ubyte is not an IDX file of labels"):
-        quality.load_labels(str(tmp_path / "train-images-idx3-ubyte"))
+    with pytest.raises(InputError, match=r"train-labels-idx1-ubyte (is not an IDX file|holds 2 bytes)"):
+        load_labels(str(tmp_path / "train-images-idx3-ubyte"))
 
 
 def test_labels_of_other_data_are_refused(data):
     with pytest.raises(InputError, match="1258 labels for 1617 samples of digits"):
-        quality.Judge.load(data, quality.load_labels("digits", holdout=0.3))
+        quality.Judge.load(data, load_labels("digits", holdout=0.3))
 
 
 def test_too_few_samples_have_no_judge(data, labels, tmp_path):
     assert quality.Judge.load(data, labels, samples=1) is None
     write_idx(tmp_path / "train-images-idx3-ubyte", np.arange(10 * 16, dtype=np.uint8).reshape(10, 4, 4))
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.arange(10, dtype=np.uint8))
-    few, their = load_data(tmp_path), quality.load_labels(str(tmp_path))
+    few, their = load_data(tmp_path), load_labels(str(tmp_path))
     assert quality.Judge.load(few, their) is None
-    assert quality.tracker(few, their)(few.train.take(5)).keys() == {"sliced_wasserstein"}
+    assert quality.tracker(few, their).rate(few.train.take(5)).keys() == {"sliced_wasserstein"}
 
 
 # The classifier and its cache
@@ -259,23 +259,25 @@ def test_few_samples_are_compared_with_as_few(judge):
 
 
 def test_tracker_of_images_with_classes_rates_them(data, labels, judge):
-    track = quality.tracker(data, labels)
+    tracker = quality.tracker(data, labels)
     fake = judge.held_out.flip(-1)
     expected = judge.rate(fake)
-    assert track(fake) == {name: expected[name] for name in ("frechet_distance", "coverage", "classes_covered")}
+    assert tracker.samples == len(fake) == 180
+    assert tracker.rate(fake) == {name: expected[name] for name in ("frechet_distance", "coverage", "classes_covered")}
 
 
 def test_tracker_of_a_toy_mixture_counts_modes_and_measures_the_distance():
     data = load_data("8gaussians")
-    figures = quality.tracker(data, None)(data.train.take(500))
+    figures = quality.tracker(data, None).rate(data.train.take(500))
     assert figures["modes_covered"] == 8
     assert figures["high_quality"] > 0.95
     held_out = data.held_out.take(2000)
     assert figures["sliced_wasserstein"] == metrics.sliced_wasserstein(data.train.take(500), held_out)
 
 
-def test_tracker_without_held_out_data_is_none():
-    assert quality.tracker(load_data(torch.randn(20, 3), holdout=0), None) is None
+def test_tracker_without_held_out_data_is_refused():
+    with pytest.raises(InputError, match="track needs held-out samples"):
+        quality.tracker(load_data(torch.randn(20, 3), holdout=0), None)
 
 
 def test_missing_safetensors_is_said_with_the_extra_that_brings_it(monkeypatch):

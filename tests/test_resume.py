@@ -29,8 +29,12 @@ import json, os, pathlib, random, signal, sys, time, traceback
 import numpy as np
 import torch, torch._dynamo, torch.utils.tensorboard  # what training imports late
 
-import wgan_fast.data, wgan_fast.plots
+import wgan_fast.data, wgan_fast.plots, wgan_fast.quality
 from wgan_fast import cli
+
+# A classifier of few steps, and few samples to rate with it, in a cache of these tests' own.
+os.environ["XDG_CACHE_HOME"] = sys.argv[1]
+wgan_fast.quality._STEPS, wgan_fast.quality._TRACKED = 10, 50
 
 # Drawn after the last checkpoint, the curves would take most of the time of runs as small as these.
 wgan_fast.plots.save_curves = lambda records, path, **options: path.write_bytes(b"")
@@ -131,7 +135,11 @@ class Runner:
     def __init__(self, log: Path) -> None:
         self.log = log
         self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+            [sys.executable, "-c", DRIVER, str(log.with_name("cache"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
         )
 
     def __call__(
@@ -408,6 +416,8 @@ VARIANTS = {
     "plain options": [*TINY, "--no-fused", "--no-generate-ahead"],
     "bfloat16": [*TINY, "--precision", "bf16"],
     "no data held out": [*TINY, "--holdout", "0"],
+    "tracking": [*TINY, "--track", "2"],
+    "tracking, toy data": [*TOY, "--track", "1"],
     "folder of images": [*TINY, "--data", "images"],
     "streamed folder": [*TINY, "--data", "images"],
     "streamed folder, decoded by a process": [*TINY, "--data", "images", "--workers", "1"],

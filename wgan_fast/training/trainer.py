@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
 
-from .. import models, plots
-from ..data import SOURCES, Data, Split, batches, load_data
+from .. import models, plots, quality
+from ..data import SOURCES, Data, Labels, Split, batches, load_data, load_labels
 from ..errors import DivergenceError, InputError
 from ..files import write_atomically
 from ..metrics import wasserstein_estimate
@@ -112,7 +113,10 @@ class Trainer:
     """
 
     def __init__(self, generator: nn.Module, critic: nn.Module, data: Any, config: TrainConfig) -> None:
+        labels = None
         if not isinstance(data, Data):
+            if config.track and isinstance(data, str | os.PathLike):
+                labels = load_labels(data, holdout=config.holdout, seed=config.seed)
             data = load_data(
                 data,
                 image_size=config.image_size,
@@ -123,7 +127,7 @@ class Trainer:
         config = dataclasses.replace(config, data=data.name, model=OWN_MODEL).resolved(data.sample_shape)
         if config.spectral_norm:
             models.spectral_norm(critic)
-        self._set_up(generator, critic, data, config)
+        self._set_up(generator, critic, data, labels, config)
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Self:
@@ -143,7 +147,8 @@ class Trainer:
         seed_everything(config.seed, NETWORKS)
         generator, critic = build_networks(config, data.sample_shape)
         trainer = cls.__new__(cls)
-        trainer._set_up(generator, critic, data, config)
+        labels = load_labels(config.data, holdout=config.holdout, seed=config.seed) if config.track else None
+        trainer._set_up(generator, critic, data, labels, config)
         return trainer
 
     @classmethod
@@ -163,7 +168,9 @@ class Trainer:
         check_unchanged(before, config)
         return cls.from_config(config)
 
-    def _set_up(self, generator: nn.Module, critic: nn.Module, data: Data, config: TrainConfig) -> None:
+    def _set_up(
+        self, generator: nn.Module, critic: nn.Module, data: Data, labels: Labels | None, config: TrainConfig
+    ) -> None:
         self._replicas = Replicas()
         self._named = config.out is None
         if config.out is None:
@@ -190,6 +197,9 @@ class Trainer:
         try_step(self._iteration, data.sample_shape, batch_size // self._replicas.world)
         self._fixed_noise = draw_noise(GRID[data.kind], self.latent_dim, config.seed).to(self.device)
         self._held_out = _some(data.held_out, HELD_OUT, config.seed)
+        self._tracker = None
+        if config.track and (self._replicas.leads or not len(data.held_out)):
+            self._tracker = quality.tracker(data, labels, seed=config.seed)
         self._watch = LossWatch()
         self._checkpoint: tuple[int, Path] | None = None
         self._begun = False
@@ -303,12 +313,14 @@ class Trainer:
             stopping = self._watch.put(self.step, result)
             last = self.step == config.steps
             pictured = self.step % config.sample_every == 0 or last
-            if self.step % config.log_every == 0 or pictured:
+            rated = self._tracker is not None and (self.step % config.track == 0 or last)
+            if self.step % config.log_every == 0 or pictured or rated:
                 self._watch.flush()
                 now = time.perf_counter()
                 images = (self.step - logged) * iteration.n_critic * iteration.batch_size
-                logged, since, seconds = self.step, now, now - since
-                log.write(self._figures(result, images / seconds, held_out=pictured))
+                figures = self._figures(result, images / (now - since), held_out=pictured)
+                log.write(figures | (self._rate(progress) if rated else {}))
+                logged, since = self.step, time.perf_counter()
             progress.advance(self.step, log.last)
             if pictured and self._replicas.leads:
                 self._save_picture()
@@ -355,6 +367,17 @@ class Trainer:
                 fake = generate(self.generator, noise.to(self.device))
                 real = self._held_out.to(fake)
                 figures["held_out_wasserstein"] = wasserstein_estimate(self.critic, real, fake)
+        return figures
+
+    def _rate(self, progress: ProgressLine) -> dict[str, Any]:
+        """Rate what would be sampled now."""
+        assert self._tracker is not None
+        noise = draw_noise(self._tracker.samples, self.latent_dim, self.config.seed)
+        with undisturbed(self.device, self.config.seed):
+            fake = generate(self.ema or self.generator, noise.to(self.device)).float().cpu()
+            figures = self._tracker.rate(fake)
+        said = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+        progress.message(f"step {self.step}: {said}")
         return figures
 
     def _go_back(self, error: DivergedError, progress: ProgressLine) -> None:
