@@ -1,11 +1,16 @@
 """The critic step of a narrow MLP as one operator: autograd's gradients, and a reason where it cannot be taken."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from textbook import assert_equal_gradients, gradients_left_in, random_pair
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from wgan_fast import reference
-from wgan_fast.mlp_critic_step import FusedMLP, fused_mlp_step
+from wgan_fast import CriticStep, CriticStepResult, PenaltyConfig, explain, mlp_critic_step, models, reference
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -17,12 +22,9 @@ def mlp(D: int, H: int, layers: int, activation: nn.Module) -> nn.Sequential:
 
 
 def run(critic: nn.Module, real: Tensor, fake: Tensor, alpha: Tensor, **penalty: float) -> tuple:
-    found = fused_mlp_step(critic)
-    assert isinstance(found, FusedMLP)
-    parameters = [p.detach() for p in found.parameters]
-    return torch.ops.wgan_fast.mlp_critic_step(
-        real, fake, alpha, parameters, found.negative_slope, *penalty.values(), "fp32"
-    )
+    parameters = [p.detach() for p in critic.parameters()]
+    slope = getattr(critic[1], "negative_slope", 0.0)
+    return torch.ops.wgan_fast.mlp_critic_step(real, fake, alpha, parameters, slope, *penalty.values(), "fp32")
 
 
 @pytest.mark.parametrize(
@@ -59,20 +61,238 @@ def test_opcheck(device: str) -> None:
     torch.library.opcheck(torch.ops.wgan_fast.mlp_critic_step, arguments)
 
 
+class Calls(TorchDispatchMode):
+    """Counts the calls of the operator."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.wgan_fast.mlp_critic_step.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the step take the operator where its plain form runs."""
+    monkeypatch.setattr(mlp_critic_step, "RUNS_ON", {("cpu", torch.float64)})
+
+
+def pair_of_steps(critic: nn.Module, **options: Any) -> tuple[CriticStep, CriticStep]:
+    """The step as it is, and the one that autograd makes."""
+    return CriticStep(critic, **options), CriticStep(critic, engine="autograd", penalty=options.get("penalty", GP))
+
+
+def assert_equal_steps(critic: nn.Module, steps: tuple[CriticStep, CriticStep], *batch: Any, operator: bool) -> None:
+    """Both steps give the same figures and gradients, the first with or without the operator."""
+    with Calls() as calls:
+        result = steps[0](*batch)
+    assert calls.count == operator
+    left = gradients_left_in(critic)
+    expected = steps[1](*batch)
+    assert_equal_gradients(left, gradients_left_in(critic))
+    for name, actual, exact in zip(CriticStepResult._fields, result, expected):
+        torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-14, equal_nan=True, msg=name)
+
+
+GP = PenaltyConfig.wgan_gp()
+LP = PenaltyConfig(weight=3.5, target=0.25, one_sided=True)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "four_pass"])
+@pytest.mark.parametrize("penalty", [GP, LP])
+def test_the_step_takes_the_operator_and_equals_autograd(penalty: PenaltyConfig, engine: str, compile: bool) -> None:
+    critic = mlp(5, 9, 3, nn.LeakyReLU(0.2))
+    steps = pair_of_steps(critic, penalty=penalty, engine=engine, compile=compile)
+    for batch in (7, 1):
+        real, fake = random_pair(batch, 5)
+        alpha = torch.rand(batch, requires_grad=True)
+        assert_equal_steps(critic, steps, real.requires_grad_(), fake, alpha, operator=True)
+    assert not steps[0].code
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_critics_of_the_package_take_it_whatever_the_shape_of_a_sample() -> None:
+    critic = models.build("mlp", (3, 2), width=9)[1].double()
+    real, fake = (x.view(7, 3, 2) for x in random_pair(7, 6))
+    alpha = torch.rand(7, dtype=torch.float64)
+    assert_equal_steps(critic, pair_of_steps(critic), real, fake, alpha, operator=True)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_alpha_is_the_one_that_four_passes_draw() -> None:
+    critic = mlp(5, 9, 2, nn.ReLU())
+    real, fake = random_pair(7, 5)
+    losses = []
+    for step in pair_of_steps(critic):
+        torch.manual_seed(5)
+        losses.append(step(real, fake).loss)
+    torch.testing.assert_close(*losses, rtol=1e-10, atol=0)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_accumulate_adds_and_otherwise_gradients_are_replaced() -> None:
+    critic = mlp(5, 9, 2, nn.ReLU())
+    critic.register_parameter("unused", nn.Parameter(torch.ones(2, dtype=torch.float64)))
+    step, _ = pair_of_steps(critic)
+    real, fake = random_pair(7, 5)
+    alpha = torch.rand(7, dtype=torch.float64)
+    for parameter in critic.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    step(real, fake, alpha)
+    assert critic.unused.grad is None
+    once = gradients_left_in(critic)
+    step(real, fake, alpha, accumulate=True)
+    assert_equal_gradients(gradients_left_in(critic), {name: 2 * gradient for name, gradient in once.items()})
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_lazy_penalty_takes_it_at_the_steps_that_have_one() -> None:
+    critic = mlp(5, 9, 2, nn.ReLU())
+    steps = pair_of_steps(critic, penalty=replace(GP, every=3))
+    for call in range(7):
+        real, fake = random_pair(7, 5)
+        alpha = torch.rand(7, dtype=torch.float64)
+        assert_equal_steps(critic, steps, real, fake, alpha, operator=call % 3 == 0)
+    assert steps[0].steps_taken == 7
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("wrong", [{"fake": torch.zeros(4, 3)}, {"alpha": torch.rand(3)}, {"real": torch.zeros(0, 5)}])
+def test_bad_batches_touch_no_gradient(wrong: dict[str, Tensor]) -> None:
+    critic = mlp(5, 9, 2, nn.ReLU())
+    real, fake = random_pair(4, 5)
+    for parameter in critic.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    step = CriticStep(critic)
+    with pytest.raises((TypeError, ValueError)):
+        step(**{"real": real, "fake": fake, **wrong})
+    assert all((p.grad == 7).all() for p in critic.parameters())
+    assert step.steps_taken == 0
+
+
+def replaced(critic: nn.Module, index: int, module: nn.Module) -> None:
+    critic[index] = module.double()
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "a hook": lambda critic: critic[2].register_forward_hook(lambda module, args, out: 2 * out),
+    "a frozen bias": lambda critic: critic[2].bias.requires_grad_(False),
+    "another module": lambda critic: replaced(critic, 3, nn.Tanh()),
+    "another width": lambda critic: (replaced(critic, 0, nn.Linear(5, 8)), replaced(critic, 2, nn.Linear(8, 9))),
+    "no bias": lambda critic: replaced(critic, 2, nn.Linear(9, 9, bias=False)),
+    "another slope": lambda critic: setattr(critic[1], "negative_slope", 0.5),
+    "a forward method": lambda critic: setattr(critic[2], "forward", lambda x: 2 * x),
+    "weight norm": lambda critic: nn.utils.parametrizations.weight_norm(critic[2]),
+    "a tied weight": lambda critic: replaced(critic, 4, critic[2]),
+}
+
+
+# A critic may be changed between two steps, and back.
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_of_the_critic_is_noticed(change: Callable[[nn.Module], object]) -> None:
+    critic = mlp(5, 9, 3, nn.LeakyReLU(0.2))
+    critic[3] = nn.LeakyReLU(0.2)
+    steps = pair_of_steps(critic)
+    batch = *random_pair(7, 5), torch.rand(7, dtype=torch.float64)
+    assert_equal_steps(critic, steps, *batch, operator=True)
+    change(critic)
+    assert_equal_steps(critic, steps, *batch, operator=False)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_new_values_and_new_parameters_are_read() -> None:
+    critic = mlp(5, 9, 2, nn.ReLU())
+    steps = pair_of_steps(critic)
+    batch = *random_pair(7, 5), torch.rand(7, dtype=torch.float64)
+    assert_equal_steps(critic, steps, *batch, operator=True)
+    torch.optim.SGD(critic.parameters(), lr=0.1).step()
+    assert_equal_steps(critic, steps, *batch, operator=True)
+    critic[0].weight = nn.Parameter(torch.randn(9, 5, dtype=torch.float64))
+    assert_equal_steps(critic, steps, *batch, operator=True)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "hinge"},
+        {"penalty": PenaltyConfig.r1()},
+        {"penalty": PenaltyConfig.dragan()},
+        {"penalty": None},
+        {"engine": "autograd"},
+    ],
+)
+def test_another_objective_does_not_take_it(options: dict[str, Any]) -> None:
+    critic = mlp(5, 9, 2, nn.ReLU())
+    with Calls() as calls:
+        CriticStep(critic, **options)(*random_pair(7, 5))
+    assert calls.count == 0
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_float32_samples_and_an_outer_autocast_do_not_take_it() -> None:
+    critic = mlp(5, 9, 2, nn.ReLU())
+    step = CriticStep(critic)
+    with Calls() as calls, torch.autocast("cpu", torch.bfloat16):
+        step(*random_pair(7, 5))
+    critic.float()
+    with calls:
+        step(*random_pair(7, 5, dtype=torch.float32))
+    assert calls.count == 0
+
+
+def chain(*modules: nn.Module) -> nn.Module:
+    return nn.Sequential(*modules).double()
+
+
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(
     ("critic", "reason"),
     [
-        (nn.Linear(3, 1), "no nn.Sequential"),
-        (nn.Sequential(nn.Linear(3, 1)), "activation between"),
-        (nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), "neither ReLU nor LeakyReLU"),
-        (nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 1)), "with a bias"),
-        (nn.Sequential(nn.Linear(3, 300), nn.ReLU(), nn.Linear(300, 1)), "wider than 256"),
-        (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), "one score"),
-        (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1)), "equally wide"),
-        (nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.ReLU(), nn.Linear(4, 1)), "frozen"),
+        (nn.Linear(6, 1).double(), "no nn.Sequential"),
+        (models.PackedCritic(6, 9, group_size=2, dropout=0.0).double(), "no nn.Sequential"),
+        (chain(nn.Linear(6, 1)), "between each two"),
+        (chain(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)), "has a Tanh"),
+        (chain(nn.Linear(6, 4), nn.Sequential(nn.Tanh()), nn.Linear(4, 1)), "between each two"),
+        (chain(nn.Linear(6, 4, bias=False), nn.ReLU(), nn.Linear(4, 1)), "no bias"),
+        (chain(nn.Linear(6, 300), nn.ReLU(), nn.Linear(300, 1)), "wider than 256"),
+        (chain(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1)), "equally wide"),
+        (chain(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 4), nn.LeakyReLU(), nn.Linear(4, 1)), "activations differ"),
+        (chain(nn.Linear(6, 4).requires_grad_(False), nn.ReLU(), nn.Linear(4, 1)), "frozen"),
+        (chain(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1)), None),
+        (chain(nn.Flatten(), nn.Sequential(nn.Linear(6, 4), nn.ReLU()), nn.Linear(4, 1), nn.Flatten(0)), None),
     ],
 )
-def test_a_critic_that_it_cannot_run_is_told_why(critic: nn.Module, reason: str) -> None:
-    found = fused_mlp_step(critic)
-    assert isinstance(found, str)
-    assert reason in found
+def test_explain_says_whether_a_critic_takes_it_and_why_not(critic: nn.Module, reason: str | None) -> None:
+    group_size = 2 if isinstance(critic, models.PackedCritic) else 1
+    report = explain(critic, torch.randn(4, 6, dtype=torch.float64), group_size=group_size)
+    if reason is None:
+        assert report.unfused is None
+        assert "fused      yes" in str(report)
+    else:
+        assert reason in report.unfused
+        assert f"fused      no, because {report.unfused}" in str(report)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_explain_names_packing_further_arguments_and_hooks() -> None:
+    critic = chain(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1))
+    samples = torch.randn(4, 6, dtype=torch.float64)
+    choice = mlp_critic_step.FusedChoice(critic)
+    assert "packs" in choice(samples, group_size=2)
+    assert "more than samples" in choice(samples, alone=False)
+    handle = critic[0].register_forward_pre_hook(lambda *_: None)
+    assert "hooks" in choice(samples)
+    handle.remove()
+    assert isinstance(choice(samples), mlp_critic_step.FusedMLP)
+
+
+def test_without_a_gpu_the_four_passes_run() -> None:
+    critic = chain(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1)).float()
+    assert "GPU" in explain(critic, torch.randn(4, 6)).unfused
+    with Calls() as calls:
+        CriticStep(critic)(*random_pair(7, 6, dtype=torch.float32))
+    assert calls.count == 0

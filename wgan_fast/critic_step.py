@@ -1,6 +1,6 @@
 """One critic step: scores, loss, penalty and every parameter gradient, ready for the optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -19,8 +19,9 @@ from .checks import (
 )
 from .double_backprop import Objective, StepOutput
 from .engines import EngineChoice
-from .losses import AdversarialLoss, get_loss
-from .penalty import PenaltyConfig, penalty_at, penalty_points
+from .losses import AdversarialLoss, get_loss, wasserstein
+from .mlp_critic_step import FusedChoice, FusedMLP
+from .penalty import PenaltyConfig, draw_alpha, penalty_at, penalty_points
 from .precision import accumulation_dtype
 
 Precision = Literal["fp32", "bf16"]
@@ -61,6 +62,7 @@ class CriticStep:
         schedule: How the four-pass engine arranges real, fake and interpolates: "batched", "split" or "auto".
 
     In four passes spectral norm makes one power iteration a step, where autograd makes one for each forward pass.
+    On a GPU the WGAN-GP step of a narrow MLP is one operator, compiled already: ``explain`` says whether it is taken.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -98,13 +100,14 @@ class CriticStep:
         self.compile = compile
         self.precision = precision
         self.schedule = schedule
+        self._fused = FusedChoice(critic)
         self._choices: dict[PenaltyConfig | None, EngineChoice] = {}
         self.steps_taken = 0
         """Calls so far; decides which steps carry a lazy penalty, so set it when resuming."""
 
     @property
     def code(self) -> str:
-        """The flat graphs that have run so far, as Python; empty before the first step and where autograd runs."""
+        """The flat graphs that have run so far, as Python; none is where autograd or the operator for MLPs runs."""
         engines = [choice.four_pass for choice in self._choices.values() if choice.four_pass]
         return "\n".join(plan.code for engine in engines for plan in engine.plans.values())
 
@@ -141,6 +144,10 @@ class CriticStep:
         penalty = self._penalty_now()
         group_size = self.penalty.group_size if self.penalty else 1
         points: list[Tensor] = []
+        if penalty and isinstance(mlp := self._operator(penalty, real, critic_args, critic_kwargs), FusedMLP):
+            result = self._one_operator(mlp, penalty, real, fake, alpha, accumulate)
+            self.steps_taken += 1
+            return result
         if penalty:
             points = penalty_points(penalty, real, fake, alpha, None)
         else:
@@ -163,7 +170,35 @@ class CriticStep:
         self.steps_taken += 1
         return result
 
-    def _take(self, output: StepOutput, parameters: list[nn.Parameter], accumulate: bool) -> CriticStepResult:
+    def _operator(
+        self,
+        penalty: PenaltyConfig,
+        real: Tensor,
+        critic_args: tuple[Any, ...],
+        critic_kwargs: Mapping[str, Any] | None,
+    ) -> FusedMLP | str:
+        """What the operator for MLPs needs, or why it cannot be taken."""
+        if self.engine == "autograd" or self.loss.critic is not wasserstein.critic or penalty.at != "interpolates":
+            return "the step is not WGAN-GP's, or autograd was asked for"
+        return self._fused(real, group_size=penalty.group_size, alone=not (critic_args or critic_kwargs))
+
+    def _one_operator(
+        self, mlp: FusedMLP, penalty: PenaltyConfig, real: Tensor, fake: Tensor, alpha: Tensor | None, accumulate: bool
+    ) -> CriticStepResult:
+        check_samples(real, fake)
+        alpha = draw_alpha(real) if alpha is None else check_alpha(alpha, real)
+        precision: str = self.precision
+        if precision == "fp32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            precision = "tf32"
+        with torch.no_grad():
+            (real_score, fake_score, value, norm), _, gradients = torch.ops.wgan_fast.mlp_critic_step(
+                real.flatten(1), fake.flatten(1), alpha.to(accumulation_dtype(real.dtype)), mlp.parameters,
+                mlp.negative_slope, penalty.weight, penalty.target, penalty.one_sided, precision,
+            )  # fmt: skip
+            loss = fake_score - real_score + value
+        return self._take(StepOutput(loss, value, real_score, fake_score, norm, gradients), mlp.parameters, accumulate)
+
+    def _take(self, output: StepOutput, parameters: Sequence[Tensor], accumulate: bool) -> CriticStepResult:
         """Leave what the four passes computed in the parameters."""
         if all(gradient is None for gradient in output.gradients):
             raise ValueError(_UNREACHED)

@@ -19,6 +19,7 @@ from .checks import Engine, check_batch, check_critic_arguments, check_floating
 from .double_backprop import CaptureError, FourPassEngine, Objective, StepOutput
 from .double_backprop.plan import Plan, Schedule
 from .losses import wasserstein
+from .mlp_critic_step import FusedChoice, FusedMLP
 
 
 class EngineChoice:
@@ -164,6 +165,8 @@ class Explanation:
         linear: The critic's other operators.
         units: Matmul and convolution FLOPs of the step, in critic forwards over one batch.
         launches: Operators of the step that are not views.
+        unfused: Why the step is not the one operator for narrow MLPs on a GPU; None where it is. ``units`` and
+            ``launches`` are then those of the steps that need another loss or penalty.
     """
 
     engine: Literal["four_pass", "autograd"]
@@ -174,6 +177,7 @@ class Explanation:
     linear: tuple[str, ...] = ()
     units: float | None = None
     launches: int | None = None
+    unfused: str | None = None
 
     def __str__(self) -> str:
         if self.engine == "autograd":
@@ -186,6 +190,7 @@ class Explanation:
                 f"launches   {self.launches} operators that are not views",
                 f"curved     {', '.join(self.curved) or 'none, so there is no curvature pass'}",
                 f"linear     {', '.join(self.linear) or 'none'}",
+                f"fused      {f'no, because {self.unfused}' if self.unfused else 'yes, one operator for the step'}",
             ]
         )
 
@@ -225,6 +230,7 @@ def explain(
         plan = engine.plan(batches, critic_args, critic_kwargs)
     except CaptureError as error:
         return Explanation("autograd", str(error))
+    fused = FusedChoice(critic)(example_input, group_size=group_size, alone=not (critic_args or critic_kwargs))
     return Explanation(
         "four_pass",
         schedule=plan.schedule,
@@ -233,6 +239,7 @@ def explain(
         linear=tuple(sorted(plan.linear)),
         units=plan.units(),
         launches=plan.launches(),
+        unfused=None if isinstance(fused, FusedMLP) else fused,
     )
 
 

@@ -1,17 +1,29 @@
 """A critic step of a narrow MLP as one operator: which critics it takes, and its plain form in four passes."""
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
 from .double_backprop.passes import penalty_seed
+from .models import Critic
 from .reference import interpolate
 
 MAX_WIDTH = 256
-"""Of the input and the hidden layers: a product's columns are held at once."""
+"""Of the input and the hidden layers: wider ones fill a GPU one at a time, and cuBLAS multiplies them faster."""
+RUNS_ON = {("cuda", torch.float32)} if importlib.util.find_spec("triton") else set()
+"""Where the kernels are the faster way; elsewhere the four passes compile to better code than the plain form."""
+_CHAINS = (nn.Sequential.forward, Critic.forward)
+"""Forward methods that call one module after the other."""
+_PARTS = {nn.Linear, nn.ReLU, nn.LeakyReLU, nn.Flatten, nn.Identity, nn.Sequential}
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_STATE = attrgetter("shape", "dtype", "device", "requires_grad")
 
 
 @dataclass(frozen=True)
@@ -27,45 +39,99 @@ class FusedMLP:
     negative_slope: float
 
 
-def fused_mlp_step(critic: nn.Module) -> FusedMLP | str:
-    """Return what the operator needs, or in a sentence why it cannot run this critic."""
-    if type(critic) is not nn.Sequential:
-        return "it is no nn.Sequential"
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in critic.modules()):
+class FusedChoice:
+    """Decides at every step whether the operator runs a critic, whose modules, hooks and parameters may change."""
+
+    def __init__(self, critic: nn.Module) -> None:
+        self._critic = critic
+        self._modules: list[nn.Module] = []
+        self._seen: list[Any] = []
+        self._found: FusedMLP | str = ""
+
+    def __call__(self, samples: object, *, group_size: int = 1, alone: bool = True) -> FusedMLP | str:
+        """Look at what a step is given.
+
+        Args:
+            samples: A batch ``[N, *D]``.
+            group_size: Samples that share one norm.
+            alone: Whether the samples are all that the critic is called with.
+
+        Returns:
+            What the operator needs, or in a clause why it cannot be taken.
+        """
+        critic = self._critic
+        if type(critic).forward not in _CHAINS:
+            return "it is no nn.Sequential"
+        if not _PARTS.issuperset(map(type, critic._modules.values())):
+            return f"it has a {next(type(m).__name__ for m in critic.children() if type(m) not in _PARTS)}"
+        if not isinstance(samples, Tensor) or (samples.device.type, samples.dtype) not in RUNS_ON:
+            return "its samples are not float32 on a GPU that Triton compiles for"
+        if group_size != 1 or not alone:
+            return "it packs samples, or takes more than samples"
+        if torch.is_autocast_enabled(samples.device.type):
+            return "autocast is on around the step"
+        if not self._modules or self._state(samples) != self._seen:
+            self._modules = list(critic.modules())
+            self._own = [module.__dict__ for module in self._modules]
+            self._hooks = [own[name] for own in self._own for name in _HOOKS]
+            self._members = [own[name] for own in self._own for name in ("_modules", "_parameters")]
+            self._parameters = list(critic.parameters())
+            self._seen, self._found = self._state(samples), _decide(critic, samples)
+        return self._found
+
+    def _state(self, samples: Tensor) -> list[Any]:
+        """All that may change between two steps, read in a few microseconds."""
+        return [
+            any(self._hooks),
+            *map(type, self._modules),
+            *map(id, chain.from_iterable(map(dict.values, self._members))),
+            *[(own.get("forward"), own.get("negative_slope")) for own in self._own],
+            *map(_STATE, (samples, *self._parameters)),
+        ]
+
+
+def _decide(critic: nn.Module, samples: Tensor) -> FusedMLP | str:
+    own = [module.__dict__ for module in critic.modules()]
+    if any(attributes[name] for attributes in own for name in _HOOKS):
         return "it has hooks"
-    modules = list(_in_order(critic))
-    if modules and type(modules[-1]) in (nn.Flatten, nn.Identity):
-        modules.pop()
-    linear: list[nn.Linear] = []
-    slopes: set[float] = set()
-    for index, module in enumerate(modules):
-        if index % 2:
-            if type(module) not in (nn.ReLU, nn.LeakyReLU):
-                return f"its module {index} is neither ReLU nor LeakyReLU"
-            slopes.add(float(getattr(module, "negative_slope", 0.0)))
-        elif type(module) is nn.Linear and module.bias is not None:
-            linear.append(module)
-        else:
-            return f"its module {index} is no linear layer with a bias"
-    if len(linear) < 2 or len(modules) % 2 == 0:
-        return "it is not linear layers with an activation between each two"
+    if any("forward" in attributes for attributes in own):
+        return "one of its modules has a forward method of its own"
+    layers = list(_in_order(critic))
+    if layers and type(layers[0]) is nn.Flatten and (layers[0].start_dim, layers[0].end_dim) == (1, -1):
+        del layers[0]
+    elif samples.dim() != 2:
+        return "its samples are not flat"
+    if layers and type(layers[-1]) in (nn.Flatten, nn.Identity):
+        layers.pop()
+    linear, activations = layers[::2], layers[1::2]
+    in_turn = {nn.Linear}.issuperset(map(type, linear)) and {nn.ReLU, nn.LeakyReLU}.issuperset(map(type, activations))
+    if not in_turn or len(linear) < 2 or len(layers) % 2 == 0:
+        return "it is not linear layers with a ReLU or LeakyReLU between each two"
+    slopes = {float(getattr(activation, "negative_slope", 0.0)) for activation in activations}
     if len(slopes) > 1 or min(slopes) < 0:
         return "its activations differ, or rise to the left of 0"
-    if len({layer.out_features for layer in linear[:-1]}) > 1 or linear[-1].out_features != 1:
-        return "its hidden layers are not equally wide, or it does not end in one score"
-    if max(layer.in_features for layer in linear) > MAX_WIDTH:
+    parameters = [layer._parameters.get(name) for layer in linear for name in ("weight", "bias")]
+    owned: list[Tensor] = [p for p in parameters if p is not None]
+    if len(owned) < len(parameters):
+        return "one of its layers has no bias"
+    width, features = owned[0].shape[0], samples[0].numel()
+    inputs = [features, *[width] * (len(linear) - 1)]
+    if [p.shape for p in owned[::2]] != list(zip([*inputs[1:], 1], inputs)):
+        return "its hidden layers are not equally wide, or it does not map such samples to one score"
+    if max(inputs) > MAX_WIDTH:
         return f"it is wider than {MAX_WIDTH}"
-    parameters = [p for layer in linear for p in (layer.weight, layer.bias)]
-    if len({id(p) for p in parameters}) < len(parameters) or not all(p.requires_grad for p in parameters):
+    if len(set(map(id, owned))) < len(owned) or not all(p.requires_grad for p in owned):
         return "some of its parameters are shared or frozen"
-    return FusedMLP(parameters, slopes.pop())
+    if any((p.dtype, p.device) != (samples.dtype, samples.device) for p in owned):
+        return "its parameters are of another dtype, or on another device, than the samples"
+    return FusedMLP(owned, slopes.pop())
 
 
-def _in_order(modules: nn.Sequential) -> Iterator[nn.Module]:
-    for module in modules:
+def _in_order(modules: nn.Module) -> Iterator[nn.Module]:
+    for module in modules._modules.values():
         if type(module) is nn.Sequential:
             yield from _in_order(module)
-        else:
+        elif module is not None:
             yield module
 
 
