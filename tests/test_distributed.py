@@ -194,8 +194,9 @@ def assert_close_runs(actual: Path, expected: Path, tolerance: float = 1e-10) ->
 
 CASES = {
     "wgan-gp": {"n_critic": 3},
-    "lazy penalty, four passes, cosine": {
+    "lazy penalty on a part, four passes, cosine, tracked": {
         "n_critic": 3, "penalty_every": 2, "engine": "four_pass", "schedule": "cosine", "generate_ahead": False,
+        "penalty_samples": 4,
         "track": 20,
     },
     "r1": {"method": "r1"},
@@ -245,6 +246,10 @@ def test_termination_of_one_process_stops_and_saves_all_at_the_same_step(worker,
     ("arguments", "message"),
     [
         (["--batch-size", "5", "--out", "run"], "batch_size must be a multiple of the 2 processes, got 5"),
+        (
+            ["--batch-size", "6", "--penalty-samples", "3", "--out", "run"],
+            "penalty_samples must be a multiple of the 2 processes, got 3",
+        ),
         (["--batch-size", "6"], "out must be given where several processes train together"),
         (["--batch-size", "6", "--out", "run", "--cuda-graph"], "cuda_graph is for one process"),
     ],

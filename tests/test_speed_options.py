@@ -11,11 +11,14 @@ import torch
 from runs import TINY, assert_same_run, metrics_of, read_checkpoint, same_bits
 from torch import Tensor, nn
 
+from wgan_fast import PenaltyConfig
 from wgan_fast.cli import main
+from wgan_fast.errors import InputError
 from wgan_fast.models import build
 from wgan_fast.training import TrainConfig, Trainer
 from wgan_fast.training.graphed import WARM_UP, GraphedCalls, StaticInputs
 from wgan_fast.training.iteration import keeps_samples_apart
+from wgan_fast.training.sub_batch import SubBatchCriticStep
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
@@ -87,6 +90,8 @@ TRAININGS = {
     "constant rate": {},
     "cosine schedule": {"schedule": "cosine"},
     "lazy penalty": {"penalty_every": 2},
+    "penalty on a part": {"penalty_samples": 2},
+    "lazy penalty on a part, dragan": {"method": "dragan", "n_critic": 3, "penalty_every": 2, "penalty_samples": 3},
     "batch norm": {"norm": True},
     "r1": {"method": "r1", "n_critic": 2},
     "dragan": {"method": "dragan", "n_critic": 2},
@@ -298,6 +303,69 @@ def test_lazy_penalty_is_applied_at_every_kth_critic_step_with_k_times_the_weigh
     assert seen == [(k, k % 3 == 0) for k in range(6)]
     # The last step of an iteration is what is logged: steps 1, 3 and 5 of the critic, from 0.
     assert [record["penalty"] > 0 for record in metrics_of(tmp_path / "run")] == [False, True, False]
+
+
+# Penalties on a part of the batch
+
+
+@pytest.mark.parametrize("engine", ["autograd", "four_pass"])
+@pytest.mark.parametrize(("method", "every"), [("wgan-gp", 1), ("wgan-lp", 3), ("r1", 2)])
+def test_penalty_on_a_part_is_that_of_evenly_spread_samples(tmp_path, method, every, engine):
+    settings = {"penalty_samples": 2, "penalty_every": every, "batch_size": 6, "n_critic": 2, "engine": engine}
+    config = TrainConfig(method=method, out=tmp_path / "run", device="cpu", **settings)
+    trainer = Trainer(*networks(), images(), config)
+    step, critic, draw = trainer._iteration.critic_step, trainer.critic, torch.Generator().manual_seed(0)
+    weight, target, one_sided = {"wgan-gp": (10, 1, False), "wgan-lp": (10, 1, True), "r1": (5, 0, False)}[method]
+    for taken in range(4):
+        real, fake = torch.randn(2, 6, 3, 7, 7, generator=draw, dtype=torch.float64)
+        alpha = torch.rand(6, generator=draw, dtype=torch.float64)
+        result = step(real, fake, None if method == "r1" else alpha)
+        scores = [critic(real), critic(fake)]
+        if method == "r1":
+            loss = nn.functional.softplus(scores[1]).mean() + nn.functional.softplus(-scores[0]).mean()
+        else:
+            loss = scores[1].mean() - scores[0].mean()
+        if taken % every == 0:
+            mixed = alpha.view(-1, 1, 1, 1) * real + (1 - alpha.view(-1, 1, 1, 1)) * fake
+            points = (real if method == "r1" else mixed)[[0, 3]].clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(critic(points).sum(), points, create_graph=True)
+            norms = gradient.flatten(1).norm(dim=1)
+            over = (norms - target).clamp(min=0) if one_sided else norms - target
+            penalty = weight * every * over.square().mean()
+            loss = loss + penalty
+            assert result.penalty.item() == pytest.approx(penalty.item(), rel=1e-10)
+            assert result.gradient_norm.item() == pytest.approx(norms.mean().item(), rel=1e-10)
+        else:
+            assert result.penalty.item() == 0
+            assert result.gradient_norm.isnan()
+        assert result.loss.item() == pytest.approx(loss.item(), rel=1e-10)
+        for parameter, expected in zip(critic.parameters(), torch.autograd.grad(loss, list(critic.parameters()))):
+            assert (parameter.grad - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_thinned_samples_keep_their_layout(memory_format):
+    step = SubBatchCriticStep(
+        networks()[1], loss="wasserstein", penalty=PenaltyConfig(), stride=3, engine="autograd", compile=False,
+        precision="fp32",
+    )  # fmt: skip
+    samples = torch.randn(6, 3, 7, 7).contiguous(memory_format=memory_format)
+    thinned = step._thinned(samples)
+    assert torch.equal(thinned, samples[[0, 3]])
+    assert thinned.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"penalty_samples": 4}, "penalty_samples must divide the batch_size of 6, got 4"),
+        ({"penalty_samples": 0}, "penalty_samples must be at least 1, got 0"),
+        ({"penalty_samples": 3, "method": "hinge"}, "penalty_samples was given, but method hinge has no gradient"),
+    ],
+)
+def test_part_of_the_batch_that_there_is_not_is_refused(tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
+        Trainer(*networks(), images(), TrainConfig(batch_size=6, out=tmp_path / "run", **settings))
 
 
 # Static inputs and graphs

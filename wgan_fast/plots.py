@@ -339,12 +339,15 @@ def _draw_quality(
     """Draw a tracked distance on an axis of its own, and say how its ranks correlate with those of the estimate."""
     right = axes.twinx()
     (line,) = right.plot(tracked_steps, distances, color=_GREEN, linewidth=1.6, marker="o", markersize=4)
-    # A generator begins ten times as far away as it ends: on a linear scale what happens later is a flat line.
-    if distances.min() > 0:
+    # A generator begins ten times as far away as it ends: on a linear scale what happens later is a flat line. Where it
+    # does not move as far, a logarithmic axis would have a single number on it.
+    if distances.max() > 4 * distances.min() > 0:
         right.set_yscale("log")
         right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         right.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         right.yaxis.set_minor_locator(NullLocator())
+    else:
+        right.yaxis.set_major_locator(MaxNLocator(5))
     right.set_ylabel(label, fontsize=9, color=_GREEN)
     right.tick_params(labelsize=8)
     right.spines["top"].set_visible(False)

@@ -52,14 +52,15 @@ class Replicas:
         torch.cuda.set_device(own)
         return own
 
-    def check_batch_size(self, batch_size: int) -> None:
-        """Raise unless a batch can be shared out.
+    def check_shared(self, **sizes: int | None) -> None:
+        """Raise unless as many samples can be shared out.
 
         Raises:
-            InputError: The processes do not divide it.
+            InputError: The processes do not divide a size, which is named.
         """
-        if batch_size % self.world:
-            raise InputError(f"batch_size must be a multiple of the {self.world} processes, got {batch_size}")
+        for name, size in sizes.items():
+            if size is not None and size % self.world:
+                raise InputError(f"{name} must be a multiple of the {self.world} processes, got {size}")
 
     def rows(self, batch_size: int) -> slice:
         """The rows of a whole batch that are this process's."""

@@ -20,6 +20,7 @@ from .config import TrainConfig
 from .distributed import Replicas
 from .graphed import GraphedCalls
 from .randomness import PROCESS, TRAINING, seed_everything, stream_seed
+from .sub_batch import SubBatchCriticStep
 
 AHEAD_BYTES = 4 * 2**20
 """On a CPU the samples of several critic steps are generated in one forward only where no activation of it exceeds
@@ -79,14 +80,7 @@ class Iteration:
         first = self._trained["critic"][0]
         self.device, self.dtype = first.device, first.dtype
         self.ema = copy.deepcopy(generator).requires_grad_(False).eval() if config.ema else None
-        self.critic_step = CriticStep(
-            critic,
-            loss=config.recipe.loss,
-            penalty=config.penalty,
-            engine=config.engine,
-            compile=config.compile,
-            precision=config.precision,
-        )
+        self.critic_step = make_critic_step(critic, config)
         self._generator_loss = get_loss(config.recipe.loss).generator
         self.optimizers = {
             "critic": make_optimizer(self._trained["critic"], config, config.learning_rate, config.clip),
@@ -261,6 +255,15 @@ def trainable(name: str, network: nn.Module) -> list[nn.Parameter]:
     if not parameters:
         raise InputError(f"{name} has no trainable parameters")
     return parameters
+
+
+def make_critic_step(critic: nn.Module, config: TrainConfig) -> CriticStep | SubBatchCriticStep:
+    """Build the critic's step as the resolved configuration says."""
+    penalty, stride = config.penalty, (config.batch_size or 0) // (config.penalty_samples or config.batch_size or 1)
+    how: dict[str, Any] = {"engine": config.engine, "compile": config.compile, "precision": config.precision}
+    if penalty is None or stride == 1:
+        return CriticStep(critic, loss=config.recipe.loss, penalty=penalty, **how)
+    return SubBatchCriticStep(critic, loss=config.recipe.loss, penalty=penalty, stride=stride, **how)
 
 
 def make_optimizer(

@@ -181,7 +181,7 @@ class Trainer:
         if batch_size > len(data.train):
             n = len(data.train)
             raise InputError(f"batch_size must be at most the {n} samples to train on, got {batch_size}")
-        self._replicas.check_batch_size(batch_size)
+        self._replicas.check_shared(batch_size=batch_size, penalty_samples=config.penalty_samples)
         self.config = config
         self.data = data
         self.out = Path(config.out or "")
