@@ -238,11 +238,11 @@ def test_what_is_measured_already_is_not_measured_again(measured, monkeypatch):
     ran = []
     monkeypatch.setattr(series, "run", lambda *_, **__: ran.append(1) or {"variants": {}, "title": "", "parameters": 0})
     options = {"device": torch.device("cpu"), "folder": measured, "budget": 0, "sample_shape": (2, 5, 5)}
-    workload = ([f"{__name__}:packed_conv_critic"], ["wgan-gp"], [4])
-    series.measure(*workload, names=["ours"], **options)
+    points = [(f"{__name__}:packed_conv_critic", "wgan-gp", 4)]
+    series.measure(points, names=["ours"], **options)
     assert not ran
     assert path.read_bytes() == before
-    series.measure(*workload, names=["ours", "field"], **options)
+    series.measure(points, names=["ours", "field"], **options)
     assert len(ran) == 1
 
 
@@ -314,17 +314,17 @@ def test_report_writes_only_between_the_markers(tmp_path):
     folder.mkdir()
     readme.write_text("before\n")
     with pytest.raises(InputError, match="must contain the lines"):
-        report.update_readme(readme, folder)
+        report.update(readme, report.readme_section(folder))
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     for path in (CHECKOUT / "benchmarks" / "results").glob("*.json"):
         shutil.copy(path, folder)
         device = json.loads(path.read_text())["environment"]["device"]
-        report.update_readme(readme, folder)
+        report.update(readme, report.readme_section(folder))
         assert device in readme.read_text()
-    report.update_readme(readme, folder)
+    report.update(readme, report.readme_section(folder))
     once = readme.read_text()
     assert once.startswith("before\n")
     assert once.endswith("\nafter\n")
     assert "old" not in once
-    report.update_readme(readme, folder)
+    report.update(readme, report.readme_section(folder))
     assert readme.read_text() == once

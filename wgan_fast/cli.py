@@ -4,11 +4,13 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
 import signal
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -155,7 +157,8 @@ class Bench:
     """Time the critic step against other ways to write it, after checking each against float64.
 
     Attributes:
-        models: Critics: toy-mlp, tabular-mlp, dcgan-28, resnet-32, dcgan-64, language, or all.
+        models: Critics: toy-mlp, tabular-mlp, dcgan-28, resnet-32, dcgan-64, language, or all; others by their size:
+            mlp-4x256 (layers x width), dcgan-28x32 (width), resnet-64 (image size).
         critic: A critic of your own in place of them: module:function, which takes nothing and returns the module.
         shape: Shape of one sample for it, such as 3x32x32.
         penalties: Among wgan-gp, r1-r2 and none.
@@ -165,6 +168,8 @@ class Bench:
         device: "cpu", "cuda", "cuda:1", or "auto".
         threads: CPU threads; PyTorch's own choice by default.
         seconds: Seconds of timed rounds for each workload.
+        scaling: Instead of models, penalties, batch sizes and variants: how time and memory grow with batch, width,
+            depth and image size, as docs/scaling.md shows it.
         fresh: Measure again what the results file has already.
         out: Folder of the results: a JSON file named after the device, a table and a plot.
     """
@@ -179,12 +184,14 @@ class Bench:
     device: str = "auto"
     threads: int | None = None
     seconds: float = 20.0
+    scaling: bool = False
     fresh: bool = False
     out: Path = Path("runs/bench")
 
     def run(self) -> None:
         """Measure, print a table for each workload and say where the results are."""
-        from .bench import series, variants, workloads
+        from .bench import scaling, series, variants, workloads
+        from .bench.results import read
 
         if self.shape is not None and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", self.shape) is None:
             raise InputError(f"shape must be sizes joined by x, such as 3x32x32, got {self.shape!r}")
@@ -200,10 +207,13 @@ class Bench:
             for name in self.variants or variants.VARIANTS
             if name not in variants.VARIANTS or self.precision in ("all", variants.VARIANTS[name].precision)
         ]
+        points: Iterable[tuple[str, str, int | None]] = itertools.product(
+            models if self.critic is None else (self.critic,), self.penalties, self.batch_sizes or (None,)
+        )
+        if self.scaling:
+            points, names = scaling.points(), list(scaling.VARIANTS)
         results, refused = series.measure(
-            models if self.critic is None else (self.critic,),
-            self.penalties,
-            self.batch_sizes,
+            points,
             names=names,
             device=resolve_device(self.device),
             folder=self.out,
@@ -211,6 +221,8 @@ class Bench:
             sample_shape=None if self.shape is None else tuple(map(int, self.shape.split("x"))),
             fresh=self.fresh,
         )
+        if self.scaling:
+            scaling.plot(read(results), results.with_suffix(".png"))
         for path in (results, results.with_suffix(".md"), results.with_suffix(".png")):
             print(path)
         if refused:

@@ -18,12 +18,12 @@ PLOTTED = ("naive-compiled", "jax", "no-penalty", "drop-in", "ours", "ours-compi
 
 def details(results: dict[str, Any]) -> str:
     """One table a workload, one row a variant; Markdown that is also legible as it is."""
-    parts = [f"# {_where(results)}\n"]
+    parts = [f"# {where(results)}\n"]
     for key, workload in results["workloads"].items():
         parts.append(f"## {key}\n\n{workload['title']}; {workload['parameters']:,} parameters.\n")
         header = ["variant", "ms", "naive / it", "quartiles", "limit / it", "error", "units", "launches", "MB", "what"]
         rows = [header, *(_row(workload, name) for name in workload["variants"])]
-        parts.append(_table(rows))
+        parts.append(table(rows))
     return "\n".join(parts)
 
 
@@ -55,7 +55,7 @@ def summary(results: dict[str, Any]) -> str:
         "vs no penalty", "of the limit", "memory", "units", "launches",
     ]  # fmt: skip
     rows = [header, *(_summary_row(key, workload) for key, workload in results["workloads"].items())]
-    return f"{_where(results)}\n\n{_table(rows)}"
+    return f"{where(results)}\n\n{table(rows)}"
 
 
 def _summary_row(key: str, workload: dict[str, Any]) -> list[str]:
@@ -86,14 +86,16 @@ def _bold(text: str, bold: bool) -> str:
     return f"**{text}**" if bold else text
 
 
-def _where(results: dict[str, Any]) -> str:
+def where(results: dict[str, Any]) -> str:
+    """Device, versions and commit in a line."""
     env = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
     flags = f" ({', '.join(env['flags'])})" if env["flags"] else ""
     return f"{env['device']}{flags}, {env['threads']} threads; {versions}; commit {env['commit'] or 'unknown'}"
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
+    """Rows as a Markdown table, the first its header, with columns that line up."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
@@ -147,18 +149,18 @@ def readme_section(folder: Path) -> str:
     return "\n".join(parts) or "No results are committed yet.\n"
 
 
-def update_readme(readme: Path, folder: Path) -> None:
-    """Write the section between the README's markers anew.
+def update(page: Path, section: str) -> None:
+    """Write the section between a page's markers anew.
 
     Raises:
         InputError: The markers are not there, once each and in order.
     """
-    before, begin, rest = readme.read_text().partition(BEGIN)
+    before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise InputError(f"{readme} must contain the lines {BEGIN} and {END}")
-    write_atomically(readme, f"{before}{BEGIN}\n\n{readme_section(folder)}\n{END}{after}".encode())
+        raise InputError(f"{page} must contain the lines {BEGIN} and {END}")
+    write_atomically(page, f"{before}{BEGIN}\n\n{section}\n{END}{after}".encode())
 
 
 if __name__ == "__main__":
-    update_readme(Path(sys.argv[1]), Path(sys.argv[2]))
+    update(Path(sys.argv[1]), readme_section(Path(sys.argv[2])))

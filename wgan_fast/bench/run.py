@@ -10,7 +10,7 @@ from .check import Checker, WrongGradientsError
 from .measure import count, fastest_of, forward_flops, interleaved, peak_bytes
 from .step import Skipped, Step
 from .variants import VARIANTS
-from .workloads import CRITICS, Workload
+from .workloads import Workload
 
 TOO_SLOW = 5.0
 """How many times naive's time a variant may take and still be timed in rounds, which it would fill."""
@@ -75,9 +75,8 @@ def run(
     times = interleaved(steps, once, device, budget=budget, progress=lambda fraction: progress("timing", fraction))
     for name, seconds in times.items():
         found[name]["milliseconds"] = [float(f"{1000 * second:.4g}") for second in seconds]
-    title = CRITICS[workload.name].title if workload.name in CRITICS else workload.name
     return {
-        "title": title,
+        "title": workload.title,
         "penalty": workload.penalty_name,
         "batch_size": workload.real.shape[0],
         "sample_shape": list(workload.real.shape[1:]),

@@ -1,8 +1,7 @@
 """Several workloads, one after the other, into one results file that is continued where it was left."""
 
-import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,9 +20,7 @@ from .workloads import build
 
 
 def measure(
-    models: Sequence[str],
-    penalties: Sequence[str],
-    batch_sizes: Sequence[int],
+    points: Iterable[tuple[str, str, int | None]],
     *,
     names: Iterable[str],
     device: torch.device,
@@ -32,14 +29,13 @@ def measure(
     sample_shape: tuple[int, ...] | None = None,
     fresh: bool = False,
 ) -> tuple[Path, list[str]]:
-    """Measure every model with every penalty at every batch size, and write what was found after each.
+    """Measure workloads one after the other, and write what was found after each.
 
     A workload whose variants are all in the file already, from this commit on this device, is not measured again.
 
     Args:
-        models: Keys of ``workloads.CRITICS``, or ``module:function``.
-        penalties: Keys of ``workloads.PENALTIES``.
-        batch_sizes: Empty for each critic's own.
+        points: Critic, as for ``workloads.build``, penalty, a key of ``workloads.PENALTIES``, and batch size, None for
+            the critic's own.
         names: Keys of ``VARIANTS``.
         device: Where.
         folder: Where the results file, its table and its plot are written.
@@ -66,9 +62,8 @@ def measure(
             results = found
         else:
             print(f"wgan-fast: {path} is of another commit or other versions: starting anew", file=sys.stderr)
-    sizes: Sequence[int | None] = batch_sizes or [None]
     refused: list[str] = []
-    for model, penalty, batch_size in itertools.product(models, penalties, sizes):
+    for model, penalty, batch_size in points:
         workload = build(model, penalty=penalty, batch_size=batch_size, sample_shape=sample_shape, device=device)
         wanted = {name for name in names if VARIANTS[name].applies(workload)}
         if not fresh and wanted <= results["workloads"].get(workload.key, {}).get("variants", {}).keys():

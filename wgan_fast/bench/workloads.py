@@ -2,6 +2,8 @@
 
 import copy
 import importlib
+import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +33,7 @@ class Workload:
 
     Attributes:
         name: Which critic.
+        title: What it is, in words.
         penalty_name: A key of ``PENALTIES``.
         critic: The critic; ``penalty.group_size`` consecutive samples get one score.
         real: Real samples ``[N, *D]``.
@@ -40,6 +43,7 @@ class Workload:
     """
 
     name: str
+    title: str
     penalty_name: str
     critic: nn.Module
     real: Tensor
@@ -127,6 +131,34 @@ CRITICS = {
 }
 """Widths are the papers' where a CPU can bear it: 128 for the ResNet and 512 for text are not among those."""
 
+_FAMILIES: dict[str, Callable[..., CriticSpec]] = {
+    r"mlp-(\d+)x(\d+)": lambda layers, width: CriticSpec(
+        f"MLP on points, {layers} hidden layers of {width}", (2,), 256, partial(_mlp, layers, width)
+    ),
+    r"dcgan-28x(\d+)": lambda width: _model(f"DCGAN, 1x28x28, width {width}", 64, width, "mnist-dcgan", 1, 28, 28),
+    r"resnet-(\d+)": lambda side: CriticSpec(
+        f"ResNet + layer norm, 3x{side}x{side}, width 64", (3, side, side), 32,
+        partial(models.resnet_critic, (3, side, side), 64),
+    ),
+}  # fmt: skip
+
+
+def spec(name: str) -> CriticSpec | None:
+    """The critic of this name: a key of ``CRITICS``, or "mlp-4x256", "dcgan-28x32", "resnet-64" with any numbers."""
+    if name in CRITICS:
+        return CRITICS[name]
+    for pattern, make in _FAMILIES.items():
+        match = re.fullmatch(pattern, name)
+        if match is not None and all(map(int, match.groups())):
+            return make(*map(int, match.groups()))
+    return None
+
+
+def _mlp(layers: int, width: int) -> nn.Module:
+    sizes = [2, *[width] * layers]
+    hidden = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(width, 1), nn.Flatten(0))
+
 
 def build(
     name: str,
@@ -139,8 +171,8 @@ def build(
     """Make a workload, the same at every call.
 
     Args:
-        name: A key of ``CRITICS``, or ``module:function`` for a critic of your own: the function takes nothing and
-            returns the module.
+        name: As for ``spec``, or ``module:function`` for a critic of your own: the function takes nothing and returns
+            the module.
         penalty: A key of ``PENALTIES``.
         batch_size: None means the critic's own in ``CRITICS``; 64 for a critic of your own.
         sample_shape: Shape of one sample; only for a critic of your own, and required there.
@@ -154,21 +186,26 @@ def build(
     if ":" in name:
         if sample_shape is None:
             raise InputError(f"critic {name!r} needs the shape of one sample, such as --shape 3x32x32")
-        spec = CriticSpec(name, tuple(sample_shape), 64, partial(_own_critic, name))
-    elif name in CRITICS:
-        spec = CRITICS[name]
-        if sample_shape is not None and tuple(sample_shape) != spec.sample_shape:
-            raise InputError(f"shape is for a critic of your own; {name!r} takes {list(spec.sample_shape)}")
+        chosen = CriticSpec(name, tuple(sample_shape), 64, partial(_own_critic, name))
     else:
-        raise InputError(f"model must be one of {', '.join(CRITICS)} or module:function, got {name!r}")
-    N = spec.batch_size if batch_size is None else batch_size
+        known = spec(name)
+        if known is None:
+            known_names = ", ".join(CRITICS)
+            raise InputError(
+                f"model must be one of {known_names}, mlp-LAYERSxWIDTH, dcgan-28xWIDTH, resnet-SIZE, "
+                f"or module:function, got {name!r}"
+            )
+        chosen = known
+        if sample_shape is not None and tuple(sample_shape) != chosen.sample_shape:
+            raise InputError(f"shape is for a critic of your own; {name!r} takes {list(chosen.sample_shape)}")
+    N = chosen.batch_size if batch_size is None else batch_size
     if N < 1:
         raise InputError(f"batch_size must be at least 1, got {N}")
     generator = torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        critic = spec.make().to(device).train()
-    real, fake = torch.randn(2, N, *spec.sample_shape, generator=generator).to(device)
+        critic = chosen.make().to(device).train()
+    real, fake = torch.randn(2, N, *chosen.sample_shape, generator=generator).to(device)
     group_size = getattr(critic, "group_size", 1)
     if N % group_size:
         raise InputError(f"batch_size must be a multiple of {group_size}, the rows that {name} packs, got {N}")
@@ -176,7 +213,7 @@ def build(
     config = PENALTIES[penalty]
     if config is not None:
         config = replace(config, group_size=group_size)
-    return Workload(name, penalty, critic, real, fake, alpha, config)
+    return Workload(name, chosen.title, penalty, critic, real, fake, alpha, config)
 
 
 def _own_critic(name: str) -> nn.Module:

@@ -1,0 +1,111 @@
+"""How the cost of a step grows with batch, width, depth and image size: what is measured, its table and its plot."""
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..files import write_atomically
+from . import report
+from .results import milliseconds, ratio, read
+
+VARIANTS = ("naive", "ours", "limit")
+SERIES: dict[str, dict[int, tuple[str, int]]] = {
+    "batch size, MLP": {N: ("toy-mlp", N) for N in (16, 64, 256, 1024, 4096)},
+    "batch size, DCGAN": {N: ("dcgan-28", N) for N in (4, 16, 64, 256)},
+    "width, MLP": {H: (f"mlp-3x{H}", 256) for H in (32, 64, 128, 256, 512, 1024)},
+    "hidden layers, MLP": {L: (f"mlp-{L}x256", 256) for L in (1, 2, 4, 8, 16)},
+    "channels, DCGAN": {C: (f"dcgan-28x{C}", 32) for C in (8, 16, 32, 64, 128)},
+    "image size, ResNet": {side: (f"resnet-{side}", 8) for side in (16, 32, 64)},
+}
+"""Along each series one thing grows: its value, then the critic's name and the batch size."""
+
+
+def points() -> list[tuple[str, str, int | None]]:
+    """Every point of every series, as ``series.measure`` takes them, each once."""
+    every = [point for values in SERIES.values() for point in values.values()]
+    return [(model, "wgan-gp", batch_size) for model, batch_size in dict.fromkeys(every)]
+
+
+def key(model: str, batch_size: int) -> str:
+    """What a results file files a point of a series under."""
+    return f"{model}/wgan-gp/{batch_size}"
+
+
+def section(results: dict[str, Any]) -> str:
+    """One table a series, one row a point.
+
+    Our time is taken apart: "products" is the limit's share, "operators" what the step's operators cost were they all
+    as cheap as those of the cheapest point (which do next to nothing but start), and "bytes" the rest: what elementwise
+    work, reductions and copies take to go through memory.
+    """
+    workloads = results["workloads"]
+    start = min(_beyond(w) / w["variants"]["ours"]["launches"] for w in workloads.values())
+    parts = [f"{report.where(results)}; an operator costs {1e3 * start:.1f} µs to start.\n"]
+    for title, points in SERIES.items():
+        header = [
+            title, "naive", "ours", "naive / ours", "products", "operators", "bytes", "launches", "MB, naive", "ours",
+        ]  # fmt: skip
+        rows = [header]
+        for value, point in points.items():
+            workload = workloads[key(*point)]
+            naive, ours = workload["variants"]["naive"], workload["variants"]["ours"]
+            speed, took = ratio(workload, "naive", "ours"), milliseconds(workload, "ours")
+            assert speed is not None
+            products = min(1.0, milliseconds(workload, "limit") / took)
+            operators = min(1 - products, start * ours["launches"] / took)
+            rows.append(
+                [
+                    f"{value:,}",
+                    f"{milliseconds(workload, 'naive'):.3g} ms",
+                    f"{took:.3g} ms",
+                    f"{speed.median:.2f}",
+                    *(f"{share:.0%}" for share in (products, operators, 1 - products - operators)),
+                    f"{naive['launches']} → {ours['launches']}",
+                    *(f"{found['peak_bytes'] / 1e6:.1f}" for found in (naive, ours)),
+                ]
+            )
+        parts.append(report.table(rows))
+    return "\n".join(parts)
+
+
+def _beyond(workload: dict[str, Any]) -> float:
+    """Milliseconds of our step beyond the limit."""
+    return max(0.0, milliseconds(workload, "ours") - milliseconds(workload, "limit"))
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw milliseconds along each series, on logarithmic axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    colours = {"naive": "#D55E00", "ours": "#009E73", "limit": "#BBBBBB"}
+    for axes, (title, points) in zip(figure.subplots(2, 3).flat, SERIES.items()):
+        for name, colour in colours.items():
+            times = [milliseconds(results["workloads"][key(*point)], name) for point in points.values()]
+            axes.loglog(list(points), times, marker="o", markersize=3, color=colour, label=name)
+        axes.set_xticks(list(points), [str(value) for value in points])
+        axes.minorticks_off()
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=8)
+    figure.supylabel("milliseconds a step", fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())
+
+
+def page_section(folder: Path) -> str:
+    """What stands between the page's markers: a plot and the tables for each results file in a folder."""
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        picture = f"../benchmarks/results/scaling/{path.stem}.png"
+        parts.append(f"![Milliseconds a step along each series]({picture})\n\n{section(read(path))}")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    page, folder = map(Path, sys.argv[1:])
+    report.update(page, page_section(folder))
