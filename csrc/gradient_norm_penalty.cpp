@@ -1,5 +1,5 @@
-// The input gradient's norms, the penalty and the tangent seed v on a CPU, and the second derivative: each
-// group's gradient is read from memory once, and again from the cache.
+// The input gradient's norms, the penalty and the tangent seed v on a CPU, and the second derivative: the
+// gradient is read from memory once, and again from the cache.
 
 #include <cmath>
 #include <tuple>
@@ -12,7 +12,9 @@ namespace {
 // Sums are kept in this many lanes, as many as fill four vectors, for one block, and in float64 from block to
 // block: whatever the number of threads, they add up in one order.
 constexpr int64_t kLanes = 64;
-constexpr int64_t kBlock = 16 * kBufferSize;
+constexpr int64_t kBlock = kBufferSize;
+// Blocks that a thread takes at a time where a row is shared.
+constexpr int64_t kBlocks = kGrainSize / kBlock;
 
 template <typename C>
 inline __attribute__((always_inline)) double dot(const C* __restrict__ a, const C* __restrict__ b,
@@ -27,9 +29,9 @@ inline __attribute__((always_inline)) double dot(const C* __restrict__ a, const 
   for (; i + kLanes <= count; i += kLanes)
     for (int64_t l = 0; l < kLanes; ++l) lanes[l] += a[i + l] * b[i + l];
   for (int64_t l = 0; i < count; ++i, ++l) lanes[l] += a[i] * b[i];
-  double sum = 0;
-  for (int64_t l = 0; l < kLanes; ++l) sum += lanes[l];
-  return sum;
+  for (int64_t width = kLanes / 2; width > 0; width /= 2)
+    for (int64_t l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+  return lanes[0];
 }
 template <typename C>
 inline __attribute__((always_inline)) void scale(const C* __restrict__ a, C* __restrict__ out, int64_t count,
@@ -77,42 +79,37 @@ struct Penalty {
   }
 };
 
-// Calls `step(at, count)` for what a buffer takes at a time of `size` elements from `at` on, or for all at
-// once.
-template <typename Step>
-void in_steps(int64_t at, int64_t size, bool direct, const Step& step) {
-  const int64_t most = direct ? size : kBufferSize;
-  for (const int64_t end = at + size; at < end; at += most) step(at, std::min(most, end - at));
-}
-
-// Reduces every row of `size` elements with `reduce(at, count) -> double`, then calls `apply(row, sum, at,
-// count)`: row by row, for the cache, or block by block where there are too few rows for the threads.
+// Sums every row of `size` elements with `reduce(at, count) -> double` and writes it with `apply(row, sum,
+// at, count)`, a block at a time. While a row is written the next one is read: a processor that does one
+// after the other leaves half of its memory bandwidth unused. Blocks are shared out one by one where there
+// are too few rows for the threads.
 template <typename Reduce, typename Apply>
 void reduce_rows(int64_t rows, int64_t size, const Reduce& reduce, const Apply& apply) {
   const int64_t blocks = (size + kBlock - 1) / kBlock;
   const auto block = [&](int64_t row, int64_t b, const auto& call) {
     return call(row * size + b * kBlock, std::min(kBlock, size - b * kBlock));
   };
-  if (blocks == 1 || rows >= 4 * static_cast<int64_t>(torch::stable::get_num_threads())) {
+  if (blocks <= kBlocks || rows >= 4 * static_cast<int64_t>(torch::stable::get_num_threads())) {
     parallel_grains(rows, std::max<int64_t>(1, kGrainSize / size), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        double sum = 0;
-        for (int64_t b = 0; b < blocks; ++b) sum += block(row, b, reduce);
-        apply(row, sum, row * size, size);
-      }
+      double sum = 0, next = 0;
+      for (int64_t row = begin - 1; row < end; ++row, sum = next, next = 0)
+        for (int64_t b = 0; b < blocks; ++b) {
+          if (row >= begin) block(row, b, [&](int64_t at, int64_t count) { apply(row, sum, at, count); });
+          if (row + 1 < end) next += block(row + 1, b, reduce);
+        }
     });
     return;
   }
   std::vector<double> partial(rows * blocks);
-  parallel_grains(rows * blocks, 2, [&](int64_t begin, int64_t end) {
+  parallel_grains(rows * blocks, kBlocks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) partial[i] = block(i / blocks, i % blocks, reduce);
   });
-  parallel_grains(rows * blocks, 2, [&](int64_t begin, int64_t end) {
+  std::vector<double> sums(rows, 0);
+  for (int64_t i = 0; i < rows * blocks; ++i) sums[i / blocks] += partial[i];
+  parallel_grains(rows * blocks, kBlocks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / blocks;
-      double sum = 0;
-      for (int64_t b = 0; b < blocks; ++b) sum += partial[row * blocks + b];
-      block(row, i % blocks, [&](int64_t at, int64_t count) { apply(row, sum, at, count); });
+      block(row, i % blocks, [&](int64_t at, int64_t count) { apply(row, sums[row], at, count); });
     }
   });
 }
@@ -125,24 +122,17 @@ void penalty_as(const Tensor& gradient, const Penalty& penalty, const Tensor& va
   auto* const norms = static_cast<C*>(norm.mutable_data_ptr());
   reduce_rows(
       penalty.groups, gradient.numel() / penalty.groups,
-      [&](int64_t at, int64_t size) {
-        C buffer[kBufferSize];
-        double sum = 0;
-        in_steps(at, size, g.direct(), [&](int64_t from, int64_t count) {
-          const C* const values = g.read(from, count, buffer);
-          sum += run_dot(values, values, count);
-        });
-        return sum;
+      [&](int64_t at, int64_t count) {
+        C buffer[kBlock];
+        const C* const values = g.read(at, count, buffer);
+        return run_dot(values, values, count);
       },
-      [&](int64_t row, double sum, int64_t at, int64_t size) {
-        C in[kBufferSize], out[kBufferSize];
+      [&](int64_t row, double sum, int64_t at, int64_t count) {
+        C in[kBlock], out[kBlock];
+        C* const place = v.place(at, out);
         norms[row] = static_cast<C>(std::sqrt(sum));
-        const C slope = static_cast<C>(penalty.slope(norms[row]));
-        in_steps(at, size, v.direct(), [&](int64_t from, int64_t count) {
-          C* const place = v.place(from, out);
-          run_scale(g.read(from, count, in), place, count, slope);
-          v.flush(from, count, place);
-        });
+        run_scale(g.read(at, count, in), place, count, static_cast<C>(penalty.slope(norms[row])));
+        v.flush(at, count, place);
       });
   double squares = 0, sum = 0;
   for (int64_t row = 0; row < penalty.groups; ++row) {
@@ -162,23 +152,17 @@ void backward_as(const Tensor& gradient, const Tensor& norm, const Tensor& cotan
   const auto* const norms = static_cast<const C*>(norm.const_data_ptr());
   reduce_rows(
       penalty.groups, gradient.numel() / penalty.groups,
-      [&](int64_t at, int64_t size) {
-        C first[kBufferSize], second[kBufferSize];
-        double sum = 0;
-        in_steps(at, size, g.direct(), [&](int64_t from, int64_t count) {
-          sum += run_dot(g.read(from, count, first), c.read(from, count, second), count);
-        });
-        return sum;
+      [&](int64_t at, int64_t count) {
+        C first[kBlock], second[kBlock];
+        return run_dot(g.read(at, count, first), c.read(at, count, second), count);
       },
-      [&](int64_t row, double sum, int64_t at, int64_t size) {
-        C first[kBufferSize], second[kBufferSize], out[kBufferSize];
-        const C s = static_cast<C>(penalty.slope(norms[row]));
-        const C q = static_cast<C>(penalty.curvature(norms[row], sum));
-        in_steps(at, size, target.direct(), [&](int64_t from, int64_t count) {
-          C* const place = target.place(from, out);
-          run_combine(c.read(from, count, first), g.read(from, count, second), place, count, s, q);
-          target.flush(from, count, place);
-        });
+      [&](int64_t row, double sum, int64_t at, int64_t count) {
+        C first[kBlock], second[kBlock], out[kBlock];
+        C* const place = target.place(at, out);
+        run_combine(c.read(at, count, first), g.read(at, count, second), place, count,
+                    static_cast<C>(penalty.slope(norms[row])),
+                    static_cast<C>(penalty.curvature(norms[row], sum)));
+        target.flush(at, count, place);
       });
 }
 
@@ -202,10 +186,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradient_norm_penalty(Tensor gradient
   gradient = dense(gradient);
   const bool wide = gradient.scalar_type() == ScalarType::Double;
   const auto dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const Tensor norm = empty(gradient, {penalty.groups}, {1}, dtype);
+  const Tensor value = empty(gradient, {}, {}, dtype), mean_norm = empty(gradient, {}, {}, dtype);
   const Tensor seed = empty_samples(gradient, gradient.sizes()[0], gradient.scalar_type());
-  const Tensor norm = torch::stable::new_empty(gradient, {penalty.groups}, dtype);
-  const Tensor value = torch::stable::new_empty(gradient, {}, dtype);
-  const Tensor mean_norm = torch::stable::new_empty(gradient, {}, dtype);
   (wide ? penalty_as<double> : penalty_as<float>)(gradient, penalty, value, mean_norm, norm, seed);
   return {value, mean_norm, norm, seed};
 }

@@ -120,28 +120,38 @@ Tensor arranged(const Tensor& batch, const Tensor& like) {
   return torch::stable::copy_(copy, batch);
 }
 
-void interpolate_into(Tensor out, Tensor real, Tensor fake, Tensor alpha, double scale, double shift) {
-  for (const auto& tensor : {out, real, fake, alpha})
-    STD_TORCH_CHECK(tensor.dim() > 0 && tensor.numel() > 0, "expected batches that are not empty");
+// Checks the inputs and copies those that cannot be read where they lie.
+void prepare(Tensor& real, Tensor& fake, Tensor& alpha) {
+  for (const auto* tensor : {&real, &fake, &alpha})
+    STD_TORCH_CHECK(tensor->dim() > 0 && tensor->numel() > 0, "expected batches that are not empty");
   STD_TORCH_CHECK(real.sizes() == fake.sizes(), "expected real and fake of one shape");
   STD_TORCH_CHECK(real.sizes()[0] % alpha.numel() == 0, "expected one alpha per group of samples");
+  STD_TORCH_CHECK(alpha.scalar_type() == ScalarType::Double || alpha.scalar_type() == ScalarType::Float,
+                  "expected alpha in float32 or float64");
+  if (!has_dense_samples(real)) real = torch::stable::contiguous(real);
+  fake = arranged(fake, real);
+  if (!alpha.is_contiguous()) alpha = torch::stable::contiguous(alpha);
+}
+
+void write(const Tensor& out, const Tensor& real, const Tensor& fake, const Tensor& alpha, double scale,
+           double shift) {
+  if (alpha.scalar_type() == ScalarType::Double)
+    interpolate_as<double>(out, real, fake, alpha, scale, shift);
+  else
+    interpolate_as<float>(out, real, fake, alpha, static_cast<float>(scale), static_cast<float>(shift));
+}
+
+void interpolate_into(Tensor out, Tensor real, Tensor fake, Tensor alpha, double scale, double shift) {
+  const NoGradGuard no_grad;
+  prepare(real, fake, alpha);
   STD_TORCH_CHECK(out.dim() == real.dim() &&
                       (out.numel() == real.numel() || out.numel() == 3 * real.numel()) &&
                       out.sizes().slice(1) == real.sizes().slice(1),
                   "expected room for the interpolates or for the whole batch");
-  const bool wide = alpha.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(wide || alpha.scalar_type() == ScalarType::Float, "expected alpha in float32 or float64");
-  const NoGradGuard no_grad;
-  if (!has_dense_samples(real)) real = torch::stable::contiguous(real);
-  fake = arranged(fake, real);
-  alpha = torch::stable::contiguous(alpha);
   const bool aside = !has_dense_samples(out) || !same_layout(out, real) || clash(out, real) ||
                      clash(out, fake) || clash(out, alpha);
   const Tensor target = aside ? empty_samples(real, out.sizes()[0], out.scalar_type()) : out;
-  if (wide)
-    interpolate_as<double>(target, real, fake, alpha, scale, shift);
-  else
-    interpolate_as<float>(target, real, fake, alpha, static_cast<float>(scale), static_cast<float>(shift));
+  write(target, real, fake, alpha, scale, shift);
   if (aside)
     torch::stable::copy_(out, target);
   else
@@ -150,12 +160,11 @@ void interpolate_into(Tensor out, Tensor real, Tensor fake, Tensor alpha, double
 
 Tensor interpolate(Tensor real, Tensor fake, Tensor alpha, double scale, double shift,
                    std::optional<ScalarType> dtype, bool batch) {
-  STD_TORCH_CHECK(real.dim() > 0 && real.numel() > 0, "expected batches that are not empty");
   const NoGradGuard no_grad;
-  if (!has_dense_samples(real)) real = torch::stable::contiguous(real);
+  prepare(real, fake, alpha);
   const int64_t rows = real.sizes()[0] * (batch ? 3 : 1);
   const Tensor out = empty_samples(real, rows, dtype.value_or(fake.scalar_type()));
-  interpolate_into(out, real, fake, alpha, scale, shift);
+  write(out, real, fake, alpha, scale, shift);
   return out;
 }
 

@@ -16,21 +16,26 @@ inline bool has_dense_samples(const Tensor& batch) {
          (batch.sizes()[0] <= 1 || batch.strides()[0] * batch.sizes()[0] == batch.numel());
 }
 
-// New memory for `rows` samples in the layout of `like`, which has dense ones.
-inline Tensor empty_samples(const Tensor& like, int64_t rows, ScalarType dtype) {
-  const int64_t samples = like.sizes()[0];
-  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
-  std::vector<int64_t> strides(like.strides().begin(), like.strides().end());
-  sizes[0] = rows;
-  strides[0] = like.numel() / samples;
+// New memory on the device of `like`. Not new_empty, which looks itself up by its name at every call.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes,
+                    const std::vector<int64_t>& strides, ScalarType dtype) {
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(like.dim(), sizes.data(), strides.data(),
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                device_type, like.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+// New memory for `rows` samples in the layout of `like`, which has dense ones.
+inline Tensor empty_samples(const Tensor& like, int64_t rows, ScalarType dtype) {
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  std::vector<int64_t> strides(like.strides().begin(), like.strides().end());
+  strides[0] = like.numel() / sizes[0];
+  sizes[0] = rows;
+  return empty(like, sizes, strides, dtype);
 }
 
 // Converts `count` elements; null where there is nothing to convert.
@@ -103,10 +108,11 @@ class Target {
   Conversion convert_;
 };
 
-// Calls `run(begin, end)` for all of [0, total), a grain at a time. A thread takes the next grain when it has
-// done one: a thread that was asleep joins late, and the first to work does not wait for it.
+// Calls `run(begin, end)` for all of [0, total), at least `least` at a time. A thread takes the next grain
+// when it has done one: a thread that was asleep joins late, and the first to work does not wait for it.
 template <typename Run>
-void parallel_grains(int64_t total, int64_t grain, const Run& run) {
+void parallel_grains(int64_t total, int64_t least, const Run& run) {
+  const int64_t grain = std::max<int64_t>(least, total / (4 * torch::stable::get_num_threads()));
   const int64_t grains = (total + grain - 1) / grain;
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(grains, torch::stable::get_num_threads());

@@ -244,14 +244,10 @@ def _register_mlp_critic_step(key: str) -> None:
         real: Tensor, fake: Tensor, alpha: Tensor, parameters: list[Tensor], *options: Any
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         kernels = importlib.import_module(".kernels.mlp_critic_step", __package__)
-        packed = torch.cat([p.flatten() for p in parameters])
         given = [tensor.contiguous() for tensor in (real, fake, alpha)]
         with torch.cuda.device_of(real):  # type: ignore[no-untyped-call]
-            figures, norm, gradient = kernels.mlp_critic_step(
-                *given, packed, parameters[0].shape[0], len(parameters) // 2 - 1, *options
-            )
-        parts = gradient.split([p.numel() for p in parameters])
-        return figures, norm, [part.view(p.shape) for part, p in zip(parts, parameters)]
+            result: tuple[Tensor, Tensor, list[Tensor]] = kernels.mlp_critic_step(*given, parameters, *options)
+        return result
 
 
 if importlib.util.find_spec("triton"):
@@ -264,7 +260,7 @@ _below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 
 def _differentiated(*tensors: Tensor) -> bool:
     """Whether a derivative of what follows from the tensors may be asked for, by autograd or by torch.func."""
-    recording = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    recording = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
     return recording or torch._C._are_functorch_transforms_active()
 
 
@@ -417,6 +413,12 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
         return plain
 
 
+def interpolate_into(out: Tensor, real: Tensor, fake: Tensor, alpha: Tensor) -> None:
+    """Write x̂ with α ``[N]`` into ``out``, which autograd does not record."""
+    with _below_autograd():
+        torch.ops.wgan_fast.interpolate_into.default(out, real, fake, alpha)
+
+
 # The penalty at a given input gradient g, one norm per group of samples: the penalty, the mean norm, the norms and
 # v = (w/G) ψ'(‖g‖) g/‖g‖ (0 where g = 0), which is the penalty's gradient. In float32, ‖g‖ overflows past 1.8e19:
 # it and the penalty are then infinite and v is NaN.
@@ -556,6 +558,14 @@ def gradient_norm_penalty(gradient: Tensor, weight: float, target: float, one_si
     return penalty
 
 
+def _clash(out: Tensor, given: Tensor) -> bool:
+    """Whether writing ``out`` may change ``given`` other than element for element; neither has gaps in memory."""
+    start, other = out.data_ptr(), given.data_ptr()
+    if start == other and out.dtype == given.dtype and out.numel() == given.numel():
+        return False
+    return start < other + given.nbytes and other < start + out.nbytes
+
+
 def _register_triton() -> None:
     """Let Triton run the operators for CUDA tensors; the kernels are imported as the first of them is called."""
 
@@ -569,6 +579,8 @@ def _register_triton() -> None:
         real = real if samples.is_dense(real) else real.contiguous()
         fake = samples.arranged(fake, real)
         target = samples.arranged(out, real, copy=False)
+        if target is out and any(_clash(out, given) for given in (real, fake, alpha)):
+            target = samples.empty(real, out.shape[0], out.dtype)
         with torch.cuda.device(out.device):
             kernels("interpolate").interpolate(real, fake, alpha, target, scale=scale, shift=shift)
         if target is out:

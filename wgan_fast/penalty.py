@@ -353,15 +353,16 @@ def interpolate(
     alpha = draw_alpha(real, generator) if alpha is None else check_alpha(alpha, real)
     if out is not None:
         check_matches("out", out, real)
-        real, fake, alpha = real.detach(), fake.detach(), alpha.detach()
-    alpha = alpha.to(accumulation_dtype(real.dtype))
+    compute = accumulation_dtype(real.dtype)
+    if alpha.dtype != compute:
+        alpha = alpha.to(compute)
     if torch.compiler.is_compiling():
         # The compiler fuses the plain expression with what is around it.
-        mixed = torch.lerp(fake.to(alpha.dtype), real.to(alpha.dtype), reference.per_sample(alpha, real)).to(real.dtype)
-        return mixed if out is None else out.copy_(mixed)
+        mixed = torch.lerp(fake.to(compute), real.to(compute), reference.per_sample(alpha, real)).to(real.dtype)
+        return mixed if out is None else out.copy_(mixed.detach())
     if out is None:
         return ops.interpolate(real, fake, alpha)
-    torch.ops.wgan_fast.interpolate_into(out, real, fake, alpha)
+    ops.interpolate_into(out, real, fake, alpha)
     return out
 
 
