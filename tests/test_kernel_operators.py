@@ -1,7 +1,9 @@
 """The operators behind interpolate and penalty_from_gradient: compiled code and plain PyTorch against float64."""
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +124,32 @@ def test_the_output_may_be_an_input_or_overlap_one(into: Callable) -> None:
             continue  # torch.lerp refuses it
         into(out, real, fake, alpha)
         assert_rounded(out, exact, torch.float32)
+
+
+def test_a_kernel_that_writes_blocks_in_any_order_never_writes_what_it_still_reads() -> None:
+    memory = torch.randn(9, 40)
+    given = memory[1:6]
+    assert not ops._clash(given, given), "element for element"
+    assert not ops._clash(memory[6:], given)
+    assert not ops._clash(memory[:1], given)
+    for start in (0, 2, 5):
+        assert ops._clash(memory[start : start + 4], given)
+    assert ops._clash(memory.flatten()[40:50].view(torch.bfloat16), memory.flatten()[40:50])
+    assert ops._clash(memory, memory[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_value_is_converted_as_pytorch_converts_it(dtype: torch.dtype) -> None:
+    values = torch.arange(2**16).to(torch.int16).view(dtype)[None]
+    out = torch.full_like(values, torch.nan)
+    for alpha in (0.0, 1.0):
+        wgan_fast.interpolate_into(out, values, values, torch.tensor([alpha]))
+        finite = values.isfinite()
+        assert torch.equal(out[finite], values[finite])
+    # Two parts and an end of a vector that is not full; to the nearest, ties to even.
+    real = torch.randn(1, 1027) * torch.logspace(-9, 6, 1027)
+    rounded = wgan_fast.interpolate(real, 0 * real, torch.ones(1), 1.0, 0.0, dtype)
+    assert torch.equal(rounded, real.to(dtype))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -301,6 +329,16 @@ def operator_samples(device: str) -> list[tuple[str, tuple]]:
 def test_the_operators_are_registered_correctly(sample: int, device: str) -> None:
     name, arguments = operator_samples(device)[sample]
     torch.library.opcheck(getattr(wgan_fast, name).default, arguments)
+
+
+def test_no_operator_is_registered_without_an_opcheck() -> None:
+    registered = {name.removeprefix("wgan_fast::") for name in torch._C._dispatch_get_all_op_names()}
+    registered = {name for name in registered if "::" not in name}
+    checked = {name for name, _ in operator_samples("cpu")}
+    for path in Path(__file__).parent.glob("test_*.py"):
+        checked.update(re.findall(r"opcheck\((?:torch\.ops\.wgan_fast|ops)\.(\w+)", path.read_text()))
+    assert registered
+    assert registered == checked
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
