@@ -149,13 +149,43 @@ def test_help_lists_the_commands(capsys):
         assert re.search(rf"\b{name}\b", text)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--batchsize", "3"], "Unrecognized options: --batchsize, 3; did you mean --batch-size?"),
+        (["train", "--zzzz"], "Unrecognized options: --zzzz"),
+        (["trian"], "Unrecognized options: trian; the commands are train, sample, evaluate, bench, info"),
+        (["train", "--steps", "ten"], "--steps must be a whole number, got 'ten'"),
+        (["train", "--learning-rate", "low"], "--learning-rate must be a number, got 'low'"),
+        (["train", "--schedule", "cos"], "--schedule must be one of 'constant', 'linear', 'cosine', got 'cos'"),
+        (["train", "--steps"], "Missing value for argument '--steps'."),
+        ([], "Expected one of {train, sample, evaluate, bench, info}."),
+    ],
+)
+def test_mistyped_command_is_answered_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"wgan-fast: error: {message}\n"
+
+
 # train
+
+
+def test_flags_of_a_run_can_be_given_again_and_taken_back(tmp_path):
+    out = tmp_path / "run"
+    main(["train", *TINY, "--engine", "autograd", "--steps", "1", "--channels-last", "--no-fused", "--out", str(out)])
+    assert (config_of(out)["channels_last"], config_of(out)["fused"]) == (True, False)
+    main(["train", "--resume", str(out), "--steps", "2", "--channels-last", "--fused"])
+    assert (config_of(out)["channels_last"], config_of(out)["fused"]) == (True, True)
+    main(["train", "--resume", str(out), "--steps", "3", "--no-channels-last"])
+    assert (config_of(out)["channels_last"], config_of(out)["fused"]) == (False, True)
 
 
 def test_settings_of_the_command_line_reach_the_run(tmp_path):
     out = tmp_path / "run"
     main(["train", *TINY, "--method", "wgan-lp", "--steps", "2", "--seed", "3", "--engine", "autograd", "--precision",
-          "bf16", "--schedule", "cosine", "--penalty-weight", "2.5", "--spectral-norm", "True", "--init", "he",
+          "bf16", "--schedule", "cosine", "--penalty-weight", "2.5", "--spectral-norm", "--init", "he",
           "--ema", "0.5", "--beta1", "0.25", "--out", str(out)])  # fmt: skip
     config = config_of(out)
     expected = {

@@ -28,7 +28,7 @@ DRIVER = '''
 import json, os, signal, sys, traceback
 
 import numpy as np
-import torch, torch._dynamo, torch.distributed, torch.utils.tensorboard  # what training imports late
+import ot, torch, torch._dynamo, torch.distributed, torch.utils.tensorboard  # what training imports late
 from torch import nn
 
 torch.set_num_threads(1)

@@ -81,6 +81,12 @@ def die_at_disk_call(last):
     pathlib.Path.open = open_torn
 
 
+def logged(run):
+    """How many lines of metrics a run has written."""
+    path = pathlib.Path(run, "metrics.jsonl")
+    return path.read_bytes().count(b"\\n") if run and path.exists() else 0
+
+
 def child(order):
     out = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
@@ -112,8 +118,11 @@ for line in sys.stdin:
     if pid == 0:
         child(order)
     if order["seconds"] is not None:
+        due = None
         while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            if time.monotonic() - start >= order["seconds"]:
+            if due is None and logged(order["log_of"]) >= order["lines"]:
+                due = time.monotonic() + order["seconds"]
+            if due is not None and time.monotonic() >= due:
                 os.kill(pid, signal.SIGKILL)
                 break
             time.sleep(0.0005)
@@ -147,15 +156,22 @@ class Runner:
         *arguments: object,
         cwd: Path,
         seconds: float | None = None,
+        after: tuple[Path, int] | None = None,
         disk_call: int | None = None,
         resident_bytes: int | None = None,
     ) -> Ended:
-        """Run the command line; kill it after ``seconds``, or at the n-th change of the disk."""
+        """Run the command line; kill it after ``seconds``, or at the n-th change of the disk.
+
+        ``after`` is a run's folder and the lines of metrics from which the seconds count; None means from the start.
+        """
+        log_of, lines = ("", 0) if after is None else after
         order = {
             "arguments": [str(argument) for argument in arguments],
             "cwd": str(cwd),
             "log": str(self.log),
             "seconds": seconds,
+            "log_of": str(log_of),
+            "lines": lines,
             "disk_call": disk_call,
             "resident_bytes": resident_bytes,
         }
@@ -255,20 +271,32 @@ def test_run_killed_at_two_hundred_random_instants_resumes_bit_for_bit(cli, undi
 
 
 EVERY_OPTION = [
-    "train", *TINY, "--engine", "four_pass", "--cuda-graph", "--channels-last", "--penalty-every", "3",
-    "--schedule", "cosine",
-    "--on-divergence", "rewind", "--steps", "300", "--checkpoint-every", "5", "--sample-every", "100",
+    "train", *TINY, "--engine", "four_pass", "--cuda-graph", "--channels-last", "--precision", "bf16",
+    "--batch-size", "6", "--penalty-every", "3", "--penalty-samples", "3", "--schedule", "cosine",
+    "--on-divergence", "rewind", "--steps", "80", "--checkpoint-every", "3", "--sample-every", "20", "--track", "4",
 ]  # fmt: skip
-"""Long enough that preparing the four passes is a small part of it."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_run_with_every_option_killed_at_fifty_random_instants_resumes_bit_for_bit(cli, tmp_path):
-    for name in ("first", "second"):
-        ended = cli(*EVERY_OPTION, "--out", tmp_path / name, cwd=tmp_path)
-        assert ended.status == 0, ended.output
-    kill_at_random(cli, (tmp_path / "second", ended.seconds), tmp_path, 50, EVERY_OPTION)
+    """At every instant from the first iteration on, also while samples are rated and checkpoints written."""
+    whole, out, draw = tmp_path / "whole", tmp_path / "run", random.Random(0)
+    ended = cli(*EVERY_OPTION, "--out", whole, cwd=tmp_path)
+    assert ended.status == 0, ended.output
+    steps, longest = len(metrics_of(whole)), 0.05  # seconds; an iteration with a picture takes about as long
+    writing = 0
+    for kill in range(50):
+        # Always within the training: the first line of metrics is there, and many iterations are to come.
+        after = out, 1 + kill * (steps - 10) // 50
+        ended = cli(*EVERY_OPTION, "--out", out, cwd=tmp_path, seconds=draw.uniform(0, longest), after=after)
+        assert ended.status == KILLED, ended.output
+        assert after[1] <= len((out / "metrics.jsonl").read_text().splitlines()) < steps
+        writing += bool(list(out.glob("**/.*.tmp")))
+        finish(cli, EVERY_OPTION, out, tmp_path)
+        assert_same_run(out, whole)
+        shutil.rmtree(out)
+    print(f"{writing} of 50 kills left a file half written")
 
 
 def test_run_killed_again_and_again_resumes_bit_for_bit(cli, undisturbed, tmp_path):

@@ -237,12 +237,14 @@ def _commands(arguments: list[str]) -> Any:
         config = Description.read(Path(folder)).config
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
         train = Train(**{**values, "out": Path(folder), "resume": Path(folder)})
+    # Where a run is resumed, its settings are switched on and off; elsewhere a flag is off until it is given.
+    one_way = tyro.conf.FlagCreatePairsOff
     return (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
-        | Annotated[Sample, tyro.conf.subcommand("sample")]
+        | Annotated[Sample, tyro.conf.subcommand("sample"), one_way]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Bench, tyro.conf.subcommand("bench")]
-        | Annotated[Info, tyro.conf.subcommand("info")]
+        | Annotated[Bench, tyro.conf.subcommand("bench"), one_way]
+        | Annotated[Info, tyro.conf.subcommand("info"), one_way]
     )
 
 
@@ -255,7 +257,7 @@ def _parse(arguments: list[str]) -> Any:
                 prog="wgan-fast",
                 description="Train, sample and evaluate WGAN-GP and its relatives.",
                 args=arguments,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+                config=(tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes),
             )
     except SystemExit as end:
         if not end.code:
@@ -264,8 +266,29 @@ def _parse(arguments: list[str]) -> Any:
         # error here is one plain line.
         plain = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", " ", framed.getvalue())
         title, *rest = re.split(r"[-─]{5,}", plain)
-        message = next(part for part in [*rest, title] if part.strip())
-        raise InputError(message.strip().removeprefix("Error parsing Train: ")) from None
+        message = " ".join(next(part for part in [*rest, title] if part.strip()).split())
+        for pattern, said in _REWORDED:
+            message = re.sub(pattern, said, message)
+        raise InputError(message + _hint(plain, arguments)) from None
+
+
+_REWORDED = (
+    (r"^Error parsing Train: ", ""),
+    (r"^Error parsing (\S+): .*invalid literal for int\(\) with base 10: ", r"\1 must be a whole number, got "),
+    (r"^Error parsing (\S+): .*could not convert string to float: ", r"\1 must be a number, got "),
+    (r"^invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\) ?\.", r"\2 must be one of \3, got \1"),
+    (r" Expected 1 values\.$", ""),
+)
+"""What tyro says as every other error here says it: with the argument, what it must be, and what it was."""
+
+
+def _hint(text: str, arguments: list[str]) -> str:
+    """What tyro suggests in place of an unknown option or command."""
+    if commands := re.search(r"Available subcommands: (.*)", text):
+        return f"; the commands are {commands[1].strip()}"
+    suggestions = re.findall(r"(--[\w-]+)(?:(?!--)[\s\S])*?in wgan-fast (\w+) --help", text)
+    flags = [flag for flag, command in suggestions if command in arguments[:1]]
+    return f"; did you mean {' or '.join(flags)}?" if flags else ""
 
 
 def _option(arguments: list[str], flag: str) -> str | None:
