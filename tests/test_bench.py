@@ -127,6 +127,18 @@ def test_a_wrong_variant_is_refused_and_not_timed(wrong, monkeypatch):
     assert "milliseconds" not in found["ours"]
 
 
+def test_a_workload_whose_naive_step_is_wrong_is_reported_and_the_next_one_measured(monkeypatch, tmp_path):
+    def wrong_once(workload):
+        return (wrong_weight if workload.name == "mlp-1x3" else naive)(workload)
+
+    monkeypatch.setitem(VARIANTS, "naive", Variant("sometimes wrong", wrong_once))
+    points = [("mlp-1x3", "wgan-gp", 5), ("mlp-1x2", "wgan-gp", 5)]
+    path, refused = series.measure(points, names=["ours"], device=torch.device("cpu"), folder=tmp_path, budget=0)
+    assert len(refused) == 1
+    assert "mlp-1x3/wgan-gp/5" in refused[0]
+    assert list(results.read(path)["workloads"]) == ["mlp-1x2/wgan-gp/5"]
+
+
 def test_a_wrong_baseline_stops_the_benchmark_from_judging_by_it(monkeypatch):
     workload = small()
     monkeypatch.setattr("wgan_fast.bench.check.naive", lambda workload, *_, computes="step": naive(workload))

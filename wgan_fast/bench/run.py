@@ -38,6 +38,9 @@ def run(
         What a results file has under the workload's key: how it was made, and for every variant either why it was
         "skipped" or "refused", or its "milliseconds" in each round, "error", and, where they can be counted, "units",
         "launches" and "peak_bytes".
+
+    Raises:
+        WrongGradientsError: The naive step itself loses its digits: there is nothing to hold the others against.
     """
     wanted = {"naive", *names}
     chosen = {name: v for name, v in VARIANTS.items() if name in wanted and v.applies(workload)}
@@ -69,6 +72,8 @@ def run(
         except (Skipped, CaptureError) as reason:
             found[name] = {"skipped": str(reason)}
         except WrongGradientsError as reason:
+            if name == "naive":
+                raise
             found[name] = {"refused": str(reason)}
         except torch._dynamo.exc.TorchDynamoException as reason:
             found[name] = {"skipped": f"the compiler failed: {str(reason).strip().splitlines()[0]}"}

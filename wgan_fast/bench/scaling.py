@@ -14,8 +14,8 @@ SERIES: dict[str, dict[int, tuple[str, int]]] = {
     "batch size, MLP": {N: ("toy-mlp", N) for N in (16, 64, 256, 1024, 4096)},
     "batch size, DCGAN": {N: ("dcgan-28", N) for N in (4, 16, 64, 256)},
     "width, MLP": {H: (f"mlp-3x{H}", 256) for H in (32, 64, 128, 256, 512, 1024)},
-    "hidden layers, MLP": {L: (f"mlp-{L}x256", 256) for L in (1, 2, 4, 8, 16)},
-    "channels, DCGAN": {C: (f"dcgan-28x{C}", 32) for C in (8, 16, 32, 64, 128)},
+    "hidden layers, MLP": {L: (f"mlp-{L}x256", 256) for L in (1, 2, 4, 8)},
+    "channels, DCGAN": {C: (f"dcgan-28x{C}", 32) for C in (8, 16, 32, 64)},
     "image size, ResNet": {side: (f"resnet-{side}", 8) for side in (16, 32, 64)},
 }
 """Along each series one thing grows: its value, then the critic's name and the batch size."""

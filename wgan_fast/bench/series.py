@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from ..errors import InputError
 from ..files import write_atomically
 from . import report
+from .check import WrongGradientsError
 from .results import environment, read, slug, write
 from .run import run
 from .variants import VARIANTS
@@ -70,8 +71,13 @@ def measure(
             continue
         # What counting and timing found must not depend on what was measured before.
         torch.compiler.reset()
-        with _Bar(workload.key) as bar:
-            results["workloads"][workload.key] = measured = run(workload, names, budget=budget, progress=bar.show)
+        try:
+            with _Bar(workload.key) as bar:
+                measured = run(workload, names, budget=budget, progress=bar.show)
+        except WrongGradientsError as reason:
+            refused.append(str(reason))
+            continue
+        results["workloads"][workload.key] = measured
         refused += [v["refused"] for v in measured["variants"].values() if "refused" in v]
         folder.mkdir(parents=True, exist_ok=True)
         write(path, results)
