@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import TINY, assert_same_run, metrics_of, read_checkpoint, same_bits
 from torch import Tensor, nn
 
 from wgan_fast import PenaltyConfig
 from wgan_fast.cli import main
+from wgan_fast.data import load_data
 from wgan_fast.errors import InputError
 from wgan_fast.models import build
 from wgan_fast.training import TrainConfig, Trainer
@@ -129,6 +131,38 @@ def test_option_trains_the_same_networks(plain, tmp_path, option, training, devi
 def test_compiled_step_trains_the_same_networks(plain, tmp_path, training):
     trainer = trained(tmp_path / "run", **{**OFF, **TRAININGS[training], "engine": "four_pass", "compile": True})
     assert (parameters(trainer) - plain[training]).abs().max() <= ROUNDING
+
+
+@pytest.mark.parametrize("training", ["constant rate", "penalty on a part", "r1"])
+def test_options_in_bfloat16_err_no_more_than_the_plain_loop_does_in_it(tmp_path, training):
+    """Against float32, which draws the same numbers and rounds 65,536 times as finely."""
+
+    def end(name: str, **settings: Any) -> Tensor:
+        given = {"batch_size": 6, "n_critic": 3, "steps": STEPS, "learning_rate": RATE, "device": "cpu"}
+        given |= OFF | TRAININGS[training] | settings
+        trainer = Trainer(*(n.float() for n in networks()), images(), TrainConfig(out=tmp_path / name, **given))
+        trainer.fit()
+        return parameters(trainer)
+
+    exact, plain, fast = end("exact"), end("plain", precision="bf16"), end("fast", precision="bf16", **OPTIONS["all"])
+    error = (plain - exact).abs().mean()
+    assert error > 0
+    assert (fast - exact).abs().mean() <= 2 * error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_streamed_data_trains_the_same_networks_bit_for_bit(tmp_path, monkeypatch, workers):
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(images()):
+        Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "images" / f"{index}.png")
+    settings = {"batch_size": 6, "n_critic": 3, "steps": STEPS, "device": "cpu", "engine": "autograd"}
+    trainers = []
+    for name, resident in (("resident", 1 << 30), ("streamed", 0)):
+        monkeypatch.setattr("wgan_fast.data.RESIDENT_BYTES", resident)
+        config = TrainConfig(out=tmp_path / name, workers=workers, **settings)
+        trainers.append(Trainer(*networks(), load_data(tmp_path / "images"), config))
+        trainers[-1].fit()
+    assert same_bits(*map(parameters, trainers))
 
 
 def test_static_buffers_change_no_bit_of_the_critic(tmp_path):
