@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from wgan_fast import CriticStep
-from wgan_fast.bench import report, results, series, workloads
+from wgan_fast.bench import report, results, scaling, series, workloads
 from wgan_fast.bench.check import Checker, WrongGradientsError
 from wgan_fast.bench.limit import limit
 from wgan_fast.bench.measure import count, forward_flops, interleaved, peak_bytes
@@ -262,6 +262,7 @@ def test_what_is_measured_already_is_not_measured_again(measured, monkeypatch):
     ("arguments", "message"),
     [
         (["--models", "nonsense"], "model must be one of toy-mlp, "),
+        (["--models", "mlp-0x4"], "mlp-LAYERSxWIDTH"),
         (["--penalties", "nonsense"], "penalty must be one of wgan-gp, r1-r2, none, got 'nonsense'"),
         (["--variants", "nonsense"], "variants must be among field, naive, "),
         (["--batch-sizes", "0"], "batch_size must be at least 1, got 0"),
@@ -319,6 +320,44 @@ def test_readme_shows_the_committed_results():
     readme = (CHECKOUT / "README.md").read_text()
     section = readme.partition(report.BEGIN)[2].partition(report.END)[0]
     assert section.strip() == report.readme_section(CHECKOUT / "benchmarks" / "results").strip(), "run `make report`"
+
+
+def test_the_page_on_scaling_shows_the_committed_results():
+    page = (CHECKOUT / "docs" / "scaling.md").read_text()
+    section = page.partition(report.BEGIN)[2].partition(report.END)[0]
+    folder = CHECKOUT / "benchmarks" / "results" / "scaling"
+    assert list(folder.glob("*.json"))
+    assert section.strip() == scaling.page_section(folder).strip(), "run `make report`"
+
+
+def test_the_parts_of_our_time_add_up(tmp_path):
+    def workload(naive, ours, limit, launches):
+        times = (("naive", naive), ("ours", ours), ("limit", limit))
+        variants = {name: {"milliseconds": [time] * 2} for name, time in times}
+        for name in ("naive", "ours"):
+            variants[name] |= {"launches": launches, "peak_bytes": 1_500_000}
+        return {"variants": variants}
+
+    # The first point is the cheapest: 100 operators take 1 ms beyond the limit.
+    cheap, large = workload(4, 2, 1, 100), workload(30, 20, 12, 200)
+    every = {scaling.key(model, batch): large for model, _, batch in scaling.points()}
+    first = next(iter(scaling.SERIES["width, MLP"].values()))
+    every[scaling.key(*first)] = cheap
+    env = {"device": "Some CPU", "flags": [], "threads": 2, "versions": {"torch": "2"}, "commit": ""}
+    found = {"environment": env, "workloads": every}
+    text = scaling.section(found)
+    assert "an operator costs 10.0 µs to start" in text
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert ["32", "4 ms", "2 ms", "2.00", "50%", "50%", "0%", "100 → 100", "1.5", "1.5"] in rows
+    assert ["1,024", "30 ms", "20 ms", "1.50", "60%", "10%", "30%", "200 → 200", "1.5", "1.5"] in rows
+    scaling.plot(found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("mlp-3x5", 81), ("mlp-1x2", 9), ("dcgan-28x4", 4_385)])
+def test_critics_are_named_by_their_size(name, parameters):
+    assert sum(p.numel() for p in workloads.build(name).critic.parameters()) == parameters
+    assert tuple(workloads.build("resnet-16", batch_size=2).real.shape) == (2, 3, 16, 16)
 
 
 def test_report_writes_only_between_the_markers(tmp_path):
