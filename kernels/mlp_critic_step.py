@@ -1,38 +1,50 @@
 """A whole critic step of a narrow MLP on a GPU: passes 1 to 3 in one kernel, pass 4 in a second.
 
-A program of the first takes some rows of one batch (real, fake or points) through every layer and back; what it writes
-down for the second, activations or tangents and cotangents, is also what it reads itself in the next layer, from the
-cache. All gradients of the weights at once would not fit on chip beside them: at width 128 one takes 64 KiB of
+A program of the first takes some rows of one batch (real, fake or points) through every layer and back, some columns
+of a layer at a time: what it holds does not grow with the width, and one compiled form serves every critic. What it
+writes down for the second, activations or tangents and cotangents, is also what it reads itself in the next layer, from
+the cache. All gradients of the weights at once would not fit on chip beside them: at width 128 one takes 64 KiB of
 registers, a quarter of a multiprocessor's. So the second kernel is one product over all rows for each layer, in parts
 of the rows that are summed in a fixed order. ``wgan_fast.mlp_critic_step`` has the plain form.
 
 Parameters and their gradients are one vector: weight ``[H, D]``, bias ``[H]``, then ``[H, H]`` and ``[H]`` for every
-further hidden layer, then ``[1, H]`` and ``[1]``.
+further hidden layer, then ``[1, H]`` and ``[1]``. D and H are filled up with zeros to multiples of 16, which tensor
+cores and vector loads want; a unit that is not there has no activation and no cotangent.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .specialisation import Specialisation
 
+_ROWS = 16, 64
+"""Of a program of the first kernel, least and most: tensor cores want 16 of everything."""
 _BLOCK = 64
-"""Side of the block of a weight's gradient that a program of the second kernel holds."""
+"""Columns of a program of the first kernel, and side of the block of a gradient that one of the second holds."""
 _PARTS = 32
 """Parts of the rows at most."""
 
 
 @triton.jit
-def _product(
-    p_a,  # [rows, K]
+def _layer(
+    p_in,  # [rows, K]
     p_w,
+    p_bias,  # [J]; None where a derivative passes
+    p_gate,  # [rows, J]: activations, of the sign of what went into them; None for no activation
+    p_out,  # [rows, J]
     o_n,  # [BLOCK_N]
     m_n,  # [BLOCK_N]
     K,
     J,
     stride_k,
     stride_j,
+    SLOPE: tl.constexpr,
     DOT: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -40,22 +52,36 @@ def _product(
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Rows of a matrix times w, [BLOCK_N, BLOCK_J]."""
-    o_j = tl.arange(0, BLOCK_J)
-    b_sum = tl.zeros([BLOCK_N, BLOCK_J], SUM)
-    for i_k in range(0, K, BLOCK_K):
-        o_k = i_k + tl.arange(0, BLOCK_K)
-        b_a = tl.load(p_a + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None] & (o_k[None, :] < K), other=0)
-        m_w = (o_k[:, None] < K) & (o_j[None, :] < J)
-        b_w = tl.load(p_w + o_k[:, None] * stride_k + o_j[None, :] * stride_j, mask=m_w, other=0)
-        b_sum = tl.dot(b_a.to(DOT), b_w.to(DOT), b_sum, input_precision=PRECISION, out_dtype=SUM)
-    return b_sum
+    """Rows of a matrix times w, and through the activation or its derivative; Σ out² of every row, [BLOCK_N]."""
+    b_squares = tl.zeros([BLOCK_N], SUM)
+    # The rows may be another thread's.
+    tl.debug_barrier()
+    for i_j in range(0, J, BLOCK_J):
+        o_j = i_j + tl.arange(0, BLOCK_J)
+        m_j = o_j[None, :] < J
+        b_out = tl.zeros([BLOCK_N, BLOCK_J], SUM)
+        for i_k in range(0, K, BLOCK_K):
+            o_k = i_k + tl.arange(0, BLOCK_K)
+            b_in = tl.load(p_in + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None], other=0)
+            b_w = tl.load(p_w + o_k[:, None] * stride_k + o_j[None, :] * stride_j, mask=m_j, other=0)
+            b_out = tl.dot(b_in.to(DOT), b_w.to(DOT), b_out, input_precision=PRECISION, out_dtype=SUM)
+        o_out = o_n[:, None] * J + o_j[None, :]
+        m_out = m_n[:, None] & m_j
+        if p_bias is not None:
+            b_out += tl.load(p_bias + o_j, mask=o_j < J, other=0).to(SUM)[None, :]
+            b_out = tl.where(b_out > 0, b_out, b_out * SLOPE)
+        if p_gate is not None:
+            b_gate = tl.load(p_gate + o_out, mask=m_out, other=0)
+            b_out = tl.where(b_gate > 0, b_out, b_out * SLOPE)
+        b_squares += tl.sum(b_out * b_out, 1)
+        tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
+    return b_squares
 
 
 @triton.jit
 def mlp_critic_step_rows_kernel(
-    p_real,  # [N, D]
-    p_fake,  # [N, D]
+    p_real,  # [N, columns]
+    p_fake,  # [N, columns]
     p_alpha,  # [N]
     p_parameters,
     p_x,  # [3N, D]: real, fake, v
@@ -64,6 +90,7 @@ def mlp_critic_step_rows_kernel(
     p_norm,  # [N]
     p_figures,  # [tiles, 4]: shares of both mean scores, the penalty, the mean norm
     N,
+    columns,
     D,
     H,
     LAYERS: tl.constexpr,
@@ -76,82 +103,84 @@ def mlp_critic_step_rows_kernel(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):
     """Scores, activations, cotangents, and for the points norms and tangents."""
     i_t = tl.program_id(0)
     i_b = tl.program_id(1)
     o_n = tl.arange(0, BLOCK_N)
+    o_j = tl.arange(0, BLOCK_J)
     m_n = i_t * BLOCK_N + o_n < N
     # 64 bits, because activations may pass 2^31 elements; from the first row on 32 do.
     first = i_b.to(tl.int64) * N + i_t * BLOCK_N
-    o_d = tl.arange(0, BLOCK_D)
-    o_h = tl.arange(0, BLOCK_H)
-    m_d = m_n[:, None] & (o_d[None, :] < D)
-    m_h = m_n[:, None] & (o_h[None, :] < H)
     size = tl.cast(N, tl.int64) * 3 * H
     p_x += first * D
     p_a += first * H
     p_delta += first * H
     p_alpha += i_t * BLOCK_N
     p_norm += i_t * BLOCK_N
-    p_real += i_t.to(tl.int64) * BLOCK_N * D
-    p_fake += i_t.to(tl.int64) * BLOCK_N * D
-    o_x = o_n[:, None] * D + o_d[None, :]
-    o_a = o_n[:, None] * H + o_h[None, :]
+    p_real += i_t.to(tl.int64) * BLOCK_N * columns
+    p_fake += i_t.to(tl.int64) * BLOCK_N * columns
     inner = H * D + H
     one = tl.full([], 1.0, SUM)
     each = one / N
 
-    b_real = tl.load(p_real + o_x, mask=m_d & (i_b != 1), other=0).to(SUM)
-    b_fake = tl.load(p_fake + o_x, mask=m_d & (i_b != 0), other=0).to(SUM)
     b_alpha = tl.load(p_alpha + o_n, mask=m_n, other=0).to(SUM)[:, None]
     b_alpha = tl.where(i_b == 0, 1.0, tl.where(i_b == 1, 0.0, b_alpha))
     near_fake = b_alpha < 0.5
-    b_step = tl.where(near_fake, b_alpha, b_alpha - 1) * (b_real - b_fake)
-    b_x = tl.where(near_fake, b_fake, b_real) + b_step
-    tl.store(p_x + o_x, b_x.to(p_x.dtype.element_ty), mask=m_d)
-    tl.debug_barrier()
+    for i_j in range(0, D, BLOCK_J):
+        o_given = o_n[:, None] * columns + i_j + o_j[None, :]
+        m_given = m_n[:, None] & (i_j + o_j[None, :] < columns)
+        b_real = tl.load(p_real + o_given, mask=m_given & (i_b != 1), other=0).to(SUM)
+        b_fake = tl.load(p_fake + o_given, mask=m_given & (i_b != 0), other=0).to(SUM)
+        b_step = tl.where(near_fake, b_alpha, b_alpha - 1) * (b_real - b_fake)
+        b_x = tl.where(near_fake, b_fake, b_real) + b_step
+        o_x = o_n[:, None] * D + i_j + o_j[None, :]
+        tl.store(p_x + o_x, b_x.to(p_x.dtype.element_ty), mask=m_n[:, None] & (i_j + o_j[None, :] < D))
 
-    b_a = _product(p_x, p_parameters, o_n, m_n, D, H, 1, D, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_H)
-    b_a += tl.load(p_parameters + H * D + o_h, mask=o_h < H, other=0).to(SUM)[None, :]
-    b_a = tl.where(b_a > 0, b_a, b_a * SLOPE)
-    tl.store(p_a + o_a, b_a.to(p_a.dtype.element_ty), mask=m_h)
+    p_bias = p_parameters + H * D
+    _layer(
+        p_x, p_parameters, p_bias, None, p_a, o_n, m_n, D, H, 1, D,
+        SLOPE, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_J,
+    )  # fmt: skip
     for layer in range(1, LAYERS):
-        tl.debug_barrier()
         p_w = p_parameters + inner + (layer - 1) * (H * H + H)
         p_in = p_a + (layer - 1) * size
-        b_a = _product(p_in, p_w, o_n, m_n, H, H, 1, H, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_H)
-        b_a += tl.load(p_w + H * H + o_h, mask=o_h < H, other=0).to(SUM)[None, :]
-        b_a = tl.where(b_a > 0, b_a, b_a * SLOPE)
-        tl.store(p_a + layer * size + o_a, b_a.to(p_a.dtype.element_ty), mask=m_h)
+        _layer(
+            p_in, p_w, p_w + H * H, None, p_in + size, o_n, m_n, H, H, 1, H,
+            SLOPE, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_J,
+        )  # fmt: skip
 
     p_last = p_parameters + inner + (LAYERS - 1) * (H * H + H)
-    b_last = tl.load(p_last + o_h, mask=o_h < H, other=0).to(SUM)
-    bias = tl.load(p_last + H).to(SUM)
-    b_score = tl.sum(b_a * b_last[None, :], 1) + bias
+    seed = tl.where(i_b == 2, one, tl.where(i_b == 0, -each, each))
+    b_score = tl.zeros([BLOCK_N], SUM) + tl.load(p_last + H).to(SUM)
+    tl.debug_barrier()
+    for i_j in range(0, H, BLOCK_J):
+        o_a = (LAYERS - 1) * size + o_n[:, None] * H + i_j + o_j[None, :]
+        m = m_n[:, None] & (i_j + o_j[None, :] < H)
+        b_a = tl.load(p_a + o_a, mask=m, other=0).to(SUM)
+        b_last = tl.load(p_last + i_j + o_j, mask=i_j + o_j < H, other=0).to(SUM)[None, :]
+        b_score += tl.sum(b_a * b_last, 1)
+        b_delta = tl.where(b_a > 0, seed * b_last, seed * b_last * SLOPE)
+        tl.store(p_delta + o_a, b_delta.to(p_delta.dtype.element_ty), mask=m)
     score = tl.sum(tl.where(m_n, b_score, 0), 0) * each
 
-    seed = tl.where(i_b == 2, one, tl.where(i_b == 0, -each, each))
-    b_delta = seed * b_last[None, :]
-    b_delta = tl.where(b_a > 0, b_delta, b_delta * SLOPE)
-    tl.store(p_delta + (LAYERS - 1) * size + o_a, b_delta.to(p_delta.dtype.element_ty), mask=m_h)
     for layer in range(LAYERS - 1, 0, -1):
-        tl.debug_barrier()
         p_w = p_parameters + inner + (layer - 1) * (H * H + H)
         p_in = p_delta + layer * size
-        b_delta = _product(p_in, p_w, o_n, m_n, H, H, H, 1, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_H)
-        b_before = tl.load(p_a + (layer - 1) * size + o_a, mask=m_h, other=0)
-        b_delta = tl.where(b_before > 0, b_delta, b_delta * SLOPE)
-        tl.store(p_delta + (layer - 1) * size + o_a, b_delta.to(p_delta.dtype.element_ty), mask=m_h)
+        _layer(
+            p_in, p_w, None, p_a + (layer - 1) * size, p_in - size, o_n, m_n, H, H, H, 1,
+            SLOPE, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_J,
+        )  # fmt: skip
 
     if i_b != 2:
         tl.store(p_figures + i_t * 4 + i_b, score)
     else:
-        tl.debug_barrier()
-        b_g = _product(p_delta, p_parameters, o_n, m_n, H, D, D, 1, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_D)
-        b_norm = tl.sqrt(tl.sum(b_g * b_g, 1))
+        b_squares = _layer(
+            p_delta, p_parameters, None, None, p_x, o_n, m_n, H, D, D, 1,
+            SLOPE, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_J,
+        )  # fmt: skip
+        b_norm = tl.sqrt(b_squares)
         b_excess = b_norm - TARGET
         if ONE_SIDED:
             b_excess = tl.where(b_excess < 0, 0, b_excess)
@@ -161,20 +190,23 @@ def mlp_critic_step_rows_kernel(
         tl.store(p_figures + i_t * 4 + 3, tl.sum(tl.where(m_n, b_norm, 0), 0) * each)
         # Where the norm is 0 so is g, whatever it is multiplied by.
         b_factor = tl.where(b_norm == 0, 0, b_excess / b_norm) * (2 * (WEIGHT * each))
-        tl.store(p_x + o_x, (b_g * b_factor[:, None]).to(p_x.dtype.element_ty), mask=m_d)
         tl.debug_barrier()
-        b_t = _product(p_x, p_parameters, o_n, m_n, D, H, 1, D, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_H)
-        b_before = tl.load(p_a + o_a, mask=m_h, other=0)
-        b_t = tl.where(b_before > 0, b_t, b_t * SLOPE)
-        tl.store(p_a + o_a, b_t.to(p_a.dtype.element_ty), mask=m_h)
+        for i_j in range(0, D, BLOCK_J):
+            o_x = o_n[:, None] * D + i_j + o_j[None, :]
+            m = m_n[:, None] & (i_j + o_j[None, :] < D)
+            b_g = tl.load(p_x + o_x, mask=m, other=0).to(SUM)
+            tl.store(p_x + o_x, (b_g * b_factor[:, None]).to(p_x.dtype.element_ty), mask=m)
+        _layer(
+            p_x, p_parameters, None, p_a, p_a, o_n, m_n, D, H, 1, D,
+            SLOPE, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_J,
+        )  # fmt: skip
         for layer in range(1, LAYERS):
-            tl.debug_barrier()
             p_w = p_parameters + inner + (layer - 1) * (H * H + H)
             p_in = p_a + (layer - 1) * size
-            b_t = _product(p_in, p_w, o_n, m_n, H, H, 1, H, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_H)
-            b_before = tl.load(p_a + layer * size + o_a, mask=m_h, other=0)
-            b_t = tl.where(b_before > 0, b_t, b_t * SLOPE)
-            tl.store(p_a + layer * size + o_a, b_t.to(p_a.dtype.element_ty), mask=m_h)
+            _layer(
+                p_in, p_w, None, p_in + size, p_in + size, o_n, m_n, H, H, 1, H,
+                SLOPE, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_J,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -249,38 +281,37 @@ def mlp_critic_step_weights_kernel(
             tl.store(p_out + H * columns + o_i, b_bias, mask=o_i < H)
 
 
-def _blocks(D: int, H: int) -> dict[str, int]:
-    """As many rows and columns at a time as registers hold; tensor cores want 16 of everything."""
-    return {
-        "BLOCK_N": 64 if H <= 64 else 32,
-        "BLOCK_K": 16,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "BLOCK_H": max(16, triton.next_power_of_2(H)),
-    }
+def _blocks(N: int) -> dict[str, int]:
+    """Few rows for a program where many would leave multiprocessors of a large GPU idle."""
+    least, most = _ROWS
+    return {"BLOCK_N": most if 64 * least < N else least, "BLOCK_K": 16, "BLOCK_J": _BLOCK}
+
+
+def _options(rows: int, precision: str) -> dict[str, int]:
+    """What keeps the first kernel from spilling: with a third stage it does on gfx942, with half the warps on sm_80."""
+    options = {"num_warps": 8 if rows == _ROWS[1] else 4, "num_stages": 2}
+    # Left to itself, ptxas spills where that lets more programs run at a time.
+    return options | ({"maxnreg": 255} if rows == _ROWS[0] or precision == "fp32" else {})
 
 
 def mlp_critic_step(
     real: Tensor,
     fake: Tensor,
     alpha: Tensor,
-    parameters: Tensor,
-    H: int,
-    layers: int,
+    parameters: Sequence[Tensor],
     negative_slope: float,
     weight: float,
     target: float,
     one_sided: bool,
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Run the four passes.
 
     Args:
         real: x ``[N, D]``, contiguous; float32, or float64 where the interpreter runs.
         fake: x̃ ``[N, D]``, likewise.
         alpha: α ``[N]``.
-        parameters: One vector of them all, in the order of this module.
-        H: Width of the hidden layers.
-        layers: How many there are.
+        parameters: Weight and bias of every linear layer.
         negative_slope: Of the activation; 0 for ReLU.
         weight: The penalty's.
         target: The norm that costs nothing.
@@ -288,9 +319,14 @@ def mlp_critic_step(
         precision: "fp32", "tf32" or "bf16": how products are taken; sums are float32.
 
     Returns:
-        ``[4]``: mean scores of real and fake, penalty, mean norm; the norms ``[N]``; the gradient of ``parameters``.
+        ``[4]``: mean scores of real and fake, penalty, mean norm; the norms ``[N]``; the gradient of every parameter.
     """
-    N, D = real.shape
+    N, columns = real.shape
+    layers = len(parameters) // 2 - 1
+    D, H = (triton.cdiv(size, 16) * 16 for size in (columns, parameters[0].shape[0]))
+    shapes = [(H, D), (H,), *[(H, H), (H,)] * (layers - 1), (1, H), (1,)]
+    packed = torch.cat([_filled_up(p, shape).flatten() for p, shape in zip(parameters, shapes)])
+
     half = precision == "bf16"
     kept = torch.bfloat16 if half else real.dtype
     x = real.new_empty(3 * N, D, dtype=kept)
@@ -302,42 +338,74 @@ def mlp_critic_step(
         "SUM": tl.float64 if real.dtype == torch.float64 else tl.float32,
         "PRECISION": "tf32" if precision == "tf32" else "ieee",
     }
-    blocks = _blocks(D, H)
+    blocks = _blocks(N)
+    options = _options(blocks["BLOCK_N"], precision)
+    if torch.version.hip:
+        options.pop("maxnreg", None)
     tiles = triton.cdiv(N, blocks["BLOCK_N"])
-    figures = real.new_zeros(tiles, 4)
+    figures = real.new_empty(tiles, 4)
     mlp_critic_step_rows_kernel[(tiles, 3)](
-        real, fake, alpha, parameters, x, a, delta, norm, figures, N, D, H,
-        SLOPE=negative_slope, WEIGHT=weight, TARGET=target, ONE_SIDED=one_sided, **settings, **blocks, num_warps=8,
+        real, fake, alpha, packed, x, a, delta, norm, figures, N, columns, D, H,
+        SLOPE=negative_slope, WEIGHT=weight, TARGET=target, ONE_SIDED=one_sided, **settings, **blocks, **options,
     )  # fmt: skip
     count = min(_PARTS, triton.cdiv(3 * N, 4 * _BLOCK))
     share = triton.cdiv(3 * N, count)
-    parts = parameters.new_empty(count, parameters.numel())
+    parts = packed.new_empty(count, packed.numel())
     sides = triton.cdiv(max(H, D), _BLOCK)
     mlp_critic_step_weights_kernel[(sides * sides, layers + 1, count)](
-        x, a, delta, parts, N, D, H, parameters.numel(), share, **settings, BLOCK_R=32, BLOCK=_BLOCK, num_warps=4
+        x, a, delta, parts, N, D, H, packed.numel(), share, **settings, BLOCK_R=32, BLOCK=_BLOCK, num_warps=4
     )
-    return figures.sum(0), norm, parts.sum(0)
+    gradients = parts.sum(0).split([math.prod(shape) for shape in shapes])
+    return (
+        figures.sum(0),
+        norm,
+        [_part(gradient.view(shape), p) for gradient, shape, p in zip(gradients, shapes, parameters)],
+    )
 
 
-def _specialisations(name: str, D: int, H: int, layers: int, kept: str, precision: str) -> list[Specialisation]:
+def _filled_up(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
+    missing = [end for size, have in zip(reversed(shape), reversed(parameter.shape)) for end in (0, size - have)]
+    return pad(parameter, missing) if any(missing) else parameter
+
+
+def _part(gradient: Tensor, parameter: Tensor) -> Tensor:
+    return gradient[tuple(map(slice, parameter.shape))].contiguous()
+
+
+def _specialisations(
+    name: str, precision: str, *, N: int = 4096, columns: str = "i32:16", layers: int = 3
+) -> list[Specialisation]:
+    kept = "bf16" if precision == "bf16" else "fp32"
     shared = {
         "LAYERS": layers,
-        "DOT": tl.bfloat16 if kept == "bf16" else tl.float32,
+        "DOT": tl.bfloat16 if precision == "bf16" else tl.float32,
         "SUM": tl.float32,
-        "PRECISION": precision,
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
     }
     buffers = {"p_x": f"*{kept}", "p_a": f"*{kept}", "p_delta": f"*{kept}"}
     rows = {f"p_{n}": "*fp32" for n in ("real", "fake", "alpha", "parameters")}
     rows |= buffers | {"p_norm": "*fp32", "p_figures": "*fp32"}
-    rows |= {"N": "i32:16", "D": "i32" if D % 16 else "i32:16", "H": "i32:16"}
+    rows |= {"N": "i32:16", "columns": columns, "D": "i32:16", "H": "i32:16"}
     penalty = {"SLOPE": 0.2, "WEIGHT": 10.0, "TARGET": 1.0, "ONE_SIDED": False}
     weights = {**buffers, "p_parts": "*fp32", **{n: rows[n] for n in ("N", "D", "H")}}
     weights |= {"parameters": "i32", "share": "i32:16"}
-    blocks = {**shared, "BLOCK_R": 32, "BLOCK": _BLOCK}
+    blocks = _blocks(N)
+    constants = {**shared, **penalty, **blocks}
+    options = _options(blocks["BLOCK_N"], precision)
+    warps = options.pop("num_warps")
     return [
-        Specialisation(name, mlp_critic_step_rows_kernel, rows, {**shared, **penalty, **_blocks(D, H)}, num_warps=8),
-        Specialisation(name, mlp_critic_step_weights_kernel, weights, blocks, num_warps=4),
+        Specialisation(name, mlp_critic_step_rows_kernel, rows, constants, warps, options),
+        Specialisation(name, mlp_critic_step_weights_kernel, weights, {**shared, "BLOCK_R": 32, "BLOCK": _BLOCK}),
     ]
 
 
-SPECIALISATIONS = _specialisations("float32, width 64", 32, 64, 2, "fp32", "ieee")
+SPECIALISATIONS = [
+    *_specialisations("float32", "fp32"),
+    *_specialisations("TF32", "tf32"),
+    *_specialisations("bfloat16", "bf16"),
+    *_specialisations("float32, small batch", "fp32", N=256)[:1],
+    *_specialisations("TF32, small batch", "tf32", N=256)[:1],
+    *_specialisations("bfloat16, small batch", "bf16", N=256)[:1],
+    *_specialisations("float32, odd columns", "fp32", columns="i32")[:1],
+]
+"""How the kernels are compiled, as data: what ``tests/kernel_resources.py`` compiles for every architecture."""

@@ -16,6 +16,7 @@ class Specialisation:
             taken to be aligned to 16 bytes, as those of a tensor are; an integer that 16 divides is "i32:16".
         constants: The value of every ``tl.constexpr``, and of every integer argument that is 1, which the JIT folds.
         num_warps: Warps of one program.
+        options: Further options of the compiler, such as ``num_stages``; a target ignores what it does not know.
     """
 
     name: str
@@ -23,3 +24,4 @@ class Specialisation:
     arguments: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
+    options: Mapping[str, int] = field(default_factory=dict)
