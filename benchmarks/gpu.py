@@ -5,7 +5,10 @@ Without a GPU the same steps run at small sizes on the CPU, and the file says so
 """
 
 import argparse
+import copy
 import dataclasses
+import functools
+import itertools
 import statistics
 import subprocess
 import sys
@@ -15,15 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from wgan_fast import build_info, clip_weights_, interpolate, reference
+from wgan_fast import CriticStep, build_info, clip_weights_, explain, interpolate, normalization, reference
 from wgan_fast.bench import results, run, workloads
 from wgan_fast.double_backprop.passes import penalty_seed
 from wgan_fast.optim import ClippedRMSprop
 
 HERE = Path(__file__).parent
-TESTS = ["clipping", "optim", "interpolate", "kernel_operators", "norm_ops", "penalty_from_gradient", "critic_step"]
+TESTS = [
+    "clipping",
+    "optim",
+    "interpolate",
+    "kernel_operators",
+    "norm_ops",
+    "penalty_from_gradient",
+    "mlp_step",
+    "critic_step",
+]
 TEST_SECONDS = 150
 ROUNDS = 30
 CACHES = 4
@@ -31,7 +43,15 @@ CACHES = 4
 CPU_BYTES = 1 << 18
 MODELS = ["toy-mlp", "dcgan-28", "resnet-32"]
 VARIANTS = ["no-penalty", "drop-in", "ours", "ours-compiled", "naive-bf16", "ours-bf16"]
-STEP_SECONDS = 20.0
+STEP_SECONDS = 12.0
+WIDTHS, PRECISIONS = (64, 128, 256), ("fp32", "tf32", "bf16")
+MLP_SECONDS = 0.5
+MLP_TARGET = 3.0
+"""How many times as fast as the compiled four-pass graph the fused step is to be, both as CUDA graphs, at width 128.
+
+The script has 10 minutes: 2.5 for the tests; a case of a kernel takes 5 s, mostly to compile the alternative, and one
+of the MLP 10 s; a workload takes STEP_SECONDS for its rounds and 30 s for what they compile: 50 + 90 + 126 s.
+"""
 
 BOUND = 0.01
 PENALTY = {"weight": 10.0, "target": 1.0, "one_sided": False}
@@ -178,12 +198,111 @@ def norm_penalty(numel: int, device: str) -> Case:
     return Case(2 * gradient.numel() * 4, variants, lambda: made, made.clear, 0.85)
 
 
+def keeping(made: list[Tensor], function: Callable[..., Any], *arguments: Any) -> Call:
+    """A call that leaves its results in ``made``."""
+
+    def call() -> None:
+        out = function(*arguments)
+        made[:] = [out] if isinstance(out, Tensor) else [tensor for tensor in out if tensor is not None]
+
+    return call
+
+
+def norm(name: str, numel: int, device: str) -> Case:
+    """An operator of group norm in 8 groups, as the four passes call it."""
+    x, delta, tangent = torch.randn(3, numel // 65536, 64, 32, 32, device=device).unbind()
+    weight, bias = torch.randn(2, 64, device=device).unbind()
+    statistics = x, *normalization.forward(x, weight, bias, 8, 1e-5)[1:]
+    arguments, tensors = {
+        "forward": ((x, weight, bias, 8, 1e-5), 2),
+        "vjp": ((delta, *statistics, weight, 8), 3),
+        "jvp": ((tangent, *statistics, weight, 8), 3),
+        "second_order": ((tangent, delta, None, *statistics, weight, 8), 4),
+    }[name]
+    plain, made = getattr(normalization, name), []
+    variants: dict[str, Call] = {
+        "eager": keeping(made, plain, *arguments),
+        **{form: keeping(made, f, *arguments) for form, f in compiled(plain, device).items()},
+        "ours": keeping(made, getattr(torch.ops.wgan_fast, f"norm_{name}"), *arguments),
+    }
+    return Case(tensors * 4 * x.numel(), variants, lambda: made, made.clear, 0.85)
+
+
+def activation(reduced: bool, numel: int, device: str) -> Case:
+    """A mask times a cotangent or tangent, and the bias's gradient with it: no kernel of ours, but Inductor's."""
+    a, vector = torch.randn(2, numel // 256, 256, device=device).unbind()
+
+    def passed(a: Tensor, vector: Tensor) -> tuple[Tensor, ...]:
+        out = torch.where(a > 0, vector, 0.2 * vector)
+        return (out, out.sum(0)) if reduced else (out,)
+
+    made: list[Tensor] = []
+    variants: dict[str, Call] = {
+        "eager": keeping(made, passed, a, vector),
+        "ours": keeping(made, compiled(passed, device).get("compiled", passed), a, vector),
+    }
+    return Case(3 * 4 * a.numel(), variants, lambda: made, made.clear, 0.85)
+
+
 KERNELS: dict[str, Callable[[int, str], Case]] = {
     "clip_weights": clipping,
     "clipped_rmsprop": clipped_rmsprop,
     "interpolate": interpolation,
     "gradient_norm_penalty": norm_penalty,
+    **{f"norm_{name}": functools.partial(norm, name) for name in ("forward", "vjp", "jvp", "second_order")},
+    "activation": functools.partial(activation, False),
+    "activation_and_bias": functools.partial(activation, True),
 }
+
+
+class FourPasses(nn.Sequential):
+    """A chain with a forward method of its own, which the operator for MLPs does not take."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)
+        return out
+
+
+def graphed(step: Call) -> Call:
+    """The step as one replay of a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def mlp_step(width: int, precision: str, device: str) -> dict[str, Any]:
+    """The fused step of an MLP against the four-pass graph, compiled and each also as a CUDA graph."""
+    on_gpu = device == "cuda"
+    N, D = (4096, 32) if on_gpu else (64, 3)
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    layers = [nn.Linear(D, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)]
+    critics = {"four_pass": FourPasses(*layers).to(device), "ours": nn.Sequential(*copy.deepcopy(layers)).to(device)}
+    real, fake = torch.randn(2, N, D, device=device).unbind()
+    alpha = torch.rand(N, device=device)
+    steps: dict[str, Call] = {}
+    gradients = []
+    for name, critic in critics.items():
+        step = CriticStep(critic, compile=on_gpu, precision="bf16" if precision == "bf16" else "fp32")
+        steps[name] = functools.partial(step, real, fake, alpha)
+        steps[name]()
+        gradients.append(torch.cat([p.grad.flatten() for p in critic.parameters()]))
+    error = ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item()
+    if on_gpu:
+        steps |= {f"{name}-graph": graphed(step) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    end = time.perf_counter() + (MLP_SECONDS if on_gpu else 0.1)
+    while len(times["ours"]) < 3 or time.perf_counter() < end:
+        for name, step in steps.items():
+            times[name].append(round(milliseconds(step, device), 5))
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    taken = explain(critics["ours"], real).unfused
+    return {"milliseconds": times, "distance": error, "unfused": taken, "target": MLP_TARGET}
 
 
 def milliseconds(call: Call, device: str) -> float:
@@ -297,6 +416,13 @@ def main() -> int:
         found["workloads"][workload.key] = run.run(workload, variants, budget=budget)
         ratio = results.ratio(found["workloads"][workload.key], "naive", "ours")
         print(f"critic step, {model}: {ratio.median:.2f} times as fast as naive" if ratio else f"{model}: not timed")
+        results.write(path, found)
+    found["mlp_critic_step"] = {}
+    for precision, width in itertools.product(PRECISIONS, WIDTHS) if device == "cuda" else [("fp32", 16)]:
+        key = f"width {width}, {precision}"
+        found["mlp_critic_step"][key] = measured = mlp_step(width, precision, device)
+        medians = {name: statistics.median(times) for name, times in measured["milliseconds"].items()}
+        print(f"mlp_critic_step, {key}: " + ", ".join(f"{name} {1e3 * t:.0f} us" for name, t in medians.items()))
         results.write(path, found)
     found["tests"] = tests() if device == "cuda" else {"exit_code": 0, "summary": "not run: no GPU"}
     results.write(path, found)
