@@ -2,7 +2,7 @@
 
 With mixed precision, Accelerate wraps the critic's forward pass. The penalty then takes autograd, and says so.
 
-pip install accelerate
+pip install 'wgan_fast[train,integrations]'
 accelerate launch examples/accelerate_loop.py
 """
 

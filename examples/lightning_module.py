@@ -1,6 +1,6 @@
 """WGAN-GP in Lightning, with manual optimisation.
 
-pip install lightning
+pip install 'wgan_fast[train,integrations]'
 python examples/lightning_module.py
 """
 
