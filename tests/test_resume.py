@@ -27,7 +27,7 @@ DRIVER = '''
 import json, os, pathlib, random, signal, sys, time, traceback
 
 import numpy as np
-import torch, torch._dynamo, torch.utils.tensorboard  # what training imports late
+import ot, torch, torch._dynamo, torch.utils.tensorboard  # what training imports late
 
 import wgan_fast.data, wgan_fast.plots, wgan_fast.quality
 from wgan_fast import cli
