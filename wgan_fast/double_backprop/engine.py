@@ -151,7 +151,7 @@ class FourPassEngine:
             in_place=not self.compile,
         )
         if self.compile:
-            plan.runner = _Compiled(plan.graph)
+            plan.compiled = _Compiled(plan.graph)
         return plan
 
 

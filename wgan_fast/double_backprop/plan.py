@@ -102,6 +102,7 @@ class Plan:
 
     Attributes:
         graph: The ``GraphModule``; ``plan.graph.code`` is what runs.
+        compiled: Runs in the graph's place; None until something is put there.
         schedule: "batched" or "split".
         parameters: The trainable parameters, in the order of the gradients.
         coupled: Why samples are not proven apart; None where they are.
@@ -151,7 +152,7 @@ class Plan:
         self.curved: set[str] = set()
         self.linear: set[str] = set()
         self.graph = self._record()
-        self.runner: Callable[..., Any] = self.graph
+        self.compiled: Callable[..., Any] | None = None
 
     def _prove(self) -> None:
         """Run the critic on stand-ins of one and of two batches to see which dimensions grow."""
@@ -268,7 +269,12 @@ class Plan:
         tensors = [extra for extra in extras if isinstance(extra, Tensor)]
         on = torch.is_autocast_enabled(self.device)
         with torch.no_grad(), torch.autocast(self.device, enabled=False) if on else nullcontext():
-            return StepOutput(*self.runner(*owned, *batches, *tensors))
+            return StepOutput(*(self.compiled or self._run_eagerly)(*owned, *batches, *tensors))
+
+    def _run_eagerly(self, *tensors: Tensor) -> Any:
+        # Nothing here is differentiated, and passing every operator on through autograd costs a tenth of a small step.
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.graph.forward(*tensors)
 
     def units(self) -> float:
         """Matmul and convolution FLOPs of the step, in critic forwards over one batch."""
