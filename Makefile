@@ -27,7 +27,7 @@ $(VENV)/package: $(VENV)/environment setup.py $(SOURCES)
 	touch $@
 
 DEMO := --data mnist5k --method wgan-gp --model mnist-dcgan --width 32 --learning-rate 3e-4 --steps 1200 \
-	--sample-every 200 --checkpoint-every 200 --out runs/demo
+	--sample-every 200 --checkpoint-every 200 --track 100 --out runs/demo
 
 demo: $(VENV)/package  ## Train on 5,000 MNIST digits for a few minutes, draw and rate samples
 	$(BIN)/wgan-fast train $(if $(wildcard runs/demo/config.json),--resume runs/demo,$(DEMO))
