@@ -9,7 +9,7 @@ from bad_arguments import CRITIC_ERRORS, SAMPLE_ERRORS, Row, assert_says, rows
 from textbook import CASES, CRITIC_LOSSES, Case, assert_equal_gradients, distance, gradients, random_pair
 from torch import Tensor, nn
 
-from wgan_fast import CriticStep, CriticStepResult, PenaltyConfig, losses, reference
+from wgan_fast import CriticStep, CriticStepResult, PenaltyConfig, losses, models, reference
 
 PENALTIES = {
     "wgan_gp": PenaltyConfig.wgan_gp(),
@@ -159,10 +159,11 @@ def test_parameters_are_read_as_they_are_at_each_call() -> None:
         optimizer.step()
 
 
-def test_a_lazy_penalty_has_k_times_the_weight_at_every_kth_call() -> None:
+@pytest.mark.parametrize("engine", ["autograd", "four_pass"])
+def test_a_lazy_penalty_has_k_times_the_weight_at_every_kth_call(engine: str) -> None:
     critic = dense_critic()
     config = PenaltyConfig(weight=2.0, every=3)
-    step = CriticStep(critic, penalty=config, engine="autograd")
+    step = CriticStep(critic, penalty=config, engine=engine)
     for call in range(7):
         assert step.steps_taken == call
         real, fake = random_pair(7, 6)
@@ -176,6 +177,19 @@ def test_a_lazy_penalty_has_k_times_the_weight_at_every_kth_call() -> None:
         assert_equal_figures(result, expected)
         assert_equal_gradients(textbook.gradients_left_in(critic), expected_gradients)
     assert step.penalty == config
+
+
+@pytest.mark.parametrize("engine", ["autograd", "four_pass"])
+def test_a_lazy_penalty_leaves_a_packed_critic_packed(engine: str) -> None:
+    critic = models.PackedCritic(3, 4, group_size=5, dropout=0.0).double()
+    step = CriticStep(critic, penalty=PenaltyConfig(group_size=5, every=2), engine=engine)
+    real, fake = random_pair(15, 3)
+    step(real, fake)
+    result = step(real, fake)
+    loss = critic(fake).mean() - critic(real).mean()
+    assert result.penalty == 0
+    torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-10, atol=0)
+    assert_equal_gradients(textbook.gradients_left_in(critic), gradients(loss, critic))
 
 
 def test_a_lazy_penalty_resumes_where_it_was() -> None:

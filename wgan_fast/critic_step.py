@@ -246,7 +246,9 @@ class CriticStep:
 
     def _four_passes(self, penalty: PenaltyConfig | None) -> EngineChoice:
         if penalty not in self._choices:
-            objective = Objective(self.loss.critic, weight=None)
+            # A step without the penalty still sees the groups that the penalty packs.
+            group_size = self.penalty.group_size if self.penalty else 1
+            objective = Objective(self.loss.critic, weight=None, group_size=group_size)
             if penalty:
                 objective = Objective(
                     self.loss.critic,
