@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from test_kernels import differentiated, expression
 from torch import Tensor, nn
 
 from wgan_fast import CriticStep, build_info, clip_weights_, explain, interpolate, normalization, reference
 from wgan_fast.bench import results, run, workloads
-from wgan_fast.double_backprop.passes import penalty_seed
 from wgan_fast.optim import ClippedRMSprop
 
 HERE = Path(__file__).parent
@@ -89,6 +89,16 @@ def as_layers(flat: Tensor) -> list[Tensor]:
     sizes = [flat.numel() // 2, flat.numel() // 4, 1000, 63, 1]
     sizes.append(flat.numel() - sum(sizes))
     return [part.clone() for part in flat.split(sizes)]
+
+
+def keeping(made: list[Tensor], function: Callable[..., Any], *arguments: Any) -> Call:
+    """A call that leaves its results in ``made``."""
+
+    def call() -> None:
+        out = function(*arguments)
+        made[:] = [out] if isinstance(out, Tensor) else [tensor for tensor in out if tensor is not None]
+
+    return call
 
 
 def clipping(numel: int, device: str) -> Case:
@@ -176,38 +186,27 @@ def interpolation(numel: int, device: str) -> Case:
 
 def norm_penalty(numel: int, device: str) -> Case:
     gradient = torch.randn(numel // 12288, 12288, device=device) / 100
+    weight, target = PENALTY["weight"], PENALTY["target"]
     made: list[Tensor] = []
 
-    def keep(function: Callable[..., Any]) -> Call:
-        def call() -> None:
-            made[:] = function()
+    def autograd(gradient: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            return differentiated(gradient)
 
-        return call
-
-    def expression(gradient: Tensor) -> tuple[Tensor, Tensor]:
-        seed, penalty, _ = penalty_seed(gradient, **PENALTY, group_size=1)
-        return seed, penalty
-
-    def ours() -> tuple[Tensor, Tensor]:
-        penalty, _, _, seed = torch.ops.wgan_fast.gradient_norm_penalty(gradient, *PENALTY.values())
-        return seed, penalty
+    def ours(gradient: Tensor) -> tuple[Tensor, ...]:
+        penalty, mean_norm, _, seed = torch.ops.wgan_fast.gradient_norm_penalty(gradient, *PENALTY.values())
+        return penalty, mean_norm, seed
 
     variants: dict[str, Call] = {
-        "eager": keep(lambda: expression(gradient)),
-        **{name: keep(lambda f=function: f(gradient)) for name, function in compiled(expression, device).items()},
-        "ours": keep(ours),
+        "autograd": keeping(made, autograd, gradient),
+        "expression": keeping(made, expression, gradient, weight, target),
+        **{
+            name: keeping(made, function, gradient, weight, target)
+            for name, function in compiled(expression, device).items()
+        },
+        "ours": keeping(made, ours, gradient),
     }
     return Case(2 * gradient.numel() * 4, variants, lambda: made, made.clear, 0.85)
-
-
-def keeping(made: list[Tensor], function: Callable[..., Any], *arguments: Any) -> Call:
-    """A call that leaves its results in ``made``."""
-
-    def call() -> None:
-        out = function(*arguments)
-        made[:] = [out] if isinstance(out, Tensor) else [tensor for tensor in out if tensor is not None]
-
-    return call
 
 
 def norm(name: str, numel: int, device: str) -> Case:
