@@ -77,3 +77,19 @@ def test_figures_of_the_demo_are_those_of_the_committed_run() -> None:
     assert f"({report['step']:,} generator steps)" in readme
     assert f"did not see is {report['sliced_wasserstein']:.3f};" in readme
     assert f"are {report['sliced_wasserstein_floor']:.3f} apart" in readme
+
+
+def test_figures_of_the_recorded_runs_are_those_of_their_files() -> None:
+    lines = read("docs/quality.md").splitlines()
+    for record in map(json.loads, read("docs/demo/metrics.jsonl").splitlines()):
+        if "frechet_distance" in record and "held_out_wasserstein" in record:
+            figures = "{held_out_wasserstein:.2f} | {frechet_distance:.2f} | {coverage:.2f} | {classes_covered}"
+            assert f"| {record['step']:,} | {figures.format(**record)} |" in lines
+    for name, folder in (("defaults", "docs/demo/defaults"), ("`make demo`", "docs/demo")):
+        report = json.loads(read(f"{folder}/evaluation.json"))
+        figures = "{frechet_distance:.2f} | {coverage:.2f} | {classes_covered} | {class_entropy:.2f}".format(**report)
+        assert f"| {name}, {report['step']:,} steps | {figures} |" in lines
+    for seed in range(3):
+        report = json.loads(read(f"docs/demo/25gaussians/seed-{seed}.json"))
+        row = "| {seed} | {modes_covered} of {modes} | {high_quality:.1%} |".format(seed=seed, **report)
+        assert any(line.startswith(row) for line in lines)
