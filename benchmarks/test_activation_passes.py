@@ -9,7 +9,6 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -129,16 +128,20 @@ def test_products_and_convolutions_take_most_of_a_compiled_step(model: str, caps
         step(*batch)
     for _ in range(3):
         step(*batch)
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        for _ in range(10):
+    taken = []
+    for _ in range(15):
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
             step(*batch)
-    events: list[Any] = list(profiled.key_averages())
-    whole = sum(event.self_cpu_time_total for event in events)
-    kernels = {event.key: event.self_cpu_time_total / whole for event in events if "cpp_fused" in event.key}
-    masks = sum(share for key, share in kernels.items() if "relu" in key or "threshold" in key)
-    sums = sum(share for key, share in kernels.items() if "sum" in key)
+        taken.append({event.key: event.self_cpu_time_total for event in profiled.key_averages()})
+
+    def share(*parts: str) -> float:
+        """Of a step's time, what kernels of Inductor take whose names have one of these parts."""
+        named = [key for key in taken[0] if "cpp_fused" in key and any(part in key for part in parts)]
+        return statistics.median(sum(times[key] for key in named) / sum(times.values()) for times in taken)
+
+    kernels, masks, sums = share(""), share("relu", "threshold"), share("sum")
     with capsys.disabled():
-        print(f"\n{model}, compiled: {sum(kernels.values()):.1%} of the step in kernels of Inductor,", end=" ")
+        print(f"\n{model}, compiled: {kernels:.1%} of the step in kernels of Inductor,", end=" ")
         print(f"{masks:.1%} in those with activations, {sums:.1%} in those with sums")
     # What kernels that take no time at all could save; three times what was measured.
-    assert 0 < sum(kernels.values()) < 0.2
+    assert 0 < kernels < 0.2
