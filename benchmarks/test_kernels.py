@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,13 @@ from wgan_fast import interpolate, reference
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SHAPES = [(64, 3, 64, 64), (64, 1, 28, 28)]
 ROUNDS = 200
+MIXED = ["formula", "compiled", "lerp", "lerp, out", "wgan_fast", "wgan_fast, out", "operator, out"]
+PENALISED = ["autograd", "expression", "compiled", "wgan_fast", "wgan_fast, below autograd", "copy"]
 Variants = dict[str, Callable[[], object]]
+
+
+def mixed(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
+    return alpha * real + (1 - alpha) * fake
 
 
 def interpolation(shape: tuple[int, ...], device: str) -> Variants:
@@ -27,7 +34,8 @@ def interpolation(shape: tuple[int, ...], device: str) -> Variants:
     alpha, out = alpha.sigmoid(), torch.empty_like(real)
     column = reference.per_sample(alpha, real)
     variants: Variants = {
-        "formula": lambda: column * real + (1 - column) * fake,
+        "formula": lambda: mixed(real, fake, column),
+        "compiled": partial(torch.compile(mixed, dynamic=False), real, fake, column),
         "lerp": lambda: torch.lerp(fake, real, column),
         "lerp, out": lambda: torch.lerp(fake, real, column, out=out),
         "wgan_fast": lambda: interpolate(real, fake, alpha),
@@ -71,6 +79,7 @@ def seeds(shape: tuple[int, ...], device: str) -> Variants:
     variants: Variants = {
         "autograd": lambda: differentiated(gradient),
         "expression": lambda: expression(gradient),
+        "compiled": partial(torch.compile(expression, dynamic=False), gradient),
         "wgan_fast": lambda: operator(gradient, 10.0, 1.0, False),
         # Without the Python function that records an operator of a library.
         "wgan_fast, below autograd": below_autograd,
@@ -124,7 +133,9 @@ def report(title: str, taken: dict[str, list[float]], capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("variant", ["formula", "lerp", "lerp, out", "wgan_fast", "wgan_fast, out", "operator, out"])
+@pytest.mark.parametrize(
+    "variant", ["formula", "compiled", "lerp", "lerp, out", "wgan_fast", "wgan_fast, out", "operator, out"]
+)
 def test_interpolate(benchmark: Callable, variant: str, shape: tuple[int, ...], device: str) -> None:
     benchmark.extra_info.update(torch=torch.__version__, threads=torch.get_num_threads())
     benchmark.pedantic(call, args=(interpolation(shape, device)[variant], device), rounds=ROUNDS, warmup_rounds=10)
@@ -132,7 +143,9 @@ def test_interpolate(benchmark: Callable, variant: str, shape: tuple[int, ...], 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("variant", ["autograd", "expression", "wgan_fast", "wgan_fast, below autograd", "copy"])
+@pytest.mark.parametrize(
+    "variant", ["autograd", "expression", "compiled", "wgan_fast", "wgan_fast, below autograd", "copy"]
+)
 def test_penalty_and_seed(benchmark: Callable, variant: str, shape: tuple[int, ...], device: str) -> None:
     benchmark.extra_info.update(torch=torch.__version__, threads=torch.get_num_threads())
     benchmark.pedantic(call, args=(seeds(shape, device)[variant], device), rounds=ROUNDS, warmup_rounds=10)
