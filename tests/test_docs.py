@@ -77,6 +77,16 @@ def test_figures_of_the_demo_are_those_of_the_committed_run() -> None:
     assert f"({report['step']:,} generator steps)" in readme
     assert f"did not see is {report['sliced_wasserstein']:.3f};" in readme
     assert f"are {report['sliced_wasserstein_floor']:.3f} apart" in readme
+    distances = "{frechet_distance:.2f} (real digits: {frechet_distance_floor:.2f})".format(**report)
+    assert f"finds all {report['classes_covered']} classes among them, at a Fréchet distance of {distances}" in readme
+    defaults = json.loads(read("docs/demo/defaults/evaluation.json"))
+    assert f"--steps {defaults['step']}`" in readme
+    assert f"reach all {defaults['classes_covered']} classes too" in readme
+    assert f"Fréchet distance {defaults['frechet_distance']:.2f} (" in readme
+    gaussians = [json.loads(read(f"docs/demo/25gaussians/seed-{seed}.json")) for seed in range(3)]
+    assert all(found["modes_covered"] == 25 for found in gaussians)
+    qualities = [found["high_quality"] for found in gaussians]
+    assert f"with {min(qualities):.0%} to {max(qualities):.0%} of the samples of high quality" in readme
 
 
 def test_figures_of_the_recorded_runs_are_those_of_their_files() -> None:
