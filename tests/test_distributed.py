@@ -56,7 +56,8 @@ def points(n=60):
 
 
 def train(out, steps, batch_size, options, resume=False):
-    config = TrainConfig(out=out, steps=steps, batch_size=batch_size, learning_rate=2**-7, log_every=1, **options)
+    options = {"log_every": 1, **options}
+    config = TrainConfig(out=out, steps=steps, batch_size=batch_size, learning_rate=2**-7, **options)
     trainer = Trainer(*networks(), points(), config)
     trainer.fit(resume=resume)
     return trainer
@@ -94,6 +95,22 @@ def terminated(rank, at_step):
     LossWatch.put = acting
 
 
+def diverging(at_step):
+    """Make the generator's loss NaN once, and check losses one step late, as on a GPU."""
+    put, check, steps = LossWatch.put, LossWatch._check, [at_step]
+    def late(self, step, result):
+        if step in steps:
+            steps.remove(step)
+            result = result._replace(generator_loss=result.generator_loss * float("nan"))
+        self._check = lambda leave: check(self, leave=1)
+        try:
+            return put(self, step, result)
+        finally:
+            del self._check
+    LossWatch.put = late
+    signal.alarm(40)  # processes that wait for each other end all the same
+
+
 def child(order, rank):
     log = os.open(order["log"] + str(rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -113,6 +130,10 @@ def child(order, rank):
         with processes(torch.device("cpu")):
             if what == "train":
                 train(*rest)
+            elif what == "diverge":
+                at_step, *settings = rest
+                diverging(at_step)
+                train(*settings)
             else:
                 out, *settings = rest
                 critic = loop(*settings)
@@ -210,6 +231,17 @@ def test_two_processes_equal_one_with_the_same_batch_for_fifty_iterations(worker
     assert_close_runs(tmp_path / "run2", tmp_path / "run1")
     one, two = (sorted(path.name for path in (tmp_path / f"run{world}").iterdir()) for world in (1, 2))
     assert one == two
+
+
+def test_divergence_at_a_step_that_is_rated_sends_every_process_back(worker, tmp_path):
+    """Only process 0 rates; the others must look at the losses of that step all the same."""
+    options = {"engine": "autograd", "n_critic": 2, "log_every": 100, "sample_every": 100, "track": 5}
+    options |= {"checkpoint_every": 2, "on_divergence": "rewind"}
+    statuses, output = worker(2, "diverge", 5, "run", 8, 12, options, cwd=tmp_path)
+    assert statuses == [0, 0], output
+    assert "diverged at step 5: the generator's loss is nan; going back to step 4" in output[0]
+    assert newest_checkpoint(tmp_path / "run").name == "step-00000008.safetensors"
+    assert [(record["step"], record.get("rewinds")) for record in metrics_of(tmp_path / "run")] == [(5, 1), (8, 1)]
 
 
 def test_checkpoint_goes_on_with_more_and_with_fewer_processes(worker, tmp_path):

@@ -313,13 +313,14 @@ class Trainer:
             stopping = self._watch.put(self.step, result)
             last = self.step == config.steps
             pictured = self.step % config.sample_every == 0 or last
-            rated = self._tracker is not None and (self.step % config.track == 0 or last)
-            if self.step % config.log_every == 0 or pictured or rated:
+            # By the configuration alone: the processes must see a divergence at the same step, whoever rates.
+            due = config.track > 0 and (self.step % config.track == 0 or last)
+            if self.step % config.log_every == 0 or pictured or due:
                 self._watch.flush()
                 now = time.perf_counter()
                 images = (self.step - logged) * iteration.n_critic * iteration.batch_size
                 figures = self._figures(result, images / (now - since), held_out=pictured)
-                log.write(figures | (self._rate(progress) if rated else {}))
+                log.write(figures | (self._rate(progress) if due else {}))
                 logged, since = self.step, time.perf_counter()
             progress.advance(self.step, log.last)
             if pictured and self._replicas.leads:
@@ -370,8 +371,9 @@ class Trainer:
         return figures
 
     def _rate(self, progress: ProgressLine) -> dict[str, Any]:
-        """Rate what would be sampled now."""
-        assert self._tracker is not None
+        """Rate what would be sampled now, where there is a tracker."""
+        if self._tracker is None:
+            return {}
         noise = draw_noise(self._tracker.samples, self.latent_dim, self.config.seed)
         with undisturbed(self.device, self.config.seed):
             fake = generate(self.ema or self.generator, noise.to(self.device)).float().cpu()
