@@ -343,25 +343,32 @@ def test_lazy_penalty_is_applied_at_every_kth_critic_step_with_k_times_the_weigh
 
 
 @pytest.mark.parametrize("engine", ["autograd", "four_pass"])
-@pytest.mark.parametrize(("method", "every"), [("wgan-gp", 1), ("wgan-lp", 3), ("r1", 2)])
-def test_penalty_on_a_part_is_that_of_evenly_spread_samples(tmp_path, method, every, engine):
+@pytest.mark.parametrize(("method", "every"), [("wgan-gp", 1), ("wgan-lp", 3), ("r1", 2), ("dragan", 1)])
+def test_penalty_on_a_part_is_that_of_evenly_spread_points(tmp_path, method, every, engine):
     settings = {"penalty_samples": 2, "penalty_every": every, "batch_size": 6, "n_critic": 2, "engine": engine}
     config = TrainConfig(method=method, out=tmp_path / "run", device="cpu", **settings)
     trainer = Trainer(*networks(), images(), config)
     step, critic, draw = trainer._iteration.critic_step, trainer.critic, torch.Generator().manual_seed(0)
-    weight, target, one_sided = {"wgan-gp": (10, 1, False), "wgan-lp": (10, 1, True), "r1": (5, 0, False)}[method]
+    weight, target, one_sided = {"r1": (5, 0, False), "wgan-lp": (10, 1, True)}.get(method, (10, 1, False))
     for taken in range(4):
         real, fake = torch.randn(2, 6, 3, 7, 7, generator=draw, dtype=torch.float64)
         alpha = torch.rand(6, generator=draw, dtype=torch.float64)
+        torch.manual_seed(taken)
         result = step(real, fake, None if method == "r1" else alpha)
-        scores = [critic(real), critic(fake)]
+        torch.manual_seed(taken)
+        share = alpha.view(-1, 1, 1, 1)
+        points = share * real + (1 - share) * fake
         if method == "r1":
+            points = real
+        elif method == "dragan":  # by the spread of all six
+            points = real + share * 0.5 * real.std(correction=0) * torch.rand_like(real)
+        scores = [critic(real), critic(fake)]
+        if method in ("r1", "dragan"):
             loss = nn.functional.softplus(scores[1]).mean() + nn.functional.softplus(-scores[0]).mean()
         else:
             loss = scores[1].mean() - scores[0].mean()
         if taken % every == 0:
-            mixed = alpha.view(-1, 1, 1, 1) * real + (1 - alpha.view(-1, 1, 1, 1)) * fake
-            points = (real if method == "r1" else mixed)[[0, 3]].clone().requires_grad_()
+            points = points[[0, 3]].requires_grad_()
             (gradient,) = torch.autograd.grad(critic(points).sum(), points, create_graph=True)
             norms = gradient.flatten(1).norm(dim=1)
             over = (norms - target).clamp(min=0) if one_sided else norms - target
@@ -377,12 +384,14 @@ def test_penalty_on_a_part_is_that_of_evenly_spread_samples(tmp_path, method, ev
             assert (parameter.grad - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
+def on_a_third(penalty: PenaltyConfig) -> SubBatchCriticStep:
+    how = {"engine": "autograd", "compile": False, "precision": "fp32"}
+    return SubBatchCriticStep(networks()[1], loss="wasserstein", penalty=penalty, stride=3, **how)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_thinned_samples_keep_their_layout(memory_format):
-    step = SubBatchCriticStep(
-        networks()[1], loss="wasserstein", penalty=PenaltyConfig(), stride=3, engine="autograd", compile=False,
-        precision="fp32",
-    )  # fmt: skip
+    step = on_a_third(PenaltyConfig())
     samples = torch.randn(6, 3, 7, 7).contiguous(memory_format=memory_format)
     thinned = step._thinned(samples)
     assert torch.equal(thinned, samples[[0, 3]])
@@ -400,6 +409,31 @@ def test_thinned_samples_keep_their_layout(memory_format):
 def test_part_of_the_batch_that_there_is_not_is_refused(tmp_path, settings, message):
     with pytest.raises(InputError, match=message):
         Trainer(*networks(), images(), TrainConfig(batch_size=6, out=tmp_path / "run", **settings))
+
+
+@pytest.mark.parametrize(
+    ("penalty", "message"),
+    [
+        (PenaltyConfig(at="both"), 'penalty must be at one set of points, got at="both"'),
+        (PenaltyConfig(group_size=3), "penalty must have a group_size of 1, got 3"),
+    ],
+)
+def test_penalty_of_which_there_is_no_part_is_refused(penalty, message):
+    with pytest.raises(ValueError, match=message):
+        on_a_third(penalty)
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+@pytest.mark.parametrize("shape", [(), (2,), (5,), (7,)])
+def test_alpha_of_another_length_is_refused_and_changes_nothing(shape, taken):
+    """Also one as long as the part, and at a step without a penalty."""
+    step = on_a_third(PenaltyConfig(every=2))
+    step.steps_taken = taken
+    real, fake = torch.randn(2, 6, 3, 7, 7, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"alpha must have one value per sample, shape \[6\], got"):
+        step(real, fake, torch.rand(shape, dtype=torch.float64))
+    assert step.steps_taken == taken
+    assert all(parameter.grad is None for parameter in step._loss.critic.parameters())
 
 
 # Static inputs and graphs

@@ -15,23 +15,29 @@ from ..samples import empty
 
 
 class SubBatchCriticStep:
-    """As ``CriticStep``, with the penalty on every ``stride``-th sample alone.
+    """As ``CriticStep``, with the penalty on every ``stride``-th of its points alone.
 
-    The penalty stays a mean, over fewer samples: where these are exchangeable its expectation and that of its gradient
-    are those of the whole batch, and their variance is ``stride`` times as large. Of the four passes' 10 critic
-    forwards over a batch, 4 shrink to 4 / ``stride``; loss and penalty run apart, so that small critics gain nothing.
+    The penalty stays a mean, over fewer points: where these are independent, and the critic looks at each alone, its
+    expectation and that of its gradient are those of the whole batch, and their variance is ``stride`` times as large.
+    Of the four passes' 10 critic forwards over a batch, 4 shrink to 4 / ``stride``; loss and penalty run apart, so that
+    small critics gain nothing, and that spectral norm makes two power iterations a step in four passes. Batch norm
+    takes the penalty's statistics from the part.
 
     Args:
         critic: As in ``CriticStep``.
         loss: As in ``CriticStep``.
-        penalty: What to penalise, at one set of points: not at "both".
-        stride: Samples of the batch for each one that is penalised.
+        penalty: What to penalise, at one set of points (not at "both") of single samples.
+        stride: Points of the batch for each one that is penalised.
         engine: As in ``CriticStep``.
         compile: As in ``CriticStep``.
         precision: As in ``CriticStep``.
 
     Attributes:
         steps_taken: Calls so far; decides which steps carry a lazy penalty.
+
+    Raises:
+        TypeError: As ``CriticStep``.
+        ValueError: As ``CriticStep``, or the penalty is at "both" or of groups.
     """
 
     def __init__(
@@ -45,26 +51,40 @@ class SubBatchCriticStep:
         compile: bool,
         precision: Precision,
     ) -> None:
+        if penalty.at == "both":
+            raise ValueError('penalty must be at one set of points, got at="both"')
+        if penalty.group_size > 1:
+            raise ValueError(f"penalty must have a group_size of 1, got {penalty.group_size}")
         self._loss = CriticStep(critic, loss=loss, penalty=None, engine=engine, compile=compile, precision=precision)
         self._penalty = replace(penalty, weight=penalty.weight * penalty.every)
         objective = Objective(
-            weight=self._penalty.weight,
-            target=penalty.target,
-            one_sided=penalty.one_sided,
-            at="given",
-            group_size=penalty.group_size,
+            weight=self._penalty.weight, target=penalty.target, one_sided=penalty.one_sided, at="given"
         )
         self._four_passes = EngineChoice(critic, objective, engine, compile=compile)
         self._stride = stride
         self.steps_taken = 0
 
     def __call__(self, real: Tensor, fake: Tensor, alpha: Tensor | None = None) -> CriticStepResult:
-        """Run one step on batches ``[N, *D]``; α, ``[N]``, is thinned with them."""
+        """Run one step.
+
+        Args:
+            real: Real samples ``[N, *D]``.
+            fake: Generated samples of the same shape, dtype and device.
+            alpha: α of every sample, ``[N]``, penalised or not; None draws it.
+
+        Returns:
+            As ``CriticStep``.
+
+        Raises:
+            TypeError: As ``CriticStep``.
+            ValueError: As ``CriticStep``.
+        """
         points = None
         if self.steps_taken % self._penalty.every == 0:
-            alpha = None if alpha is None else alpha[:: self._stride]
-            (points,) = penalty_points(self._penalty, self._thinned(real), self._thinned(fake), alpha, None)
-        result = self._loss(real, fake)
+            # DRAGAN's perturbation depends on the spread of the whole batch.
+            (whole,) = penalty_points(self._penalty, real, fake, alpha, None)
+            points = self._thinned(whole)
+        result = self._loss(real, fake, alpha)
         if points is not None:
             penalty, norm = self._penalise(points)
             result = result._replace(loss=result.loss + penalty, penalty=penalty, gradient_norm=norm)
