@@ -120,8 +120,9 @@ void penalty_as(const Tensor& gradient, const Penalty& penalty, const Tensor& va
   const Source<C> g(gradient);
   const Target<C> v(seed);
   auto* const norms = static_cast<C*>(norm.mutable_data_ptr());
+  const int64_t size = gradient.numel() / penalty.groups;
   reduce_rows(
-      penalty.groups, gradient.numel() / penalty.groups,
+      penalty.groups, size,
       [&](int64_t at, int64_t count) {
         C buffer[kBlock];
         const C* const values = g.read(at, count, buffer);
@@ -130,8 +131,9 @@ void penalty_as(const Tensor& gradient, const Penalty& penalty, const Tensor& va
       [&](int64_t row, double sum, int64_t at, int64_t count) {
         C in[kBlock], out[kBlock];
         C* const place = v.place(at, out);
-        norms[row] = static_cast<C>(std::sqrt(sum));
-        run_scale(g.read(at, count, in), place, count, static_cast<C>(penalty.slope(norms[row])));
+        const C length = static_cast<C>(std::sqrt(sum));
+        if (at % size == 0) norms[row] = length;  // by one of the threads that share a row
+        run_scale(g.read(at, count, in), place, count, static_cast<C>(penalty.slope(length)));
         v.flush(at, count, place);
       });
   double squares = 0, sum = 0;

@@ -2,7 +2,7 @@
 
 #include "samples.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #include <immintrin.h>
 #define WGAN_FAST_F16C
 #endif

@@ -109,6 +109,8 @@ def interpolate(
     tile = _TILE_BYTES // max(real.element_size(), fake.element_size())
     BLOCK_D = min(triton.next_power_of_2(D), tile)
     BLOCK_N = tile // BLOCK_D
+    if state is None:
+        alpha = alpha.contiguous()
     grid = (triton.cdiv(N, BLOCK_N) * triton.cdiv(D, BLOCK_D),)
     interpolate_fwd_kernel[grid](
         real,

@@ -460,6 +460,20 @@ def test_penalty_compiles_within_the_callers_step(make: Callable[[], nn.Module],
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+def test_the_function_compiles_cold_and_knows_one_critic_from_another() -> None:
+    torch.compiler.reset()
+
+    def penalty(critic: nn.Module, real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
+        return gradient_penalty(critic, real, fake, alpha=alpha)
+
+    compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+    real, fake = samples()
+    for slope in (0.1, 0.7, 0.3):
+        critic = nn.Sequential(nn.Linear(5, 4), nn.LeakyReLU(slope), nn.Linear(4, 1)).double()
+        ours = gradients_of(compiled(critic, real, fake, alpha()), critic)
+        assert_equal_gradients(ours, gradients_of(naive(critic)(real, fake, alpha()), critic))
+
+
 def test_naive_penalty_does_not_compile_within_the_callers_step() -> None:
     """What the operator is for; where torch learns it, this test says so."""
     torch.compiler.reset()

@@ -136,11 +136,16 @@ _CHOICES: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[Objective, Engine], E
 _CHOICES = weakref.WeakKeyDictionary()
 
 
-def choice_for(critic: Callable[..., Tensor], objective: Objective, engine: Engine) -> EngineChoice:
-    """Return the choice for a critic, kept as long as the critic lives, so that every caller shares its plans.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def penalty_choice(
+    critic: Callable[..., Tensor], weight: float, target: float, one_sided: bool, group_size: int, engine: Engine
+) -> EngineChoice:
+    """Return the choice for a critic's penalty, kept as long as the critic lives: all who ask share its plans.
 
-    Of a ``DistributedDataParallel`` it is the choice for the module within: the caller's own backward reduces.
+    Of a ``DistributedDataParallel`` it is the choice for the module within: the caller's own backward reduces. A
+    compiler calls this as it traces, instead of looking into it, so its arguments are plain.
     """
+    objective = Objective(weight=weight, target=target, one_sided=one_sided, at="given", group_size=group_size)
     if isinstance(critic, DistributedDataParallel):
         critic = critic.module
     if not isinstance(critic, nn.Module):
@@ -183,6 +188,9 @@ class Explanation:
         if self.engine == "autograd":
             return f"engine     autograd, because {self.reason}"
         coupled = f", because {self.coupled}" if self.coupled else ""
+        fused = "yes, one operator for the step; units and launches are those of the four passes that run otherwise"
+        if self.unfused:
+            fused = f"no, because {self.unfused}"
         return "\n".join(
             [
                 f"engine     four_pass, {self.schedule}{coupled}",
@@ -190,7 +198,7 @@ class Explanation:
                 f"launches   {self.launches} operators that are not views",
                 f"curved     {', '.join(self.curved) or 'none, so there is no curvature pass'}",
                 f"linear     {', '.join(self.linear) or 'none'}",
-                f"fused      {f'no, because {self.unfused}' if self.unfused else 'yes, one operator for the step'}",
+                f"fused      {fused}",
             ]
         )
 

@@ -24,8 +24,8 @@ from .checks import (
     check_scores,
     unconnected,
 )
-from .double_backprop import Objective, attach
-from .engines import choice_for
+from .double_backprop import attach
+from .engines import penalty_choice
 from .piecewise_linear import PiecewiseLinear
 from .precision import accumulation_dtype
 
@@ -201,15 +201,7 @@ class GradientPenalty:
         self.generator = generator
         self.critic_args = critic_args
         self.critic_kwargs = critic_kwargs
-        config = self.config
-        objective = Objective(
-            weight=config.weight,
-            target=config.target,
-            one_sided=config.one_sided,
-            at="given",
-            group_size=config.group_size,
-        )
-        self._four_passes = choice_for(critic, objective, engine)
+        self._four_passes = penalty_choice(critic, weight, target, one_sided, group_size, engine)
 
     def __call__(
         self,
@@ -236,8 +228,9 @@ class GradientPenalty:
         kwargs = self.critic_kwargs if critic_kwargs is None else critic_kwargs
         check_critic_arguments(args, kwargs)
         points = penalty_points(self.config, real, fake, alpha, self.generator)
-        if torch.compiler.is_compiling() and self._four_passes.four_pass is not None:
-            return self._compiled(self._four_passes.four_pass.critic, points, args, kwargs or {})
+        critic = self.critic
+        if torch.compiler.is_compiling() and isinstance(critic, nn.Module) and self._four_passes.four_pass is not None:
+            return self._compiled(critic, points, args, kwargs or {})
         penalties = []
         for point in points:
             step = self._four_passes({"points": point}, args, kwargs)

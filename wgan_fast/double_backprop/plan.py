@@ -272,7 +272,8 @@ class Plan:
             return StepOutput(*(self.compiled or self._run_eagerly)(*owned, *batches, *tensors))
 
     def _run_eagerly(self, *tensors: Tensor) -> Any:
-        # Nothing here is differentiated, and passing every operator on through autograd costs a tenth of a small step.
+        # Nothing here is differentiated: passing every operator on through autograd, and the graph through what a
+        # module's call looks for, costs a tenth of a small step.
         with torch._C._AutoDispatchBelowAutograd():
             return self.graph.forward(*tensors)
 
