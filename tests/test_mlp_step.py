@@ -1,5 +1,6 @@
 """The critic step of a narrow MLP as one operator: autograd's gradients, and a reason where it cannot be taken."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -158,48 +159,141 @@ def test_a_lazy_penalty_takes_it_at_the_steps_that_have_one() -> None:
     assert steps[0].steps_taken == 7
 
 
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
+
+
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("wrong", [{"fake": torch.zeros(4, 3)}, {"alpha": torch.rand(3)}, {"real": torch.zeros(0, 5)}])
-def test_bad_batches_touch_no_gradient(wrong: dict[str, Tensor]) -> None:
-    critic = mlp(5, 9, 2, nn.ReLU())
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"fake": zeros(4, 3)}, r"fake must have the shape of real, got \[4, 3\] and \[4, 5\]"),
+        ({"alpha": zeros(3)}, r"alpha must have one value per sample, shape \[4\], got \[3\]"),
+        ({"real": zeros(0, 5), "fake": zeros(0, 5)}, r"real must be a non-empty batch \[N, ...\], got shape \[0, 5\]"),
+        ({"real": zeros(5), "fake": zeros(5)}, r"real must be a non-empty batch \[N, ...\], got shape \[5\]"),
+        ({"real": zeros(), "fake": zeros()}, r"real must be a non-empty batch \[N, ...\], got shape \[\]"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False], ids=["at the first step", "at a later step"])
+def test_bad_batches_touch_no_gradient(wrong: dict[str, Tensor], message: str, first: bool) -> None:
+    critic = nn.Sequential(nn.Flatten(), *mlp(5, 9, 2, nn.ReLU()))
     real, fake = random_pair(4, 5)
+    step = CriticStep(critic)
+    with Calls() as calls:
+        (CriticStep(critic) if first else step)(real, fake)
+    assert calls.count == 1
     for parameter in critic.parameters():
         parameter.grad = torch.full_like(parameter, 7.0)
-    step = CriticStep(critic)
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises(ValueError, match=f"^{message}$"):
         step(**{"real": real, "fake": fake, **wrong})
     assert all((p.grad == 7).all() for p in critic.parameters())
-    assert step.steps_taken == 0
+    assert step.steps_taken == (not first)
 
 
-def replaced(critic: nn.Module, index: int, module: nn.Module) -> None:
-    critic[index] = module.double()
+def changed(holder: object, **attributes: object) -> Callable[[], object]:
+    """Set attributes; calling the result sets them back."""
+    before = {name: getattr(holder, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(holder, name, value)
+    return lambda: changed(holder, **before)
 
 
-CHANGES: dict[str, Callable[[nn.Module], object]] = {
-    "a hook": lambda critic: critic[2].register_forward_hook(lambda module, args, out: 2 * out),
-    "a frozen bias": lambda critic: critic[2].bias.requires_grad_(False),
-    "another module": lambda critic: replaced(critic, 3, nn.Tanh()),
-    "another width": lambda critic: (replaced(critic, 0, nn.Linear(5, 8)), replaced(critic, 2, nn.Linear(8, 9))),
-    "no bias": lambda critic: replaced(critic, 2, nn.Linear(9, 9, bias=False)),
-    "another slope": lambda critic: setattr(critic[1], "negative_slope", 0.5),
-    "a forward method": lambda critic: setattr(critic[2], "forward", lambda x: 2 * x),
-    "weight norm": lambda critic: nn.utils.parametrizations.weight_norm(critic[2]),
-    "a tied weight": lambda critic: replaced(critic, 4, critic[2]),
+def replaced(critic: nn.Module, modules: dict[int, nn.Module]) -> Callable[[], object]:
+    return changed(critic, **{str(index): module.double() for index, module in modules.items()})
+
+
+def with_another_forward(layer: nn.Module) -> Callable[[], object]:
+    layer.forward = lambda x: 2 * x
+    return lambda: delattr(layer, "forward")
+
+
+def with_weight_norm(layer: nn.Module) -> Callable[[], object]:
+    nn.utils.parametrizations.weight_norm(layer)
+    return lambda: nn.utils.parametrize.remove_parametrizations(layer, "weight")
+
+
+def appended(modules: nn.Sequential, module: nn.Module) -> Callable[[], object]:
+    modules.append(module.double())
+    return lambda: modules.pop(-1)
+
+
+# Each returns what undoes it.
+CHANGES: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
+    "a hook": lambda critic: critic[2].register_forward_hook(lambda module, args, out: 2 * out).remove,
+    "a frozen bias": lambda critic: changed(critic[2].bias, requires_grad=False),
+    "another module": lambda critic: replaced(critic, {3: nn.Tanh()}),
+    "another width": lambda critic: replaced(
+        critic, {1: nn.Sequential(nn.Linear(5, 8), nn.LeakyReLU(0.2)), 2: nn.Linear(8, 9)}
+    ),
+    "no bias": lambda critic: replaced(critic, {2: nn.Linear(9, 9, bias=False)}),
+    "another slope": lambda critic: changed(critic[3], negative_slope=0.5),
+    "a forward method": lambda critic: with_another_forward(critic[2]),
+    "weight norm": lambda critic: with_weight_norm(critic[2]),
+    "a tied weight": lambda critic: replaced(critic, {4: critic[2]}),
+    "appended to a nested Sequential": lambda critic: appended(critic[1], nn.Linear(9, 9)),
+    "another first Flatten": lambda critic: changed(critic[0], start_dim=0, end_dim=0),
+    "another last Flatten": lambda critic: changed(critic[-1], end_dim=0),
 }
 
 
 # A critic may be changed between two steps, and back.
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_of_the_critic_is_noticed(change: Callable[[nn.Module], object]) -> None:
-    critic = mlp(5, 9, 3, nn.LeakyReLU(0.2))
-    critic[3] = nn.LeakyReLU(0.2)
+def test_a_change_of_the_critic_is_noticed(change: Callable[[nn.Module], Callable[[], object]]) -> None:
+    first = nn.Sequential(nn.Linear(5, 9), nn.LeakyReLU(0.2))
+    hidden = [m for _ in range(2) for m in (nn.Linear(9, 9), nn.LeakyReLU(0.2))]
+    critic = chain(nn.Flatten(), first, *hidden, nn.Linear(9, 1), nn.Flatten(0))
     steps = pair_of_steps(critic)
     batch = *random_pair(7, 5), torch.rand(7, dtype=torch.float64)
     assert_equal_steps(critic, steps, *batch, operator=True)
-    change(critic)
+    undo = change(critic)
     assert_equal_steps(critic, steps, *batch, operator=False)
+    undo()
+    assert_equal_steps(critic, steps, *batch, operator=True)
+
+
+def ending_in(last: nn.Module, kind: type[nn.Sequential]) -> nn.Module:
+    torch.manual_seed(0)
+    return kind(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 1), last).double()
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("kind", "last", "operator"),
+    [
+        (nn.Sequential, nn.Identity(), True),
+        (nn.Sequential, nn.Flatten(), True),
+        (nn.Sequential, nn.Flatten(0), True),
+        (nn.Sequential, nn.Flatten(0, 0), False),
+        (models.Critic, nn.Identity(), True),
+        (models.Critic, nn.Flatten(), True),
+        (models.Critic, nn.Flatten(0, 0), False),
+    ],
+)
+def test_a_last_layer_that_only_shapes_the_scores(kind: type[nn.Sequential], last: nn.Module, operator: bool) -> None:
+    critic = ending_in(last, kind)
+    batch = *random_pair(7, 5), torch.rand(7, dtype=torch.float64)
+    assert_equal_steps(critic, pair_of_steps(critic), *batch, operator=operator)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("kind", "last"),
+    [
+        (nn.Sequential, nn.Flatten(2)),
+        (nn.Sequential, nn.Flatten(1, 2)),
+        (models.Critic, nn.Flatten(0)),
+        (models.Critic, nn.Flatten(2)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:wgan_fast differentiates with autograd")
+def test_a_critic_that_raises_raises_in_the_step(kind: type[nn.Sequential], last: nn.Module) -> None:
+    critic = ending_in(last, kind)
+    real, fake = random_pair(7, 5)
+    with pytest.raises(IndexError) as raised:
+        critic(real)
+    with pytest.raises(IndexError, match=f"^{re.escape(str(raised.value))}"):
+        CriticStep(critic)(real, fake)
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -271,7 +365,7 @@ def test_explain_says_whether_a_critic_takes_it_and_why_not(critic: nn.Module, r
     report = explain(critic, torch.randn(4, 6, dtype=torch.float64), group_size=group_size)
     if reason is None:
         assert report.unfused is None
-        assert "fused      yes" in str(report)
+        assert "fused      yes, one operator for the step; units and launches are those of the four" in str(report)
     else:
         assert reason in report.unfused
         assert f"fused      no, because {report.unfused}" in str(report)

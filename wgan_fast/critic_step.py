@@ -56,10 +56,12 @@ class CriticStep:
         loss: Name of the adversarial loss ("wasserstein", "non_saturating", "least_squares", "hinge") or the loss.
         penalty: What to penalise; None for no penalty.
         engine: As in ``gradient_penalty``.
-        compile: Compile the step with ``torch.compile``; needs the four-pass engine.
+        compile: Compile the step with ``torch.compile``; needs the four-pass engine, and means nothing to the steps
+            that the operator for narrow MLPs runs.
         precision: "fp32" computes in the critic's own dtype; "bf16" runs the critic under bfloat16 autocast, with
             parameters, norms and means in float32.
         schedule: How the four-pass engine arranges real, fake and interpolates: "batched", "split" or "auto".
+            Means nothing to the steps that the operator for narrow MLPs runs.
 
     In four passes spectral norm makes one power iteration a step, where autograd makes one for each forward pass.
     On a GPU the WGAN-GP step of a narrow MLP is one operator, compiled already: ``explain`` says whether it is taken.

@@ -23,6 +23,7 @@ _CHAINS = (nn.Sequential.forward, Critic.forward)
 """Forward methods that call one module after the other."""
 _PARTS = {nn.Linear, nn.ReLU, nn.LeakyReLU, nn.Flatten, nn.Identity, nn.Sequential}
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_SETTINGS = "forward", "negative_slope", "start_dim", "end_dim"
 _STATE = attrgetter("shape", "dtype", "device", "requires_grad")
 
 
@@ -39,12 +40,45 @@ class FusedMLP:
     negative_slope: float
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """What of a critic may change between two steps; the dictionaries are the modules' own."""
+
+    modules: list[nn.Module]
+    attributes: list[dict[str, Any]]
+    hooks: list[dict[int, Any]]
+    members: list[dict[str, Any]]
+    parameters: list[nn.Parameter]
+
+    def state(self, samples: Tensor) -> list[Any]:
+        """What the decision rests on, read in a few microseconds."""
+        return [
+            any(self.hooks),
+            *map(type, self.modules),
+            *map(id, chain.from_iterable(map(dict.values, self.members))),
+            *[attributes.get(name) for attributes in self.attributes for name in _SETTINGS],
+            *map(_STATE, (samples, *self.parameters)),
+        ]
+
+
+def _watch(critic: nn.Module) -> _Watched:
+    modules = list(critic.modules())
+    attributes = [module.__dict__ for module in modules]
+    return _Watched(
+        modules,
+        attributes,
+        hooks=[own[name] for own in attributes for name in _HOOKS],
+        members=[own[name] for own in attributes for name in ("_modules", "_parameters")],
+        parameters=list(critic.parameters()),
+    )
+
+
 class FusedChoice:
     """Decides at every step whether the operator runs a critic, whose modules, hooks and parameters may change."""
 
     def __init__(self, critic: nn.Module) -> None:
         self._critic = critic
-        self._modules: list[nn.Module] = []
+        self._watched: _Watched | None = None
         self._seen: list[Any] = []
         self._found: FusedMLP | str = ""
 
@@ -70,24 +104,10 @@ class FusedChoice:
             return "it packs samples, or takes more than samples"
         if torch.is_autocast_enabled(samples.device.type):
             return "autocast is on around the step"
-        if not self._modules or self._state(samples) != self._seen:
-            self._modules = list(critic.modules())
-            self._own = [module.__dict__ for module in self._modules]
-            self._hooks = [own[name] for own in self._own for name in _HOOKS]
-            self._members = [own[name] for own in self._own for name in ("_modules", "_parameters")]
-            self._parameters = list(critic.parameters())
-            self._seen, self._found = self._state(samples), _decide(critic, samples)
+        if self._watched is None or self._watched.state(samples) != self._seen:
+            self._watched = _watch(critic)
+            self._seen, self._found = self._watched.state(samples), _decide(critic, samples)
         return self._found
-
-    def _state(self, samples: Tensor) -> list[Any]:
-        """All that may change between two steps, read in a few microseconds."""
-        return [
-            any(self._hooks),
-            *map(type, self._modules),
-            *map(id, chain.from_iterable(map(dict.values, self._members))),
-            *[(own.get("forward"), own.get("negative_slope")) for own in self._own],
-            *map(_STATE, (samples, *self._parameters)),
-        ]
 
 
 def _decide(critic: nn.Module, samples: Tensor) -> FusedMLP | str:
@@ -97,11 +117,13 @@ def _decide(critic: nn.Module, samples: Tensor) -> FusedMLP | str:
     if any("forward" in attributes for attributes in own):
         return "one of its modules has a forward method of its own"
     layers = list(_in_order(critic))
-    if layers and type(layers[0]) is nn.Flatten and (layers[0].start_dim, layers[0].end_dim) == (1, -1):
+    if layers and _flattens_from(layers[0]) == 1:
         del layers[0]
     elif samples.dim() != 2:
         return "its samples are not flat"
-    if layers and type(layers[-1]) in (nn.Flatten, nn.Identity):
+    # A Critic squeezes its scores [N, 1] itself, and cannot where they are [N] already.
+    ends = (1,) if type(critic).forward is Critic.forward else (0, 1)
+    if layers and (type(layers[-1]) is nn.Identity or _flattens_from(layers[-1]) in ends):
         layers.pop()
     linear, activations = layers[::2], layers[1::2]
     in_turn = {nn.Linear}.issuperset(map(type, linear)) and {nn.ReLU, nn.LeakyReLU}.issuperset(map(type, activations))
@@ -114,7 +136,7 @@ def _decide(critic: nn.Module, samples: Tensor) -> FusedMLP | str:
     owned: list[Tensor] = [p for p in parameters if p is not None]
     if len(owned) < len(parameters):
         return "one of its layers has no bias"
-    width, features = owned[0].shape[0], samples[0].numel()
+    width, features = owned[0].shape[0], samples.shape[1:].numel()
     inputs = [features, *[width] * (len(linear) - 1)]
     if [p.shape for p in owned[::2]] != list(zip([*inputs[1:], 1], inputs)):
         return "its hidden layers are not equally wide, or it does not map such samples to one score"
@@ -125,6 +147,11 @@ def _decide(critic: nn.Module, samples: Tensor) -> FusedMLP | str:
     if any((p.dtype, p.device) != (samples.dtype, samples.device) for p in owned):
         return "its parameters are of another dtype, or on another device, than the samples"
     return FusedMLP(owned, slopes.pop())
+
+
+def _flattens_from(layer: nn.Module) -> int | None:
+    """The dimension from which a layer flattens all the others; None for any other layer."""
+    return layer.start_dim if type(layer) is nn.Flatten and layer.end_dim == -1 else None
 
 
 def _in_order(modules: nn.Module) -> Iterator[nn.Module]:
