@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_kernels import differentiated, expression
+from test_kernel_speed import differentiated, expression
 from torch import Tensor, nn
 
 from wgan_fast import CriticStep, build_info, clip_weights_, explain, interpolate, normalization, reference

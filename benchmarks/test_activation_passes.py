@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch._inductor.config as inductor
-from test_kernels import _freed_memory_stays, ratio  # noqa: F401
+from test_kernel_speed import _freed_memory_stays, ratio  # noqa: F401
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.profiler import ProfilerActivity, profile
