@@ -668,12 +668,13 @@ def test_refused_resume_through_python_leaves_the_run_as_it_was(run):
 
 OUT_OF_RANGE = [
     *((name, value) for name in ("steps", "batch_size", "n_critic", "log_every", "sample_every", "checkpoint_every",
-                                 "keep", "penalty_every", "image_size", "width", "latent_dim") for value in (0, -1)),
+                                 "keep", "penalty_every", "penalty_samples", "image_size", "width",
+                                 "latent_dim") for value in (0, -1)),
     *((name, value) for name in ("learning_rate", "generator_learning_rate", "clip")
       for value in (0.0, -1.0, math.nan, math.inf)),
     *((name, value) for name in ("beta1", "beta2", "ema", "holdout") for value in (-0.1, 1.0, math.nan)),
     *(("penalty_weight", value) for value in (-1.0, math.nan, math.inf)),
-    *(("seed", value) for value in (-1, 2**32)), ("workers", -1), ("max_rewinds", -1),
+    *(("seed", value) for value in (-1, 2**32)), ("workers", -1), ("max_rewinds", -1), ("track", -1),
     ("channels", 2),
     *((name, "other") for name in ("method", "init", "optimizer", "schedule", "engine", "precision", "on_divergence")),
 ]  # fmt: skip
