@@ -64,7 +64,7 @@ bench: $(VENV)/jax  ## The critic step against the alternatives, on this CPU; go
 	$(BENCH) --models resnet-32 language dcgan-64 --variants $(LARGE) --seconds 8
 	$(BENCH) --models toy-mlp dcgan-28 --penalties r1-r2 none --variants naive no-penalty drop-in ours limit --seconds 4
 	$(BENCH) --models toy-mlp dcgan-28 --batch-sizes 16 512 --variants naive ours limit --seconds 4
-	$(BENCH)/scaling --scaling --seconds 3
+	$(BENCH) --scaling --seconds 3
 	$(MAKE) report
 
 bench-kernels: $(VENV)/package  ## Each kernel against the alternatives, and the step against the committed results

@@ -271,6 +271,7 @@ def test_what_is_measured_already_is_not_measured_again(measured, monkeypatch):
         (["--critic", "math:sqrt"], "needs the shape of one sample"),
         (["--critic", "os:getcwd", "--shape", "3"], "must return an nn.Module, got str"),
         (["--shape", "3x"], "shape must be sizes joined by x, such as 3x32x32, got '3x'"),
+        (["--scaling", "--models", "language"], "scaling measures a list of its own, so models cannot be given"),
         (["--threads", "0"], "threads must be at least 1, got 0"),
         (["--seconds", "-1"], "seconds must be at least 0, got -1.0"),
         (["--device", "nonsense"], "device must be"),
@@ -350,6 +351,10 @@ def test_the_parts_of_our_time_add_up(tmp_path):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert ["32", "4 ms", "2 ms", "2.00", "50%", "50%", "0%", "100 → 100", "1.5", "1.5"] in rows
     assert ["1,024", "30 ms", "20 ms", "1.50", "60%", "10%", "30%", "200 → 200", "1.5", "1.5"] in rows
+    # A point that was refused or not reached is left out.
+    del every[scaling.key("resnet-64", 8)]
+    every[scaling.key("resnet-32", 8)]["variants"]["ours"] = {"refused": "off by 1"}
+    assert len(scaling.section(found).splitlines()) == len(text.splitlines()) - 2
     scaling.plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

@@ -169,7 +169,7 @@ class Bench:
         threads: CPU threads; PyTorch's own choice by default.
         seconds: Seconds of timed rounds for each workload.
         scaling: Instead of models, penalties, batch sizes and variants: how time and memory grow with batch, width,
-            depth and image size, as docs/scaling.md shows it.
+            depth and image size, as docs/scaling.md shows it; results go into a folder `scaling` of their own.
         fresh: Measure again what the results file has already.
         out: Folder of the results: a JSON file named after the device, a table and a plot.
     """
@@ -211,12 +211,16 @@ class Bench:
             models if self.critic is None else (self.critic,), self.penalties, self.batch_sizes or (None,)
         )
         if self.scaling:
+            given = ("models", "critic", "shape", "penalties", "batch_sizes", "variants", "precision")
+            for name in given:
+                if getattr(self, name) != Bench.__dataclass_fields__[name].default:
+                    raise InputError(f"scaling measures a list of its own, so {name} cannot be given with it")
             points, names = scaling.points(), list(scaling.VARIANTS)
         results, refused = series.measure(
             points,
             names=names,
             device=resolve_device(self.device),
-            folder=self.out,
+            folder=self.out / "scaling" if self.scaling else self.out,
             budget=self.seconds,
             sample_shape=None if self.shape is None else tuple(map(int, self.shape.split("x"))),
             fresh=self.fresh,

@@ -36,18 +36,21 @@ def section(results: dict[str, Any]) -> str:
     """One table a series, one row a point.
 
     Our time is taken apart: "products" is the limit's share, "operators" what the step's operators cost were they all
-    as cheap as those of the cheapest point (which do next to nothing but start), and "bytes" the rest: what elementwise
-    work, reductions and copies take to go through memory.
+    as cheap as those of the cheapest point (which do little but start), and "rest" what is left: elementwise work,
+    reductions and copies on their way through memory. A point that was refused or not reached has no row.
     """
-    workloads = results["workloads"]
-    start = min(_beyond(w) / w["variants"]["ours"]["launches"] for w in workloads.values())
+    workloads = _measured(results)
+    beyond = [_beyond(w) / w["variants"]["ours"]["launches"] for w in workloads.values()]
+    start = min((cost for cost in beyond if cost > 0), default=0.0)
     parts = [f"{report.where(results)}; an operator costs {1e3 * start:.1f} µs to start.\n"]
-    for title, points in SERIES.items():
+    for title, series in SERIES.items():
         header = [
-            title, "naive", "ours", "naive / ours", "products", "operators", "bytes", "launches", "MB, naive", "ours",
+            title, "naive", "ours", "naive / ours", "products", "operators", "rest", "launches", "MB, naive", "ours",
         ]  # fmt: skip
         rows = [header]
-        for value, point in points.items():
+        for value, point in series.items():
+            if key(*point) not in workloads:
+                continue
             workload = workloads[key(*point)]
             naive, ours = workload["variants"]["naive"], workload["variants"]["ours"]
             speed, took = ratio(workload, "naive", "ours"), milliseconds(workload, "ours")
@@ -69,6 +72,17 @@ def section(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def _measured(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The points of the series, by their keys, of which every variant was timed."""
+    keys = [key(model, batch_size or 0) for model, _, batch_size in points()]
+    found = {name: results["workloads"][name] for name in keys if name in results["workloads"]}
+    return {
+        name: workload
+        for name, workload in found.items()
+        if all("milliseconds" in workload["variants"].get(variant, {}) for variant in VARIANTS)
+    }
+
+
 def _beyond(workload: dict[str, Any]) -> float:
     """Milliseconds of our step beyond the limit."""
     return max(0.0, milliseconds(workload, "ours") - milliseconds(workload, "limit"))
@@ -81,12 +95,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
+    measured = _measured(results)
     colours = {"naive": "#D55E00", "ours": "#009E73", "limit": "#BBBBBB"}
-    for axes, (title, points) in zip(figure.subplots(2, 3).flat, SERIES.items()):
+    for axes, (title, series) in zip(figure.subplots(2, 3).flat, SERIES.items()):
         for name, colour in colours.items():
-            times = [milliseconds(results["workloads"][key(*point)], name) for point in points.values()]
-            axes.loglog(list(points), times, marker="o", markersize=3, color=colour, label=name)
-        axes.set_xticks(list(points), [str(value) for value in points])
+            times = {x: milliseconds(measured[key(*p)], name) for x, p in series.items() if key(*p) in measured}
+            axes.loglog(list(times), list(times.values()), marker="o", markersize=3, color=colour, label=name)
+        axes.set_xticks(list(series), [str(value) for value in series])
         axes.minorticks_off()
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=8)
