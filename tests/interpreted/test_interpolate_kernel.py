@@ -49,6 +49,14 @@ def test_equals_the_formula(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert torch.equal(out[1:2], fake[1:2])
 
 
+@pytest.mark.parametrize("alpha", [torch.rand(14)[::2], torch.tensor([0.3]).expand(7)], ids=["strided", "expanded"])
+def test_reads_alpha_with_any_stride(alpha: Tensor) -> None:
+    real, fake = samples((7, 5), torch.float32), samples((7, 5), torch.float32)
+    out = torch.empty_like(real)
+    interpolate(real, fake, alpha, out)
+    assert_rounded(out, expected(real, fake, alpha))
+
+
 @pytest.mark.parametrize("fake_dtype", DTYPES)
 @pytest.mark.parametrize("real_dtype", [torch.uint8, *DTYPES])
 def test_reads_and_writes_every_pair_of_dtypes(real_dtype: torch.dtype, fake_dtype: torch.dtype) -> None:
