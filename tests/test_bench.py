@@ -45,6 +45,19 @@ def small(penalty: str = "wgan-gp", batch_size: int = 7) -> workloads.Workload:
     return workloads.build(name, penalty=penalty, sample_shape=(2, 5, 5), batch_size=batch_size)
 
 
+def noisy_critic() -> nn.Module:
+    """Trying it moves random numbers and running statistics."""
+    return nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+
+def broken_critic() -> nn.Module:
+    raise KeyError("no such\nwidth")
+
+
+def two_scores() -> nn.Module:
+    return nn.Linear(3, 2)
+
+
 def packed(penalty: str = "wgan-gp") -> workloads.Workload:
     return workloads.build("tabular-mlp", penalty=penalty, batch_size=30)
 
@@ -271,6 +284,18 @@ def test_what_is_measured_already_is_not_measured_again(measured, monkeypatch):
         (["--critic", "nonsense:f", "--shape", "3"], "critic 'nonsense:f' cannot be imported"),
         (["--critic", "math:sqrt"], "needs the shape of one sample"),
         (["--critic", "os:getcwd", "--shape", "3"], "must return an nn.Module, got str"),
+        (["--critic", f"{__name__}:broken_critic", "--shape", "3"], ":broken_critic' cannot be made: 'no such"),
+        (
+            ["--critic", f"{__name__}:packed_conv_critic", "--shape", "2x5x9"],
+            ":packed_conv_critic' fails on samples of shape 2x5x9: mat1 and mat2 shapes cannot be multiplied",
+        ),
+        (
+            ["--critic", f"{__name__}:two_scores", "--shape", "3", "--batch-sizes", "5"],
+            ":two_scores' fails on samples of shape 3: critic must return one score per sample, shape [5] or [5, 1], "
+            "got [5, 2]",
+        ),
+        (["--critic", "bc"], "critic must be module:function, got 'bc'"),
+        (["--critic", "a:b", "--models", "dcgan-28"], "takes the place of models, so models dcgan-28 cannot be given"),
         (["--shape", "3x"], "shape must be sizes joined by x, such as 3x32x32, got '3x'"),
         (["--scaling", "--models", "language"], "scaling measures a list of its own, so models cannot be given"),
         (["--threads", "0"], "threads must be at least 1, got 0"),
@@ -286,6 +311,15 @@ def test_bad_input_is_one_line_that_names_it(arguments, message, tmp_path, capsy
     assert line.startswith("wgan-fast: error: ")
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_trying_a_critic_of_ones_own_leaves_no_trace():
+    before = torch.get_rng_state()
+    critic = workloads.build(f"{__name__}:noisy_critic", sample_shape=(3,), batch_size=5).critic
+    assert torch.equal(torch.get_rng_state(), before)
+    assert critic[1].num_batches_tracked == 0
+    assert torch.equal(critic[1].running_mean, torch.zeros(3))
+    assert all(module.training for module in critic.modules())
 
 
 def test_damaged_results_are_named(tmp_path):

@@ -201,6 +201,11 @@ class Bench:
             torch.set_num_threads(self.threads)
         if not self.seconds >= 0:
             raise InputError(f"seconds must be at least 0, got {self.seconds}")
+        if self.critic is not None:
+            if self.models != Bench.models:
+                raise InputError(f"critic takes the place of models, so models {' '.join(self.models)} cannot be given")
+            if ":" not in self.critic:
+                raise InputError(f"critic must be module:function, got {self.critic!r}")
         models = tuple(workloads.CRITICS) if self.models == ("all",) else self.models
         names = [
             name

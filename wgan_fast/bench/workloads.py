@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models, reference
+from ..checks import check_scores
 from ..errors import InputError
 from ..penalty import PenaltyConfig, draw_alpha
 
@@ -209,6 +210,8 @@ def build(
     group_size = getattr(critic, "group_size", 1)
     if N % group_size:
         raise InputError(f"batch_size must be a multiple of {group_size}, the rows that {name} packs, got {N}")
+    if ":" in name:
+        _try(name, critic, real, group_size)
     alpha = draw_alpha(real.cpu(), generator, group_size).to(device)
     config = PENALTIES[penalty]
     if config is not None:
@@ -220,9 +223,28 @@ def _own_critic(name: str) -> nn.Module:
     module_name, _, function_name = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, ValueError, AttributeError) as error:  # ValueError: an empty module name
-        raise InputError(f"critic {name!r} cannot be imported: {error}") from error
-    critic = function() if callable(function) else None
+    except Exception as error:  # a module of one's own can raise anything
+        raise InputError(f"critic {name!r} cannot be imported: {_first_line(error)}") from error
+    try:
+        critic = function() if callable(function) else None
+    except Exception as error:
+        raise InputError(f"critic {name!r} cannot be made: {_first_line(error)}") from error
     if not isinstance(critic, nn.Module):
         raise InputError(f"critic {name!r}: the function must return an nn.Module, got {type(critic).__name__}")
     return critic
+
+
+def _try(name: str, critic: nn.Module, samples: Tensor, group_size: int) -> None:
+    """Hold a critic of one's own against the shape that was given for it, before anything is made of it."""
+    devices = [samples.device] if samples.is_cuda else []
+    try:
+        # A copy: batch norm's running statistics must not know of this.
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            check_scores(copy.deepcopy(critic)(samples), samples, group_size)
+    except Exception as error:
+        shape = "x".join(map(str, samples.shape[1:]))
+        raise InputError(f"critic {name!r} fails on samples of shape {shape}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
