@@ -460,6 +460,59 @@ def test_penalty_compiles_within_the_callers_step(make: Callable[[], nn.Module],
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+class Fading(nn.Module):
+    """Reads all that a module may hold, as progressive growing does, and keeps what it computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(5, 4), nn.Linear(4, 1)
+        self._slope, self.alpha, self.settings = 0.2, torch.tensor(0.3, dtype=torch.float64), {"scale": 0.5}
+        self.features: Tensor | None = None
+        self.rows = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.leaky_relu(self.inner(x), self._slope) * self.alpha * self.settings["scale"]
+        self.features, self.rows = hidden, x.shape[0]
+        return self.last(hidden)
+
+
+class Counting(Fading):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+def test_whatever_a_module_holds_may_change_between_calls() -> None:
+    critic = Fading().double()
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: setattr(critic, "_slope", 0.9),
+        lambda: setattr(critic, "alpha", torch.tensor(2.0, dtype=torch.float64)),
+        lambda: critic.settings.update(scale=1.5),
+        lambda: critic.inner.register_forward_hook(lambda module, given, out: out * 2),
+        lambda: (critic.inner._forward_hooks.clear(), critic.inner.register_forward_hook(lambda m, g, out: out * 3)),
+    ]
+    penalty = GradientPenalty(critic, engine="four_pass")
+    for change in changes:
+        change()
+        for _ in range(2):
+            ours = gradients_of(penalty(*samples(), alpha()), critic)
+            assert_equal_gradients(ours, gradients_of(naive(critic)(*samples(), alpha()), critic))
+    # What the forward keeps for itself is no reason to plan again.
+    assert len(penalty._four_passes.four_pass.plans) == len(changes)
+
+
+def test_a_forward_that_counts_its_calls_is_left_to_autograd() -> None:
+    critic, plain = Counting().double(), Counting().double()
+    plain.load_state_dict(critic.state_dict())
+    with pytest.warns(RuntimeWarning, match=r"changes Counting\.calls at every call"):
+        first = gradient_penalty(critic, *samples(), alpha=alpha())
+    for ours in (first, gradient_penalty(critic, *samples(), alpha=alpha())):
+        torch.testing.assert_close(ours, naive(plain)(*samples(), alpha()))
+
+
 def test_the_function_compiles_cold_and_knows_one_critic_from_another() -> None:
     torch.compiler.reset()
 

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.export.graph_signature import InputKind
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from ..checks import check_scores
 from .record import functional_form
@@ -166,7 +166,7 @@ def _try_on(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         The attributes that its forward writes: the module's id and the attribute's name.
 
     Raises:
-        CaptureError: Its backward pass is not what its forward pass says.
+        CaptureError: Its backward pass is not what its forward pass says, or its forward pass counts.
     """
     for name, module in critic.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
@@ -179,8 +179,13 @@ def _try_on(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     try:
         with _quiet(), torch.enable_grad(), mode, hooks:
             given, named = tree_map_only(Tensor, stand_in, (args, dict(kwargs)))
-            twin = copy.deepcopy(critic)
-            scores = twin(*given, **named)
+            # Tensors that a module simply holds cannot be copied under the mode, nor those with a graph at all.
+            held = {id(x): mode.from_tensor(x.detach(), static_shapes=True) for x in _held(critic)}
+            twin = copy.deepcopy(critic, held)
+            states = [list(map(plain_attributes, twin.modules()))]
+            for _ in range(2):
+                scores = twin(*given, **named)
+                states.append(list(map(plain_attributes, twin.modules())))
     except Exception:
         # What does not run without data is not captured either, for a reason that the export words better.
         return set()
@@ -198,28 +203,42 @@ def _try_on(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
                 "autograd.Function with a backward of its own"
             )
         pending.extend(source for source, _ in function.next_functions)
-    return {
-        (id(module), name)
-        for module, copied in zip(critic.modules(), twin.modules())
-        for name, value in plain_attributes(copied).items()
-        if plain_attributes(module).get(name, ...) != value
-    }
+    written = set()
+    for module, copied, before, once, twice in zip(critic.modules(), twin.modules(), *states):
+        for name, value in twice.items():
+            # Keeping an activation is common, and harmless; a number that changes every time is there to be read.
+            if once.get(name, ...) != value and not isinstance(vars(copied)[name], Tensor):
+                raise CaptureError(f"the critic's forward changes {type(module).__name__}.{name} at every call")
+            if before.get(name, ...) != value:
+                written.add((id(module), name))
+    return written
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Hashable]:
-    """The numbers, flags and names that a module holds itself, and its lists of them."""
+    """What a module holds itself: numbers, flags and names, lists and dictionaries of them, and which tensors."""
     found: dict[str, Hashable] = {}
     for name, value in module.__dict__.items():
-        if name[0] == "_":
+        if name in _INHERITED:
             continue
         kind = type(value)
         if kind in _PLAIN:
             found[name] = value
         elif kind in _SEQUENCES and _PLAIN.issuperset(map(type, value)):
             found[name] = tuple(value)
+        elif kind is dict and _PLAIN.issuperset(map(type, value.values())):
+            found[name] = tuple(value.items())
+        elif isinstance(value, Tensor):
+            found[name] = id(value)
     return found
 
 
+def _held(critic: nn.Module) -> list[Tensor]:
+    """The tensors that are attributes of modules, or in their lists, and neither parameters nor buffers."""
+    own = [value for module in critic.modules() for name, value in vars(module).items() if name not in _INHERITED]
+    return [leaf for leaf in tree_leaves(own) if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)]
+
+
+_INHERITED = frozenset(nn.Module().__dict__) - {"training"}
 _PLAIN = {bool, int, float, str, type(None), torch.dtype}
 _SEQUENCES = {tuple, list}
 

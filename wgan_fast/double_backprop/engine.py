@@ -173,8 +173,9 @@ def _state(critic: nn.Module, written: set[tuple[int, str]]) -> Hashable:
         if written:
             plain = {name: value for name, value in plain.items() if (id(module), name) not in written}
         found += [type(module), id(module.__dict__.get("forward")), *plain.items()]
-        found += map(len, (module._forward_hooks, module._forward_pre_hooks))
-        found += map(len, (module._backward_hooks, module._backward_pre_hooks))
+        # By their numbers, which no two hooks share.
+        found += map(tuple, (module._forward_hooks, module._forward_pre_hooks))
+        found += map(tuple, (module._backward_hooks, module._backward_pre_hooks))
         found += [
             (id(p), p.requires_grad, p.dtype, p.device, p.shape) for p in module._parameters.values() if p is not None
         ]
