@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -350,6 +351,25 @@ def test_summary_marks_where_we_lose():
         "m / wgan-gp / 3", "12 ms", "", "2.00", "", "", "", "**0.67**", "", "50%", "**1.30**",
         "12.0 → 10.0", "100 → 40",
     ]  # fmt: skip
+
+
+def test_summary_says_too_slow_of_what_was_skipped_for_its_time_and_of_nothing_else(monkeypatch):
+    def inapplicable(workload):
+        raise Skipped("not translated")
+
+    def slow(workload):
+        return Step(lambda alpha: time.sleep(0.5), workload.critic)
+
+    def against_compiled_and_jax(*names):
+        env = {"device": "Some CPU", "flags": [], "threads": 2, "versions": {"torch": "2"}, "commit": ""}
+        measured = run(small(), [*names, "no-penalty"], budget=0)
+        *_, row = report.summary({"environment": env, "workloads": {"m/wgan-gp/7": measured}}).splitlines()
+        return [cell.strip() for cell in row.strip("|").split("|")][6:8]
+
+    monkeypatch.setitem(VARIANTS, "naive-compiled", Variant("inapplicable", inapplicable))
+    monkeypatch.setitem(VARIANTS, "jax", Variant("slow", slow, computes="nothing"))
+    assert against_compiled_and_jax("naive-compiled", "jax") == ["", "too slow"]
+    assert against_compiled_and_jax() == ["", ""]
 
 
 def test_readme_shows_the_committed_results():

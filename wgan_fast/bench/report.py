@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import InputError
 from ..files import write_atomically
 from .results import Ratio, milliseconds, ratio, read
+from .run import TOO_SLOW_REASON
 from .variants import VARIANTS
 
 BEGIN = "<!-- benchmarks: written by `make report` -->"
@@ -49,7 +50,10 @@ def _row(workload: dict[str, Any], name: str) -> list[str]:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """The README's table: one row a workload, ours against each baseline; bold where we lose."""
+    """The README's table: one row a workload, ours against each baseline; bold where we lose.
+
+    A cell is empty where nothing was measured, and "too slow" where that would have filled the rounds.
+    """
     header = [
         "critic / penalty / batch", "naive", "drop-in", "step", "compiled", "bf16", "vs compiled", "vs JAX",
         "vs no penalty", "of the limit", "memory", "units", "launches",
@@ -70,12 +74,18 @@ def _summary_row(key: str, workload: dict[str, Any]) -> list[str]:
         f"{milliseconds(workload, 'naive'):.3g} ms",
         *(_times(ratio(workload, "naive", name)) for name in ("drop-in", "ours", "ours-compiled")),
         _times(ratio(workload, "naive-bf16", "ours-bf16")),
-        *(_times(ratio(workload, name, best)) for name in ("naive-compiled", "jax", "no-penalty")),
+        *(_against(workload, name, best) for name in ("naive-compiled", "jax", "no-penalty")),
         f"{limit.median:.0%}" if limit else "",
         "" if memory is None else _bold(f"{memory:.2f}", memory >= 1.005),
         f"{naive['units']:.1f} → {ours['units']:.1f}" if "units" in ours else "",
         f"{naive['launches']} → {ours['launches']}" if "launches" in ours else "",
     ]
+
+
+def _against(workload: dict[str, Any], competitor: str, best: str) -> str:
+    if workload["variants"].get(competitor, {}).get("skipped", "").endswith(TOO_SLOW_REASON):
+        return "too slow"
+    return _times(ratio(workload, competitor, best))
 
 
 def _times(ratio: Ratio | None) -> str:

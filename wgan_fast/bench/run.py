@@ -15,6 +15,9 @@ from .workloads import Workload
 TOO_SLOW = 5.0
 """How many times naive's time a variant may take and still be timed in rounds, which it would fill."""
 
+TOO_SLOW_REASON = "times as long as naive, in a single reading"
+"""How the reason of a variant skipped for its time ends."""
+
 Progress = Callable[[str, float], None]
 """Told what is being done, and the fraction of it that is."""
 
@@ -60,7 +63,7 @@ def run(
             once[name] = fastest_of(step, device, repeats=1)
             slowness = once[name] / once["naive"]
             if slowness > TOO_SLOW:
-                raise Skipped(f"{slowness:.0f} times as long as naive, in a single reading")
+                raise Skipped(f"{slowness:.0f} {TOO_SLOW_REASON}")
             if variant.computes != "nothing" and not variant.compiled:
                 counted = count(step)
                 found[name] |= {
