@@ -57,7 +57,7 @@ $(VENV)/jax: $(VENV)/package
 	touch $@
 
 BENCH := $(BIN)/wgan-fast bench --device cpu --out benchmarks/results
-LARGE := naive naive-compiled no-penalty drop-in ours ours-compiled limit naive-bf16 ours-bf16 limit-bf16
+LARGE := naive naive-compiled jax no-penalty drop-in ours ours-compiled limit naive-bf16 ours-bf16 limit-bf16
 
 bench: $(VENV)/jax  ## The critic step against the alternatives, on this CPU; goes on where it was stopped
 	$(BENCH) --models toy-mlp tabular-mlp dcgan-28 --seconds 12
