@@ -335,8 +335,36 @@ def test_lazy_penalty_is_applied_at_every_kth_critic_step_with_k_times_the_weigh
     trainer._iteration.critic_step = Watched()
     trainer.fit()
     assert seen == [(k, k % 3 == 0) for k in range(6)]
-    # The last step of an iteration is what is logged: steps 1, 3 and 5 of the critic, from 0.
-    assert [record["penalty"] > 0 for record in metrics_of(tmp_path / "run")] == [False, True, False]
+
+
+@pytest.mark.parametrize("options", [OFF, {**FAST, "cuda_graph": True}], ids=["plain", "all options"])
+@pytest.mark.parametrize("every", [2, 7])
+def test_logged_penalty_is_that_of_the_iterations_last_critic_step_with_one(tmp_path, every, options):
+    steps = 9
+    settings = {"steps": steps, "n_critic": 5, "penalty_every": every, "log_every": 1, "device": "cpu", **options}
+    config = TrainConfig(batch_size=6, learning_rate=RATE, out=tmp_path / "run", **settings)
+    trainer = Trainer(*networks(), images(), config)
+    step, average = trainer._iteration.critic_step, trainer._iteration.replicas.average_gradients
+    measured: list[Any] = []
+
+    def noting(name: str, network: list[nn.Parameter], figures: Any) -> Any:
+        figures = average(name, network, figures)
+        if name == "critic":
+            measured.append((step.steps_taken - 1, *(figure.item() for figure in figures)))
+        return figures
+
+    trainer._iteration.replicas.average_gradients = noting
+    trainer.fit()
+    assert [taken for taken, *_ in measured] == list(range(5 * steps))
+    expected = []
+    for i in range(steps):
+        own = measured[5 * i : 5 * i + 5]
+        with_penalty = [(penalty, norm) for taken, _, penalty, _, _, _, norm in own if taken % every == 0]
+        assert all(penalty > 0 for penalty, _ in with_penalty)
+        expected.append((own[-1][1], *(with_penalty[-1] if with_penalty else (None, None))))
+    assert any(penalty is None for _, penalty, _ in expected) == (every == 7)
+    logged = [(row["critic_loss"], row["penalty"], row["gradient_norm"]) for row in metrics_of(tmp_path / "run")]
+    assert logged == expected
 
 
 # Penalties on a part of the batch

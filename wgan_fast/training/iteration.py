@@ -41,7 +41,8 @@ class IterationResult(NamedTuple):
     """What an iteration measured: 0-dim tensors on the device, averaged over the processes.
 
     Attributes:
-        critic: The figures of the last critic step.
+        critic: The figures of the last critic step; ``penalty`` and ``gradient_norm`` are of the last one that carried
+            a penalty, 0 and NaN where none did.
         generator_loss: The generator's loss.
         stopping: How many processes were asked to stop.
     """
@@ -130,12 +131,17 @@ class Iteration:
 
     def _run(self, reals: Sequence[Tensor], stop: bool = False) -> IterationResult:
         critic, generator = self._trained["critic"], self._trained["generator"]
-        for real, (fake, alpha) in zip(reals, self._fakes(len(reals))):
+        penalised = None
+        for k, (real, (fake, alpha)) in enumerate(zip(reals, self._fakes(len(reals)))):
             result = self.critic_step(self.laid_out(real), fake, alpha)
             result = CriticStepResult(*self.replicas.average_gradients("critic", critic, result))
+            if self._penalises(k):
+                penalised = result
             self._move("critic")
             if self._clip is not None:
                 clip_weights_(critic, self._clip)
+        if penalised is not None:
+            result = result._replace(penalty=penalised.penalty, gradient_norm=penalised.gradient_norm)
 
         with self._autocast():
             loss = self._generator_loss(self.critic(self.generator(self._noise())))
@@ -191,13 +197,16 @@ class Iteration:
     def _alpha(self, k: int) -> Tensor | None:
         """α ``[N]`` of the k-th critic step; None where it takes none or draws its own."""
         penalty = self.config.penalty
-        if penalty is None or penalty.at != "interpolates":
-            return None
-        if ((self.step - 1) * self.n_critic + k) % penalty.every:
+        if penalty is None or penalty.at != "interpolates" or not self._penalises(k):
             return None
         dtype = accumulation_dtype(self.dtype)
         alpha = torch.rand(self.batch_size, dtype=dtype, device=self.device, generator=self.rng)
         return alpha[self.replicas.rows(self.batch_size)]
+
+    def _penalises(self, k: int) -> bool:
+        """Whether the k-th critic step carries a penalty."""
+        penalty = self.config.penalty
+        return penalty is not None and ((self.step - 1) * self.n_critic + k) % penalty.every == 0
 
     def _may_generate_ahead(self) -> bool:
         """Whether one forward gives what ``n_critic`` of them give, and does not cost more.

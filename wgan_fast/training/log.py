@@ -58,8 +58,14 @@ class MetricsLog:
         return self.records[-1] if self.records else {}
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record, which has a ``step``; figures that are not finite are written as null."""
+        """Append one record, which has a ``step``.
+
+        Figures that are not finite are written as null, and so is the penalty where no gradient norm was measured.
+        """
         record = {key: None if _not_finite(value) else value for key, value in record.items()}
+        # An iteration without a penalty counts it as 0, which on a curve would look like a norm at its target.
+        if "penalty" in record and record["gradient_norm"] is None:
+            record["penalty"] = None
         self.records.append(record)
         if self._file is not None:
             self._file.write(_line(record))
