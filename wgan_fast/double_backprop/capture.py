@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.export.graph_signature import InputKind
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from ..checks import check_scores
@@ -183,8 +184,12 @@ def _try_on(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
             held = {id(x): mode.from_tensor(x.detach(), static_shapes=True) for x in _held(critic)}
             twin = copy.deepcopy(critic, held)
             states = [list(map(plain_attributes, twin.modules()))]
-            for _ in range(2):
-                scores = twin(*given, **named)
+            calls = []
+            # The first call may also fill what the critic keeps.
+            for _ in range(3):
+                with _Calls() as recorded:
+                    scores = twin(*given, **named)
+                calls.append(recorded.made)
                 states.append(list(map(plain_attributes, twin.modules())))
     except Exception:
         # What does not run without data is not captured either, for a reason that the export words better.
@@ -203,15 +208,14 @@ def _try_on(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
                 "autograd.Function with a backward of its own"
             )
         pending.extend(source for source, _ in function.next_functions)
-    written = set()
-    for module, copied, before, once, twice in zip(critic.modules(), twin.modules(), *states):
-        for name, value in twice.items():
-            # Keeping an activation is common, and harmless; a number that changes every time is there to be read.
-            if once.get(name, ...) != value and not isinstance(vars(copied)[name], Tensor):
-                raise CaptureError(f"the critic's forward changes {type(module).__name__}.{name} at every call")
-            if before.get(name, ...) != value:
-                written.add((id(module), name))
-    return written
+    if calls[1] != calls[2]:
+        raise CaptureError("the critic's forward computes something else at every call, with numbers that it changes")
+    return {
+        (id(module), name)
+        for module, before, after in zip(critic.modules(), states[0], states[-1])
+        for name, value in after.items()
+        if before.get(name, ...) != value
+    }
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Hashable]:
@@ -250,6 +254,18 @@ class _TensorHooks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.found |= func in (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
+        return func(*args, **(kwargs or {}))
+
+
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records which operators run, with which numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made.append((func, [x for x in tree_leaves((args, kwargs)) if not isinstance(x, Tensor)]))
         return func(*args, **(kwargs or {}))
 
 
