@@ -3,13 +3,16 @@
 import io
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..files import write_atomically
 from .results import Ratio, milliseconds, ratio, read
 from .run import TOO_SLOW_REASON
 from .variants import VARIANTS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BEGIN = "<!-- benchmarks: written by `make report` -->"
 END = "<!-- end of benchmarks -->"
@@ -145,6 +148,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
     env = results["environment"]
     axes.set_title(f"{env['device']}, {env['threads']} threads, torch {env['versions']['torch']}", fontsize=9)
     figure.legend(fontsize=7, loc="outside lower center", ncols=3)
+    save(figure, path)
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())

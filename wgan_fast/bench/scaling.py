@@ -1,11 +1,9 @@
 """How the cost of a step grows with batch, width, depth and image size: what is measured, its table and its plot."""
 
-import io
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
 from . import report
 from .results import milliseconds, ratio, read
 
@@ -107,9 +105,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.tick_params(labelsize=8)
     figure.supylabel("milliseconds a step", fontsize=9)
     figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(path, buffer.getvalue())
+    report.save(figure, path)
 
 
 def page_section(folder: Path) -> str:
