@@ -10,6 +10,9 @@ from textbook import CASES, Case
 # The tensors of the tests are small: threads only cost, and results stay the same from machine to machine.
 torch.set_num_threads(1)
 
+# It would hide a child process that does not flush what a test waits for.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:

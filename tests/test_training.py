@@ -623,7 +623,8 @@ def test_trainers_built_before_any_of_them_runs_get_folders_of_their_own(tmp_pat
 
 def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path):
     trainer_of(tmp_path, steps=2).fit()
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    hold += "; print(flush=True); sys.stdin.read()"
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path / "run" / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
