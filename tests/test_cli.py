@@ -1,13 +1,17 @@
 """What the commands print and leave behind."""
 
+import contextlib
 import csv
 import io
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -147,6 +151,70 @@ def test_help_lists_the_commands(capsys):
     text = help_of([], capsys)
     for name in FIXED_FLAGS:
         assert re.search(rf"\b{name}\b", text)
+
+
+# Output
+
+
+def ascii_output_of(arguments: list[str]) -> str:
+    """What the command prints where standard output takes ASCII alone."""
+    written = io.BytesIO()
+    output = io.TextIOWrapper(written, encoding="ascii", write_through=True)
+    with contextlib.redirect_stdout(output):
+        main(arguments)
+    return written.getvalue().decode("ascii")
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in FIXED_FLAGS), ["bench"]], ids=" ".join)
+def test_help_is_shown_where_the_output_is_ascii(arguments):
+    with pytest.raises(SystemExit) as end:
+        ascii_output_of([*arguments, "--help"])
+    assert not end.value.code
+
+
+def test_help_is_shown_where_the_locale_is_ascii(tmp_path):
+    environment = {**ENVIRONMENT, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    ended = subprocess.run(command("train", "--help"), env=environment, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert b"--penalty-weight" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", *TINY, "--engine", "autograd", "--steps", "1", "--out", "rún"],
+        ["sample", "rún", "--grid", "1x2", "--scores"],
+        ["evaluate", "rún", "--samples", "5"],
+        ["info"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_commands_print_what_an_ascii_output_can_show(arguments, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] != "train":
+        shutil.copytree(finished, "rún")
+    text = ascii_output_of(arguments)
+    assert arguments[0] == "info" or "r?n/" in text
+
+
+def test_names_of_files_that_are_no_text_are_printed_as_they_are(tmp_path, capfdbinary):
+    out = os.fsencode(tmp_path) + b"/r\xff"
+    main(["train", *TINY, "--engine", "autograd", "--steps", "1", "--out", os.fsdecode(out)])
+    assert out + b"/samples/" in capfdbinary.readouterr().out
+
+
+def test_warnings_are_shown_in_one_line(tmp_path, monkeypatch, capsys):
+    model = "import warnings, own_model\ndef build(shape):\n    warnings.warn('slow:\\nno compiler', RuntimeWarning)\n"
+    (tmp_path / "warns.py").write_text(model + "    return own_model.build(shape)\n")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    shown = warnings.showwarning
+    arguments = ["--data", "digits", "--engine", "autograd", "--model", "warns:build"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        main(["train", *arguments, "--steps", "1", "--batch-size", "8", "--out", str(tmp_path / "run")])
+    assert "wgan-fast: warning: slow: no compiler\n" in capsys.readouterr().err
+    assert warnings.showwarning is shown
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -321,8 +322,10 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     # Networks of one's own (module:function) lie where the command is run.
     sys.path.insert(0, os.getcwd())
+    _let_every_character_pass(sys.stdout)
     try:
-        _parse(arguments).run()
+        with _warnings_in_one_line():
+            _parse(arguments).run()
     except (InputError, DivergenceError, OSError) as error:
         sys.exit(_fail(error, 2))
     except LostProcessError as error:
@@ -332,9 +335,34 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_fail("interrupted; train goes on with --resume and the run's folder", 128 + number))
 
 
+def _let_every_character_pass(stream: object) -> None:
+    """Have a stream write what its encoding cannot say as a question mark, and a path's bytes as they are."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "replace")
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show warnings as errors are shown: the line of code that Python would add is none of the user's."""
+
+    def show(message: Warning | str, *place: object, **options: object) -> None:
+        _say("warning", message)
+
+    before = warnings.showwarning
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
 def _fail(error: object, status: int) -> int:
-    print(f"wgan-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+    _say("error", error)
     return status
+
+
+def _say(kind: str, message: object) -> None:
+    print(f"wgan-fast: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _load(folder: Path, device: str) -> Run:

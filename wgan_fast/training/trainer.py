@@ -276,7 +276,7 @@ class Trainer:
             if not self._grid_path(self.step).exists():
                 self._save_picture()
             if self.step > first or not (self.out / "summary.txt").exists():
-                write_atomically(self.out / "summary.txt", f"{summary}\n".encode())
+                write_atomically(self.out / "summary.txt", os.fsencode(f"{summary}\n"))
         self._replicas.wait()
         return summary
 
