@@ -343,26 +343,23 @@ def _let_every_character_pass(stream: object) -> None:
 
 @contextlib.contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Show warnings as errors are shown: the line of code that Python would add is none of the user's."""
-
-    def show(message: Warning | str, *place: object, **options: object) -> None:
-        _say("warning", message)
-
-    before = warnings.showwarning
-    warnings.showwarning = show
+    """Write warnings as errors are written: the line of code that Python would add is none of the user's."""
+    before = warnings.formatwarning
+    # Not showwarning: whoever records warnings around a call of main would miss them.
+    warnings.formatwarning = lambda message, *place: _line("warning", message)
     try:
         yield
     finally:
-        warnings.showwarning = before
+        warnings.formatwarning = before
 
 
 def _fail(error: object, status: int) -> int:
-    _say("error", error)
+    print(_line("error", error), end="", file=sys.stderr)
     return status
 
 
-def _say(kind: str, message: object) -> None:
-    print(f"wgan-fast: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+def _line(kind: str, message: object) -> str:
+    return f"wgan-fast: {kind}: {' '.join(str(message).split())}\n"
 
 
 def _load(folder: Path, device: str) -> Run:
