@@ -321,11 +321,38 @@ def test_samples_are_not_changed_by_training_batches():
         (np.ones((3, 0)), r"shape \(3, 0\)"),
         (np.ones((4, 784), np.uint8), r"uint8 of shape \(4, 784\)"),
         (np.ones((4, 5, 6, 7), np.uint8), r"uint8 of shape \(4, 5, 6, 7\)"),
+        (np.ma.masked_less(np.eye(4), 0.5), "array has 12 masked values, it must have none"),
     ],
 )
 def test_arrays_of_other_forms_are_refused_by_what_they_are(array, message):
     with pytest.raises(InputError, match=message):
         load_data(array)
+
+
+def test_masked_arrays_without_a_masked_value_are_arrays():
+    assert load_data(np.ma.masked_less(np.ones((4, 3)), 0), holdout=0).train.take(4).equal(torch.ones(4, 3))
+
+
+RAGGED = [torch.ones(3, 2), torch.ones(4, 2)]
+NOT_DENSE = {
+    "sparse_coo": lambda: torch.eye(4).to_sparse(),
+    "sparse_csr": lambda: torch.eye(4).to_sparse_csr(),
+    "sparse_bsc": lambda: torch.eye(4).to_sparse_bsc((2, 2)),
+    "_mkldnn": lambda: torch.ones(4, 1, 8, 8).to_mkldnn(),
+    "nested": lambda: torch.nested.nested_tensor(RAGGED, layout=torch.jagged),
+    "nested of old": lambda: torch.nested.nested_tensor(RAGGED),
+    "meta": lambda: torch.ones(4, 3, device="meta"),
+}
+
+
+@pytest.mark.parametrize("form", NOT_DENSE)
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:The PyTorch API of nested tensors")
+def test_tensors_that_are_not_dense_are_refused_by_what_they_are(form):
+    said = form.removesuffix(" of old")
+    with pytest.raises(InputError, match=f"tensor is {said}, it must be a dense tensor"):
+        load_data(NOT_DENSE[form]())
+    with pytest.raises(InputError, match=rf"Items\[0\] is {said}, it must be a dense tensor"):
+        load_data(Items([NOT_DENSE[form]()] * 5))
 
 
 def test_non_finite_values_are_counted_and_located(monkeypatch):

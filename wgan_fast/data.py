@@ -143,7 +143,7 @@ def load_data(
               file ("*-images-idx3-ubyte", gzipped or not), to a folder with the IDX files of MNIST or
               Fashion-MNIST (its "t10k" images are then the held-out split), or to a ".npy" or ".npz" file
               (its only array, or "images", "data" or "x");
-            - an array or tensor (not copied where it can be used as it is). uint8 `[N, H, W]`,
+            - an array or dense tensor (not copied where it can be used as it is). uint8 `[N, H, W]`,
               `[N, C, H, W]` or `[N, H, W, C]` is images, with C in 1, 3, 4, channels first where both
               layouts would do. Floats of these two 4-D shapes are images too: all values in [0, 1] are
               scaled to [-1, 1], negative ones down to -1 mean that they already are, anything else is
@@ -179,7 +179,7 @@ def load_data(
     if isinstance(source, np.ndarray):
         return _tensor_data("array", _from_numpy(source, "array"), options)
     if isinstance(source, Tensor):
-        return _tensor_data("tensor", source.detach(), options)
+        return _tensor_data("tensor", _dense(source, "tensor"), options)
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset) and hasattr(source, "__len__"):
         return _items_data(_Items(source, type(source).__name__, options), options)
     raise InputError(
@@ -559,7 +559,7 @@ class _Items(Dataset[Tensor | InputError]):
             item = _from_numpy(item, what)
         if not isinstance(item, Tensor):
             raise InputError(f"{what} is {type(item).__name__}, it must be a tensor, an array or begin with one")
-        samples, form = _classify(item.detach()[None], what)
+        samples, form = _classify(_dense(item, what)[None], what)
         sample = _fit(samples, form, what, self.options)[0]
         return sample, form._replace(sample_shape=tuple(sample.shape))
 
@@ -597,7 +597,17 @@ def _path_data(path: Path, options: _Options) -> Data:
     raise InputError(f"data {what!r} is neither an existing path nor one of the names {', '.join(SOURCES)}")
 
 
+def _dense(data: Tensor, what: str) -> Tensor:
+    """Return a tensor that holds a value for every index, apart from any graph; refuse the others."""
+    form = "meta" if data.is_meta else "nested" if data.is_nested else str(data.layout).removeprefix("torch.")
+    if form != "strided":
+        raise InputError(f"{what} is {form}, it must be a dense tensor that holds its values")
+    return data.detach()
+
+
 def _from_numpy(array: Array, what: str) -> Tensor:
+    if np.ma.is_masked(array):
+        raise InputError(f"{what} has {np.ma.count_masked(array)} masked values, it must have none: fill them first")
     if array.dtype != np.uint8 and not (array.dtype.kind == "f" and array.dtype.itemsize <= 8):
         raise InputError(f"{what} has dtype {array.dtype}, it must be uint8 or floating point")
     # torch takes neither foreign byte orders, nor negative strides, nor read-only memory; no copy otherwise.
