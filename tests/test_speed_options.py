@@ -226,10 +226,17 @@ def hooked() -> nn.Module:
     return layer
 
 
+def patched(network: nn.Module) -> nn.Module:
+    network.forward = lambda x: x - x.mean(dim=0)
+    return network
+
+
 COUPLED = {
     "batch norm": lambda: nn.BatchNorm1d(2),
     "dropout": lambda: nn.Dropout(),
     "a forward of one's own": lambda: OwnForward(nn.Linear(2, 2)),
+    "a forward of a layer's own": lambda: patched(nn.Linear(2, 2)),
+    "a forward of a chain's own": lambda: patched(nn.Sequential(nn.Linear(2, 2))),
     "a hook": hooked,
     "spectral norm": lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)),
     "instance norm with state": lambda: nn.InstanceNorm1d(2, track_running_stats=True),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import textbook
 import torch
-from runs import TINY, assert_same_checkpoint, config_of, metrics_of, newest_checkpoint, same_bits, tensors_of
+from runs import EXAMPLES, TINY, assert_same_checkpoint, config_of, metrics_of, newest_checkpoint, same_bits, tensors_of
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import Dataset
@@ -681,6 +681,110 @@ def test_25_gaussians_are_found_by_the_toy_networks(tmp_path):
     report = json.loads((out / "evaluation.json").read_text())
     # Measured: 25 of 25, with 84 % of the samples within three standard deviations of a mode.
     assert report["modes_covered"] >= 23
+
+
+# Networks of every kind
+
+
+def fit(out: Path, generator: nn.Module, critic: nn.Module, data: Tensor, **settings: Any) -> Trainer:
+    given = {"batch_size": 5, "steps": 3, "n_critic": 2, "latent_dim": 3, "engine": "autograd", "learning_rate": 0.01}
+    trainer = Trainer(generator, critic, data, TrainConfig(out=out, **{**given, **settings}))
+    trainer.fit()
+    return trainer
+
+
+def values_of(*networks: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten().double() for network in networks for p in network.parameters()])
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_networks_of_two_dtypes_train_as_those_of_one(tmp_path, dtypes):
+    moved = []
+    for number, (generator_dtype, critic_dtype) in enumerate([dtypes, (dtypes[0], dtypes[0])]):
+        generator, critic = networks()
+        generator, critic = generator.to(generator_dtype), critic.to(critic_dtype)
+        before = values_of(generator, critic)
+        # Without a penalty no α is drawn, in float32 or in float64.
+        trainer = fit(tmp_path / f"{number}", generator, critic, points(), method="gan", optimizer="rmsprop")
+        assert {p.dtype for p in trainer.ema.parameters()} == {generator_dtype}
+        moved.append(values_of(generator, critic) - before)
+    assert moved[1].abs().max() > 0.01
+    torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-4)
+    fit(tmp_path / "bf16", generator, critic.to(dtypes[1]), points(), precision="bf16")
+    assert values_of(generator, critic).isfinite().all()
+
+
+def test_networks_of_two_dtypes_are_sampled_and_evaluated(tmp_path, monkeypatch):
+    model = "import own_model\ndef build(shape):\n    generator, critic = own_model.build(shape)\n"
+    (tmp_path / "doubled.py").write_text(model + "    return generator.double(), critic\n")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    out = str(tmp_path / "run")
+    arguments = ["--data", "digits", "--model", "doubled:build", "--engine", "autograd", "--batch-size", "5"]
+    main(["train", *arguments, "--steps", "1", "--out", out])
+    main(["train", "--resume", out, "--steps", "2"])
+    main(["sample", out, "--grid", "1x2", "--scores"])
+    main(["evaluate", out, "--samples", "5"])
+
+
+def volume_networks() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(5)
+    generator = nn.Sequential(nn.Linear(3, 8), nn.Unflatten(1, (2, 1, 2, 2)), nn.ConvTranspose3d(2, 3, (3, 2, 3)))
+    critic = nn.Sequential(nn.Conv3d(3, 4, 2), nn.Softplus(), nn.Flatten(), nn.Linear(4 * 2 * 2 * 3, 1, bias=False))
+    return generator.double(), critic.double()
+
+
+def test_volumes_train_the_same_in_channels_last_memory(tmp_path):
+    data = torch.randn(20, 3, 3, 3, 4, dtype=torch.float64)
+    runs = [fit(tmp_path / f"{last}", *volume_networks(), data, channels_last=last) for last in (False, True)]
+    assert runs[1].critic[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    plain, laid_out = (values_of(run.generator, run.critic) for run in runs)
+    assert (plain - values_of(*volume_networks())).abs().max() > 0.01
+    torch.testing.assert_close(laid_out, plain, rtol=0, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda network: torch.jit.trace(network, torch.zeros(2, 4))])
+def test_networks_in_torchscript_train_as_they_would_outside(tmp_path, make):
+    generator, critic = (network.double() for network in networks())
+    before = values_of(generator, critic)
+    plain = fit(tmp_path / "plain", copy.deepcopy(generator), copy.deepcopy(critic), points(), generate_ahead=False)
+    critic = make(critic.float()).double()
+    scripted = fit(tmp_path / "run", torch.jit.script(generator), critic, points())
+    whole = values_of(plain.generator, plain.critic, plain.ema)
+    assert (whole[: len(before)] - before).abs().max() > 0.01
+    torch.testing.assert_close(values_of(scripted.generator, scripted.critic, scripted.ema), whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_spectral_norm_that_torchscript_does_not_take_is_refused(tmp_path):
+    generator, critic = networks()
+    with pytest.raises(InputError, match="spectral_norm must be False for a critic in TorchScript"):
+        fit(tmp_path / "run", generator, torch.jit.script(critic), points(), method="hinge")
+    fit(tmp_path / "run", generator, torch.jit.script(critic), points(), method="hinge", spectral_norm=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm])
+def test_weights_that_a_hook_computes_are_trained_as_they_are(tmp_path, norm, called):
+    def normed() -> tuple[nn.Module, nn.Module]:
+        generator, critic = networks()
+        norm(generator[-1])
+        for layer in critic:
+            if isinstance(layer, nn.Linear):
+                norm(layer)
+        return generator, critic
+
+    trained = []
+    for settings in ({"method": "hinge"}, {"method": "hinge", "spectral_norm": False}):
+        generator, critic = normed()
+        if called:
+            critic(generator(torch.ones(2, 3)))
+        trained.append(fit(tmp_path / f"run{len(trained)}", generator, critic, points(), **settings))
+    values = [values_of(trainer.generator, trainer.critic, trainer.ema) for trainer in trained]
+    assert (values[0][: -values_of(trained[0].ema).numel()] - values_of(*normed())).abs().max() > 0.01
+    assert same_bits(*values)  # the norm that is there already takes the place of hinge's own
 
 
 def test_the_folder_may_be_named_by_a_string():

@@ -234,7 +234,7 @@ def wasserstein_estimate(critic: nn.Module, real: Tensor, fake: Tensor, batch_si
 
     Args:
         critic: Maps `[N, *D]` to one score per sample.
-        real: Real samples, `[N, *D]`; moved to the critic's device batch by batch.
+        real: Real samples, `[N, *D]`; moved to the critic's device, and floats to its dtype, batch by batch.
         fake: Generated samples, `[M, *D]`.
         batch_size: Samples per forward.
 
@@ -260,6 +260,7 @@ def wasserstein_estimate(critic: nn.Module, real: Tensor, fake: Tensor, batch_si
 
 @torch.no_grad()
 def _mean_score(critic: nn.Module, samples: Tensor, batch_size: int) -> float:
-    device = next((p.device for p in critic.parameters()), samples.device)
-    scores = [critic(batch.to(device)).double() for batch in torch.split(samples, batch_size)]
+    like = next((p for p in critic.parameters() if p.is_floating_point()), samples)
+    dtype = like.dtype if samples.is_floating_point() else samples.dtype
+    scores = [critic(batch.to(like.device, dtype)).double() for batch in torch.split(samples, batch_size)]
     return float(torch.cat(scores).mean())

@@ -584,15 +584,23 @@ def spectral_norm(critic: nn.Module) -> nn.Module:
     """Divide every linear and convolution weight by its largest singular value, in place.
 
     The value is estimated by power iteration (Miyato et al. 2018, arXiv:1802.05957), one step per forward in
-    training mode, with `torch.nn.utils.parametrizations.spectral_norm`; a weight that has it already is left alone.
+    training mode, with `torch.nn.utils.parametrizations.spectral_norm`; a weight that is computed already, by a
+    parametrisation or by the hook of `torch.nn.utils.spectral_norm` or `weight_norm`, is left alone.
 
     Args:
         critic: The network to change.
 
     Returns:
         The same network.
+
+    Raises:
+        InputError: A layer is of TorchScript, which takes no parametrisation.
     """
     for layer in list(critic.modules()):
-        if isinstance(layer, _WEIGHTED) and not parametrize.is_parametrized(layer, "weight"):
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise InputError(
+                "spectral_norm must be False for a critic in TorchScript: norm its layers before scripting it"
+            )
+        if isinstance(layer, _WEIGHTED) and "weight" in layer._parameters:
             parametrizations.spectral_norm(layer)
     return critic

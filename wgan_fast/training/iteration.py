@@ -1,7 +1,6 @@
 """One iteration of training: the critic's steps, the generator's step, and the moving average."""
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from ..clipping import clip_weights_
 from ..critic_step import CriticStep, CriticStepResult
 from ..errors import InputError
 from ..losses import get_loss
+from ..networks import channels_last, copy_of, to_channels_last
 from ..optim import ClippedRMSprop
 from ..precision import accumulation_dtype
 from .config import TrainConfig
@@ -66,6 +66,9 @@ class Iteration:
         ema: The generator's moving average; None where the configuration keeps none.
         step: Iterations taken.
         rewinds: How often training went back after a divergence; every time halves the learning rates.
+        dtype: Of the critic, and so of the samples that it is given.
+        noise_dtype: Of the generator.
+        device: Of both networks.
     """
 
     def __init__(
@@ -75,12 +78,13 @@ class Iteration:
         self.replicas = replicas
         if config.channels_last:
             for network in (generator, critic):
-                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                to_channels_last(network)
         self.batch_size, self.n_critic = config.batch_size or 0, config.n_critic or 0
         self._trained = {"critic": trainable("critic", critic), "generator": trainable("generator", generator)}
         first = self._trained["critic"][0]
         self.device, self.dtype = first.device, first.dtype
-        self.ema = copy.deepcopy(generator).requires_grad_(False).eval() if config.ema else None
+        self.noise_dtype = self._trained["generator"][0].dtype
+        self.ema = _averaged(generator) if config.ema else None
         self.critic_step = make_critic_step(critic, config)
         self._generator_loss = get_loss(config.recipe.loss).generator
         self.optimizers = {
@@ -96,7 +100,7 @@ class Iteration:
         self.rng = torch.Generator(self.device) if replicas.world > 1 else None
         """Source of noise and α where several processes share one stream; None is the default generator."""
         self._graphed = GraphedCalls(self._run, self.device) if config.cuda_graph else None
-        self._decay = torch.zeros((), dtype=self.dtype, device=self.device) if config.cuda_graph else None
+        self._decay = torch.zeros((), dtype=self.noise_dtype, device=self.device) if config.cuda_graph else None
         self._ahead = config.generate_ahead and self.n_critic > 1 and self._may_generate_ahead()
 
     def seed(self) -> None:
@@ -144,7 +148,7 @@ class Iteration:
             result = result._replace(penalty=penalised.penalty, gradient_norm=penalised.gradient_norm)
 
         with self._autocast():
-            loss = self._generator_loss(self.critic(self.generator(self._noise())))
+            loss = self._generator_loss(self.critic(self.generator(self._noise()).to(self.dtype)))
         self.optimizers["generator"].zero_grad(set_to_none=True)
         # Names its parameters, so that the critic's own gradients are neither computed nor touched.
         loss.backward(inputs=generator)  # type: ignore[no-untyped-call]
@@ -175,10 +179,7 @@ class Iteration:
     def laid_out(self, samples: Tensor) -> Tensor:
         """Samples as the critic takes them: of its dtype, and channels last where that is asked for."""
         samples = samples.to(self.dtype)
-        return samples.contiguous(memory_format=torch.channels_last) if self._channels_last(samples) else samples
-
-    def _channels_last(self, samples: Tensor) -> bool:
-        return self.config.channels_last and samples.dim() == 4
+        return channels_last(samples) if self.config.channels_last else samples
 
     def _move(self, name: str) -> None:
         for parameter in self._trained[name]:
@@ -190,7 +191,7 @@ class Iteration:
 
     def _noise(self) -> Tensor:
         noise = torch.randn(
-            self.batch_size, self.latent_dim, dtype=self.dtype, device=self.device, generator=self.rng
+            self.batch_size, self.latent_dim, dtype=self.noise_dtype, device=self.device, generator=self.rng
         )  # [N, latent_dim] of all processes, of which each takes its rows
         return noise[self.replicas.rows(self.batch_size)]
 
@@ -221,7 +222,9 @@ class Iteration:
         if self.device.type != "cpu":
             return True
         rows = len(range(self.batch_size)[self.replicas.rows(self.batch_size)])
-        return self.n_critic * rows * _largest_activation(self.generator, self.latent_dim, self.dtype) <= AHEAD_BYTES
+        return (
+            self.n_critic * rows * _largest_activation(self.generator, self.latent_dim, self.noise_dtype) <= AHEAD_BYTES
+        )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.precision == "bf16":
@@ -252,6 +255,13 @@ class Iteration:
         """Capture anew: the tensors of the optimizers were replaced."""
         if self._graphed is not None:
             self._graphed.clear()
+
+
+def _averaged(generator: nn.Module) -> nn.Module:
+    average = copy_of(generator).eval()
+    for parameter in average.parameters():  # TorchScript has no requires_grad_ for all of them
+        parameter.requires_grad_(False)
+    return average
 
 
 def trainable(name: str, network: nn.Module) -> list[nn.Parameter]:
@@ -335,6 +345,8 @@ def keeps_samples_apart(network: nn.Module) -> bool:
 
     The proof is by layer, through plain ``nn.Sequential``; a forward method of one's own is not looked into.
     """
+    if "forward" in vars(network):
+        return False
     if isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward:
         return all(keeps_samples_apart(layer) for layer in network)
     return type(network) in _PER_SAMPLE and not any(
@@ -344,7 +356,11 @@ def keeps_samples_apart(network: nn.Module) -> bool:
 
 def _draws_nothing(network: nn.Module) -> bool:
     """Whether a critic is known to draw no random numbers; one with layers of its own is not."""
-    return all(type(module) in _PER_SAMPLE or type(module).forward in _FORWARDS for module in network.modules())
+    return all(type(module) in _PER_SAMPLE or _forward(module) in _FORWARDS for module in network.modules())
+
+
+def _forward(module: nn.Module) -> object:
+    return getattr(type(module), "forward", None)  # TorchScript's class has none
 
 
 _FORWARDS = {nn.Sequential.forward, models.Critic.forward, models.ResidualBlock.forward}
