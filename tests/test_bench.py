@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wgan_fast import CriticStep
 from wgan_fast.bench import report, results, scaling, series, workloads
@@ -46,6 +46,39 @@ def small(penalty: str = "wgan-gp", batch_size: int = 7) -> workloads.Workload:
     return workloads.build(name, penalty=penalty, sample_shape=(2, 5, 5), batch_size=batch_size)
 
 
+def called(critic: nn.Module, *shape: int) -> nn.Module:
+    """The critic after a forward, of which its hooks keep weights with a graph behind them."""
+    critic(torch.randn(2, *shape))
+    return critic
+
+
+def weight_norm_critic() -> nn.Module:
+    torch.manual_seed(0)
+    norm = nn.utils.weight_norm
+    return nn.Sequential(norm(nn.Linear(3, 7)), nn.Softplus(), norm(nn.Linear(7, 1, bias=False)))
+
+
+def called_weight_norm_critic() -> nn.Module:
+    return called(weight_norm_critic(), 3)
+
+
+def called_spectral_norm_critic() -> nn.Module:
+    torch.manual_seed(0)
+    return called(nn.utils.spectral_norm(nn.Linear(3, 1)).eval(), 3)
+
+
+class VolumeCritic(nn.Module):
+    """Takes images apart into the slices of a volume."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.volumes, self.images = nn.Conv3d(1, 4, 2), nn.Conv2d(4, 1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.images(nn.functional.softplus(self.volumes(x[:, None]).squeeze(2))).mean(dim=(1, 2, 3))
+
+
 def noisy_critic() -> nn.Module:
     """Trying it moves random numbers and running statistics."""
     return nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3), nn.Linear(3, 1))
@@ -75,6 +108,23 @@ def test_every_eager_variant_computes_the_same_gradients(name, penalty):
             continue
         with contextlib.suppress(Skipped):
             Checker(workload).check(name, variant, variant.prepare(workload))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize(
+    ("critic", "shape"),
+    [
+        ("weight_norm_critic", (3,)),
+        ("called_weight_norm_critic", (3,)),
+        ("called_spectral_norm_critic", (3,)),
+        ("VolumeCritic", (2, 5, 5)),
+    ],
+)
+def test_critics_with_weights_of_a_hook_or_over_volumes_are_measured(critic, shape):
+    workload = workloads.build(f"{__name__}:{critic}", sample_shape=shape, batch_size=5)
+    for name in ("naive", "naive-channels-last"):
+        with contextlib.suppress(Skipped):
+            Checker(workload).check(name, VARIANTS[name], VARIANTS[name].prepare(workload))
 
 
 def test_variants_are_skipped_where_they_do_not_apply_and_nowhere_else():

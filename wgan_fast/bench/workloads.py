@@ -1,6 +1,5 @@
 """What is timed: a critic, one batch of real and fake samples, and a penalty."""
 
-import copy
 import importlib
 import itertools
 import re
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from .. import models, reference
 from ..checks import check_scores
 from ..errors import InputError
+from ..networks import channels_last, copy_of, to_channels_last
 from ..penalty import PenaltyConfig, draw_alpha
 
 SEED = 0
@@ -73,15 +73,15 @@ class Workload:
     def double(self) -> "Workload":
         """The same in float64, on a copy of the critic."""
         real, fake, alpha = (tensor.double() for tensor in (self.real, self.fake, self.alpha))
-        return replace(self, critic=copy.deepcopy(self.critic).double(), real=real, fake=fake, alpha=alpha)
+        return replace(self, critic=copy_of(self.critic).double(), real=real, fake=fake, alpha=alpha)
 
     def channels_last(self) -> "Workload":
         """The same with images and a copy of the critic in channels-last memory; other samples stay as they are."""
         if self.real.dim() != 4:
             return self
-        real, fake = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (self.real, self.fake))
-        critic = copy.deepcopy(self.critic).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return replace(self, critic=critic, real=real, fake=fake)
+        critic = copy_of(self.critic)
+        to_channels_last(critic)
+        return replace(self, critic=critic, real=channels_last(self.real), fake=channels_last(self.fake))
 
 
 @contextmanager
@@ -240,7 +240,7 @@ def _try(name: str, critic: nn.Module, samples: Tensor, group_size: int) -> None
     try:
         # A copy: batch norm's running statistics must not know of this.
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            check_scores(copy.deepcopy(critic)(samples), samples, group_size)
+            check_scores(copy_of(critic)(samples), samples, group_size)
     except Exception as error:
         shape = "x".join(map(str, samples.shape[1:]))
         raise InputError(f"critic {name!r} fails on samples of shape {shape}: {_first_line(error)}") from error
