@@ -607,7 +607,8 @@ def _dense(data: Tensor, what: str) -> Tensor:
 
 def _from_numpy(array: Array, what: str) -> Tensor:
     if np.ma.is_masked(array):
-        raise InputError(f"{what} has {np.ma.count_masked(array)} masked values, it must have none: fill them first")
+        masked = np.ma.getmaskarray(array).sum()
+        raise InputError(f"{what} has {masked} masked values, it must have none: fill them first")
     if array.dtype != np.uint8 and not (array.dtype.kind == "f" and array.dtype.itemsize <= 8):
         raise InputError(f"{what} has dtype {array.dtype}, it must be uint8 or floating point")
     # torch takes neither foreign byte orders, nor negative strides, nor read-only memory; no copy otherwise.
