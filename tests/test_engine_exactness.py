@@ -9,7 +9,8 @@ from rounding import deviations
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wgan_fast.double_backprop import CaptureError, FourPassEngine, Objective, attach
+from wgan_fast.autograd import attach
+from wgan_fast.double_backprop import CaptureError, FourPassEngine, Objective
 
 L, C = nn.Linear, nn.Conv2d
 VECTORS, IMAGES = (6, 30), (4, 3, 8, 8)
@@ -500,7 +501,7 @@ def test_attached_penalty_scales_and_accumulates_like_any_loss():
 
 def test_what_cannot_be_captured_is_named_with_its_line():
     critic = Custom(lambda s, x: s.a(x) * (2 if x.sum() > 0 else 1), a=L(30, 1)).double()
-    with pytest.raises(CaptureError, match=r"torch\.export could not capture"):
+    with pytest.raises(CaptureError, match=r"torch\.compile could not capture"):
         FourPassEngine(critic, Objective(wasserstein))(batches_of(VECTORS))
 
 

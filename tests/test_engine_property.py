@@ -363,7 +363,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_rule_is_refused_by_name(name):
     critic = REFUSED[name]().double()
-    with pytest.raises(CaptureError, match=r"aten\.\w+|torch\.export"):
+    with pytest.raises(CaptureError, match=r"aten\.\w+|torch\.compile"):
         FourPassEngine(critic, Objective(wasserstein))(batches_of((4, 8)))
 
 

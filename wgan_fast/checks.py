@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal, get_args
 
+import torch
 from torch import Generator, Tensor
 
 Engine = Literal["auto", "four_pass", "autograd"]
@@ -57,6 +58,12 @@ def check_loss(loss: object) -> Tensor:
 def unconnected() -> ValueError:
     """What to raise where a critic has no input gradient."""
     return ValueError("critic's scores do not depend on its input: it was detached or computed under torch.no_grad()")
+
+
+def check_gradients_allowed(what: str) -> None:
+    """Raise under ``torch.inference_mode()``."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        raise ValueError(f"{what} needs gradients, which torch.inference_mode() forbids")
 
 
 def check_critic_arguments(critic_args: object, critic_kwargs: object) -> None:

@@ -1,6 +1,6 @@
 """One critic step: scores, loss, penalty and every parameter gradient, ready for the optimizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -13,16 +13,19 @@ from .checks import (
     check_alpha,
     check_critic_arguments,
     check_engine,
+    check_gradients_allowed,
     check_loss,
     check_samples,
     check_scores,
 )
-from .double_backprop import Objective, StepOutput
-from .engines import EngineChoice
+from .autograd import leave, penalty_at
+from .double_backprop import Objective, Prepared, StepOutput
+from .engines import EngineChoice, GivenWay
 from .losses import AdversarialLoss, get_loss, wasserstein
-from .mlp_critic_step import FusedChoice, FusedMLP
-from .penalty import PenaltyConfig, draw_alpha, penalty_at, penalty_points
+from .mlp_critic_step import FusedMLP, fused_mlp
+from .penalty import PenaltyConfig, draw, mixed
 from .precision import accumulation_dtype
+from .samples import settled
 
 Precision = Literal["fp32", "bf16"]
 Schedule = Literal["auto", "batched", "split"]
@@ -102,7 +105,6 @@ class CriticStep:
         self.compile = compile
         self.precision = precision
         self.schedule = schedule
-        self._fused = FusedChoice(critic)
         self._choices: dict[PenaltyConfig | None, EngineChoice] = {}
         self.steps_taken = 0
         """Calls so far; decides which steps carry a lazy penalty, so set it when resuming."""
@@ -141,64 +143,61 @@ class CriticStep:
             ValueError: As ``gradient_penalty``, or under ``torch.inference_mode()``; no gradient has been touched then.
         """
         check_critic_arguments(critic_args, critic_kwargs)
-        if torch.is_inference_mode_enabled():
-            raise ValueError("a critic step needs gradients, which torch.inference_mode() forbids")
+        check_gradients_allowed("a critic step")
         penalty = self._penalty_now()
         group_size = self.penalty.group_size if self.penalty else 1
-        points: list[Tensor] = []
-        if penalty and isinstance(mlp := self._operator(penalty, real, critic_args, critic_kwargs), FusedMLP):
-            result = self._one_operator(mlp, penalty, real, fake, alpha, accumulate)
-            self.steps_taken += 1
-            return result
+        check_samples(real, fake, group_size)
+        real, fake = settled(real), settled(fake)
         if penalty:
-            points = penalty_points(penalty, real, fake, alpha, None)
-        else:
-            check_samples(real, fake, group_size)
-            if alpha is not None:
-                check_alpha(alpha, real, group_size)
-        real, fake = real.detach(), fake.detach()
+            alpha, noise = draw(penalty, real, alpha)
+        elif alpha is not None:
+            check_alpha(alpha, real, group_size)
 
         with torch.enable_grad(), self._autocast(real.device.type):
-            batches = {"real": real, "fake": fake}
-            if penalty and penalty.at in ("interpolates", "perturbed"):
-                (batches["points"],) = points
-            step = self._four_passes(penalty)(batches, critic_args, critic_kwargs)
-            if step is not None:
-                result = self._take(*step, accumulate)
+            step = self._four_passes(penalty).prepare(real, critic_args, critic_kwargs)
+            if penalty and isinstance(step, Prepared) and isinstance(mlp := self._fused(step, penalty, real), FusedMLP):
+                output = self._one_operator(mlp, step, penalty, real, fake, alpha)
+                result = self._take(output, [step.inputs[i] for i in mlp.parameters], accumulate)
             else:
-                result = self._differentiate(
-                    penalty, group_size, real, fake, points, accumulate, critic_args, critic_kwargs
-                )
+                points = mixed(penalty, real, fake, alpha, noise) if penalty else []
+                if isinstance(step, Prepared):
+                    batches = {"real": real, "fake": fake}
+                    if penalty and alpha is not None:
+                        (batches["points"],) = points
+                    result = self._take(step.run(batches), step.tensors, accumulate)
+                else:
+                    forwards = step.forwards() or [
+                        lambda x: self.critic(x, *critic_args, **(critic_kwargs or {}))
+                    ] * (2 + len(points))
+                    result = self._differentiate(penalty, group_size, real, fake, points, accumulate, forwards)
+                    step.confirm()
         self.steps_taken += 1
         return result
 
-    def _operator(
-        self,
-        penalty: PenaltyConfig,
-        real: Tensor,
-        critic_args: tuple[Any, ...],
-        critic_kwargs: Mapping[str, Any] | None,
-    ) -> FusedMLP | str:
+    def _fused(self, step: Prepared, penalty: PenaltyConfig, real: Tensor) -> FusedMLP | str:
         """What the operator for MLPs needs, or why it cannot be taken."""
-        if self.engine == "autograd" or self.loss.critic is not wasserstein.critic or penalty.at != "interpolates":
-            return "the step is not WGAN-GP's, or autograd was asked for"
-        return self._fused(real, group_size=penalty.group_size, alone=not (critic_args or critic_kwargs))
+        if self.loss.critic is not wasserstein.critic or penalty.at != "interpolates":
+            return "the step is not WGAN-GP's"
+        planned = step.planned
+        if planned.fused is None:
+            planned.fused = fused_mlp(planned.plan.captured, real, group_size=penalty.group_size)
+        return planned.fused
 
     def _one_operator(
-        self, mlp: FusedMLP, penalty: PenaltyConfig, real: Tensor, fake: Tensor, alpha: Tensor | None, accumulate: bool
-    ) -> CriticStepResult:
-        check_samples(real, fake)
-        alpha = draw_alpha(real) if alpha is None else check_alpha(alpha, real)
+        self, mlp: FusedMLP, step: Prepared, penalty: PenaltyConfig, real: Tensor, fake: Tensor, alpha: Tensor | None
+    ) -> StepOutput:
+        assert alpha is not None
         precision: str = self.precision
         if precision == "fp32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
             precision = "tf32"
         with torch.no_grad():
             (real_score, fake_score, value, norm), _, gradients = torch.ops.wgan_fast.mlp_critic_step(
-                real.flatten(1), fake.flatten(1), alpha.to(accumulation_dtype(real.dtype)), mlp.parameters,
-                mlp.negative_slope, penalty.weight, penalty.target, penalty.one_sided, precision,
+                real.flatten(1), fake.flatten(1), alpha.to(accumulation_dtype(real.dtype)),
+                [step.inputs[i] for i in mlp.parameters], mlp.negative_slope,
+                penalty.weight, penalty.target, penalty.one_sided, precision,
             )  # fmt: skip
             loss = fake_score - real_score + value
-        return self._take(StepOutput(loss, value, real_score, fake_score, norm, gradients), mlp.parameters, accumulate)
+        return StepOutput(loss, value, real_score, fake_score, norm, gradients)
 
     def _take(self, output: StepOutput, parameters: Sequence[Tensor], accumulate: bool) -> CriticStepResult:
         """Leave what the four passes computed in the parameters."""
@@ -206,9 +205,7 @@ class CriticStep:
             raise ValueError(_UNREACHED)
         if not accumulate:
             self.critic.zero_grad(set_to_none=True)
-        for parameter, gradient in zip(parameters, output.gradients):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        leave(parameters, output.gradients)
         loss, penalty, real_score, fake_score, gradient_norm, _ = output
         assert loss is not None
         assert real_score is not None
@@ -223,20 +220,23 @@ class CriticStep:
         fake: Tensor,
         points: list[Tensor],
         accumulate: bool,
-        critic_args: tuple[Any, ...],
-        critic_kwargs: Mapping[str, Any] | None,
+        forwards: list[Callable[[Tensor], Any]],
     ) -> CriticStepResult:
-        """Let autograd do the step."""
+        """Let autograd do the step, with the critic as it is for real, for fake and for each set of points."""
 
-        def scores(x: Tensor) -> Tensor:
-            out = check_scores(self.critic(x, *critic_args, **(critic_kwargs or {})), x, group_size)
+        def scores(forward: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+            out = check_scores(forward(x), x, group_size)
             return out.to(accumulation_dtype(out.dtype))
 
-        real_scores, fake_scores = scores(real), scores(fake)
+        real_scores, fake_scores = scores(forwards[0], real), scores(forwards[1], fake)
         loss = check_loss(self.loss.critic(real_scores, fake_scores))
         value = norm = None
         if penalty:
-            value, norm = penalty_at(self.critic, points, penalty, critic_args, critic_kwargs)
+            parts = [
+                penalty_at(forward, [x], **penalty.norm_options) for forward, x in zip(forwards[2:], points)
+            ]
+            value = sum([part for part, _ in parts[1:]], parts[0][0])
+            norm = torch.stack([part for _, part in parts]).mean()
             loss = loss + value
         # The loss alone does not tell: through the penalty it may depend on the interpolates only.
         if not (real_scores.requires_grad and loss.requires_grad):

@@ -6,24 +6,24 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checks import Engine, check_batch, check_critic_arguments, check_floating
-from .double_backprop import CaptureError, FourPassEngine, Objective, StepOutput
-from .double_backprop.plan import Plan, Schedule
+from .double_backprop import CaptureError, ChangedError, FourPassEngine, Objective, Planned, Prepared, TooManyPlansError
+from .double_backprop.plan import Schedule
 from .losses import wasserstein
-from .mlp_critic_step import FusedChoice, FusedMLP
+from .mlp_critic_step import FusedMLP, fused_mlp
 
 
 class EngineChoice:
-    """Runs an objective in four passes, or says that autograd must.
+    """Prepares an objective's steps in four passes, or says that autograd must take them.
 
     Args:
         critic: Any callable; only an ``nn.Module`` can be captured, and no ``DistributedDataParallel``, whose
@@ -53,55 +53,85 @@ class EngineChoice:
         self.four_pass: FourPassEngine | None = None
         self.number = next(_numbers)
         _BY_NUMBER[self.number] = self
+        self._owner = weakref.ref(_lasting(critic))
         if engine == "autograd":
             self.reason = 'engine="autograd" was asked for'
         elif isinstance(critic, DistributedDataParallel):
-            reason = "a DistributedDataParallel critic's gradients are reduced by autograd's backward"
-            self._give_way(critic, CaptureError(reason))
+            self._refuse(CaptureError("a DistributedDataParallel critic's gradients are reduced by autograd's backward"))
         elif isinstance(critic, nn.Module):
             self.four_pass = FourPassEngine(critic, objective, schedule=schedule, compile=compile)
         else:
-            reason = f"the critic is {_description(critic)}, and only an nn.Module can be captured"
-            self._give_way(critic, CaptureError(reason))
+            self._refuse(CaptureError(f"the critic is {_description(critic)}, and only an nn.Module can be captured"))
 
-    def __call__(
-        self,
-        batches: Mapping[str, Tensor],
-        critic_args: tuple[Any, ...],
-        critic_kwargs: Mapping[str, Any] | None,
-    ) -> tuple[StepOutput, list[nn.Parameter]] | None:
-        """Run one step.
+    def prepare(
+        self, x: Tensor, critic_args: tuple[Any, ...], critic_kwargs: Mapping[str, Any] | None
+    ) -> "Prepared | GivenWay":
+        """Prepare one step.
 
         Args:
-            batches: As in ``FourPassEngine``.
+            x: A batch like those of the step.
             critic_args: Further positional arguments of the critic.
             critic_kwargs: Its keyword arguments.
 
         Returns:
-            The figures and gradients, with the parameters that these belong to; None where autograd must run.
+            The step, or where autograd must take it, what to call once it has.
 
         Raises:
             CaptureError: With ``engine="four_pass"``, where the critic cannot be captured.
+            TypeError: The critic does not return a tensor, or the loss does not.
+            ValueError: The critic does not return one score per sample, or its scores do not depend on its input.
         """
         if self.four_pass is None:
-            return None
+            return GivenWay(self, None)
         try:
-            plan = self.four_pass.plan(batches, critic_args, critic_kwargs)
+            prepared = self.four_pass.prepare(x, critic_args, critic_kwargs)
+            if self.engine == "auto":
+                check_cheaper(prepared.planned)
+            return prepared
         except CaptureError as error:
-            self._give_way(self.four_pass.critic, error)
-            return None
-        return self.four_pass.run(plan, batches, critic_args, critic_kwargs), plan.parameters
+            if self.engine == "four_pass":
+                raise
+            return GivenWay(self, error)
 
-    def _give_way(self, critic: Callable[..., Tensor], error: CaptureError) -> None:
+    def _refuse(self, error: CaptureError) -> None:
         if self.engine == "four_pass":
             raise error
-        self.reason = str(error)
-        self.four_pass = None
-        # Once per critic, however many objectives it is given.
-        said = _SAID.setdefault(_lasting(critic), set())
-        if self.reason not in said:
-            said.add(self.reason)
+        self.give_way(error)
+
+    def give_way(self, error: CaptureError) -> None:
+        """Leave the critic to autograd from now on, and say so once per critic, however many objectives it is given."""
+        if not isinstance(error, TooManyPlansError):
+            self.reason = str(error)
+            self.four_pass = None
+        said = _SAID.setdefault(self._owner() or self, set())
+        kind = str(error) if self.reason else TooManyPlansError
+        if kind not in said:
+            said.add(kind)
             warnings.warn(f"wgan_fast differentiates with autograd: {error}", RuntimeWarning, stacklevel=_callers())
+
+
+class GivenWay(NamedTuple):
+    """A step that autograd must take."""
+
+    choice: EngineChoice
+    error: CaptureError | None
+
+    def forwards(self) -> list[Callable[[Tensor], Tensor]] | None:
+        """What the forward is for each batch of this step, where it has been called already."""
+        return self.error.forwards() if isinstance(self.error, ChangedError) else None
+
+    def confirm(self) -> None:
+        """Say why, after autograd has taken it: what fails there too is the user's error, and no reason."""
+        if self.error is not None:
+            self.choice.give_way(self.error)
+
+
+def check_cheaper(planned: Planned) -> None:
+    """Raise unless a plan costs no more than autograd does.
+
+    Raises:
+        CaptureError: It costs more.
+    """
 
 
 def _callers() -> int:
@@ -232,13 +262,14 @@ def explain(
     check_floating("example_input", example_input)
     check_batch("example_input", example_input)
     check_critic_arguments(critic_args, critic_kwargs)
-    batches = dict.fromkeys(("real", "fake", "points"), example_input)
     engine = FourPassEngine(critic, Objective(wasserstein.critic, at="given", group_size=group_size))
     try:
-        plan = engine.plan(batches, critic_args, critic_kwargs)
+        planned = engine.planned(example_input, critic_args, critic_kwargs)
+        check_cheaper(planned)
     except CaptureError as error:
         return Explanation("autograd", str(error))
-    fused = FusedChoice(critic)(example_input, group_size=group_size, alone=not (critic_args or critic_kwargs))
+    plan = planned.plan
+    fused = fused_mlp(plan.captured, example_input, group_size=group_size)
     return Explanation(
         "four_pass",
         schedule=plan.schedule,
@@ -270,23 +301,31 @@ def run_by_number(
     if four_pass is None:
         raise CaptureError("the critic cannot run in four passes, and torch.compile cannot differentiate twice")
     critic, device = four_pass.critic, points.device.type
-    buffers = [buffer.clone() for buffer in buffers]
-    given = dict(zip(map(id, [*critic.parameters(), *critic.buffers()]), [*parameters, *buffers]))
-    call = {"points": points}, tuple(critic_args), dict(zip(names, critic_kwargs))
-
-    def plan() -> Plan:
-        with torch.autocast(device, autocast, enabled=autocast is not None):
-            return four_pass.plan(*call)
-
-    with torch.autocast(device, autocast, enabled=autocast is not None):
-        if not four_pass.has_plan(*call):
-            # Inside an operator the dispatcher has switched autograd off for this thread, and torch.export needs it.
-            with ThreadPoolExecutor(1) as other_thread:
-                other_thread.submit(plan).result()
-        trainable = plan().parameters
-        output = four_pass(*call, given)
-    gradients = {id(parameter): gradient for parameter, gradient in zip(trainable, output.gradients)}
+    # Inside an operator the dispatcher has switched autograd off for this thread, and looking at the critic needs it.
+    with _outside_operators(), torch.enable_grad(), torch.autocast(device, autocast, enabled=autocast is not None):
+        prepared = four_pass.prepare(points, tuple(critic_args), dict(zip(names, critic_kwargs)))
+        buffers = [buffer.clone() for buffer in buffers]
+        given = dict(zip(map(id, [*critic.parameters(), *critic.buffers()]), [*parameters, *buffers]))
+        trainable = {id(tensor) for tensor in prepared.tensors}
+        if not trainable <= set(map(id, critic.parameters())):
+            raise CaptureError(
+                "under torch.compile the penalty's gradients go to the critic's own parameters alone, and its forward "
+                "reads other tensors that require gradients"
+            )
+        output = Prepared(prepared.planned, tuple(given.get(id(value), value) for value in prepared.inputs)).run(
+            {"points": points}
+        )
+    gradients = dict(zip(map(id, prepared.tensors), output.gradients))
     assert output.penalty is not None
     found = [gradients.get(id(parameter)) for parameter in critic.parameters()]
     filled = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(parameters, found)]
     return [output.penalty, *filled, *buffers]
+
+
+_OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+"""Which of the dispatcher's keys are on and off outside of any operator."""
+
+
+def _outside_operators() -> AbstractContextManager[Any]:
+    """Undo, inside an operator, that the dispatcher passes by autograd and tracing in this thread."""
+    return torch._C._ForceDispatchKeyGuard(*_OUTSIDE)  # type: ignore[no-any-return]

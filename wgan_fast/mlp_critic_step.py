@@ -1,30 +1,27 @@
 """A critic step of a narrow MLP as one operator: which critics it takes, and its plain form in four passes."""
 
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
-from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
 from torch.nn.functional import leaky_relu
 
+from .double_backprop.capture import Captured
 from .double_backprop.passes import penalty_seed
-from .models import Critic
 from .reference import interpolate
+
+aten = torch.ops.aten
 
 MAX_WIDTH = 256
 """Of the input and the hidden layers: wider ones fill a GPU one at a time, and cuBLAS multiplies them faster."""
 RUNS_ON = {("cuda", torch.float32)} if importlib.util.find_spec("triton") else set()
 """Where the kernels are the faster way; elsewhere the four passes compile to better code than the plain form."""
-_CHAINS = (nn.Sequential.forward, Critic.forward)
-"""Forward methods that call one module after the other."""
-_PARTS = {nn.Linear, nn.ReLU, nn.LeakyReLU, nn.Flatten, nn.Identity, nn.Sequential}
-_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-_SETTINGS = "forward", "negative_slope", "start_dim", "end_dim"
-_STATE = attrgetter("shape", "dtype", "device", "requires_grad")
+_RESHAPES = {
+    "view", "reshape", "_unsafe_view", "flatten", "squeeze", "alias", "contiguous",
+}  # fmt: skip
+"""Operators that leave samples in rows where what they give has as many."""
 
 
 @dataclass(frozen=True)
@@ -32,134 +29,77 @@ class FusedMLP:
     """What ``wgan_fast::mlp_critic_step`` asks of a critic.
 
     Attributes:
-        parameters: Weight and bias of every linear layer, in order.
+        parameters: Weight and bias of every linear layer, in order, as positions among the inputs of its graph.
         negative_slope: Of the activation between them; 0 for ReLU.
     """
 
-    parameters: list[Tensor]
+    parameters: list[int]
     negative_slope: float
 
 
-@dataclass(frozen=True)
-class _Watched:
-    """What of a critic may change between two steps; the dictionaries are the modules' own."""
+def fused_mlp(captured: Captured, samples: Tensor, *, group_size: int = 1) -> FusedMLP | str:
+    """Recognise a narrow MLP.
 
-    modules: list[nn.Module]
-    attributes: list[dict[str, Any]]
-    hooks: list[dict[int, Any]]
-    members: list[dict[str, Any]]
-    parameters: list[nn.Parameter]
+    Args:
+        captured: The critic.
+        samples: A batch ``[N, *D]``.
+        group_size: Samples that share one norm.
 
-    def state(self, samples: Tensor) -> list[Any]:
-        """What the decision rests on, read in a few microseconds."""
-        return [
-            any(self.hooks),
-            *map(type, self.modules),
-            *map(id, chain.from_iterable(map(dict.values, self.members))),
-            *[attributes.get(name) for attributes in self.attributes for name in _SETTINGS],
-            *map(_STATE, (samples, *self.parameters)),
-        ]
-
-
-def _watch(critic: nn.Module) -> _Watched:
-    modules = list(critic.modules())
-    attributes = [module.__dict__ for module in modules]
-    return _Watched(
-        modules,
-        attributes,
-        hooks=[own[name] for own in attributes for name in _HOOKS],
-        members=[own[name] for own in attributes for name in ("_modules", "_parameters")],
-        parameters=list(critic.parameters()),
-    )
-
-
-class FusedChoice:
-    """Decides at every step whether the operator runs a critic, whose modules, hooks and parameters may change."""
-
-    def __init__(self, critic: nn.Module) -> None:
-        self._critic = critic
-        self._watched: _Watched | None = None
-        self._seen: list[Any] = []
-        self._found: FusedMLP | str = ""
-
-    def __call__(self, samples: object, *, group_size: int = 1, alone: bool = True) -> FusedMLP | str:
-        """Look at what a step is given.
-
-        Args:
-            samples: A batch ``[N, *D]``.
-            group_size: Samples that share one norm.
-            alone: Whether the samples are all that the critic is called with.
-
-        Returns:
-            What the operator needs, or in a clause why it cannot be taken.
-        """
-        critic = self._critic
-        if type(critic).forward not in _CHAINS:
-            return "it is no nn.Sequential"
-        if not _PARTS.issuperset(map(type, critic._modules.values())):
-            return f"it has a {next(type(m).__name__ for m in critic.children() if type(m) not in _PARTS)}"
-        if not isinstance(samples, Tensor) or (samples.device.type, samples.dtype) not in RUNS_ON:
-            return "its samples are not float32 on a GPU that Triton compiles for"
-        if group_size != 1 or not alone:
-            return "it packs samples, or takes more than samples"
-        if torch.is_autocast_enabled(samples.device.type):
-            return "autocast is on around the step"
-        if self._watched is None or self._watched.state(samples) != self._seen:
-            self._watched = _watch(critic)
-            self._seen, self._found = self._watched.state(samples), _decide(critic, samples)
-        return self._found
-
-
-def _decide(critic: nn.Module, samples: Tensor) -> FusedMLP | str:
-    own = [module.__dict__ for module in critic.modules()]
-    if any(attributes[name] for attributes in own for name in _HOOKS):
-        return "it has hooks"
-    if any("forward" in attributes for attributes in own):
-        return "one of its modules has a forward method of its own"
-    layers = list(_in_order(critic))
-    if layers and _flattens_from(layers[0]) == 1:
-        del layers[0]
-    elif samples.dim() != 2:
-        return "its samples are not flat"
-    # A Critic squeezes its scores [N, 1] itself, and cannot where they are [N] already.
-    ends = (1,) if type(critic).forward is Critic.forward else (0, 1)
-    if layers and (type(layers[-1]) is nn.Identity or _flattens_from(layers[-1]) in ends):
-        layers.pop()
-    linear, activations = layers[::2], layers[1::2]
-    in_turn = {nn.Linear}.issuperset(map(type, linear)) and {nn.ReLU, nn.LeakyReLU}.issuperset(map(type, activations))
-    if not in_turn or len(linear) < 2 or len(layers) % 2 == 0:
+    Returns:
+        What the operator needs, or in a clause why it cannot be taken.
+    """
+    if (samples.device.type, samples.dtype) not in RUNS_ON:
+        return "its samples are not float32 on a GPU that Triton compiles for"
+    if group_size != 1 or len(captured.sampled) > 1:
+        return "it packs samples, or takes more than samples"
+    if torch.is_autocast_enabled(samples.device.type):
+        return "autocast is on around the step"
+    layers: list[fx.Node] = []
+    slopes: set[float] = set()
+    node, widths = captured.x, [samples.shape[1:].numel()]
+    for call in captured.calls():
+        name = getattr(call.target, "_schema", call.target)
+        name = name.name.removeprefix("aten::") if hasattr(name, "name") else str(name)
+        if name == "sym_size":
+            continue
+        if call.args[0] is not node or call.meta.get("stops_gradient"):
+            return f"it is not one layer after the other, at {name}"
+        if name == "linear":
+            if len(layers) % 2:
+                return "there is no ReLU or LeakyReLU between two of its linear layers"
+            if layers == [] and node.meta["val"].dim() != 2:
+                return "its samples are not flat"
+            layers.append(call)
+        elif name in ("relu", "leaky_relu"):
+            if len(layers) % 2 == 0:
+                return "it has an activation that follows no linear layer"
+            slopes.add(0.0 if name == "relu" else float(call.args[1] if len(call.args) > 1 else 0.01))  # type: ignore[arg-type]
+            layers.append(call)
+        elif name not in _RESHAPES or call.meta["val"].shape[:1] != captured.x.meta["val"].shape[:1]:
+            return f"it has an operator {name}"
+        elif layers and call.meta["val"].numel() != node.meta["val"].numel():
+            return f"it has an operator {name}"
+        node = call
+    linear = layers[::2]
+    if len(linear) < 2 or len(layers) % 2 == 0:
         return "it is not linear layers with a ReLU or LeakyReLU between each two"
-    slopes = {float(getattr(activation, "negative_slope", 0.0)) for activation in activations}
     if len(slopes) > 1 or min(slopes) < 0:
         return "its activations differ, or rise to the left of 0"
-    parameters = [layer._parameters.get(name) for layer in linear for name in ("weight", "bias")]
-    owned: list[Tensor] = [p for p in parameters if p is not None]
-    if len(owned) < len(parameters):
+    parameters: list[Any] = [p for layer in linear for p in (*layer.args[1:3], None)[:2]]
+    if None in parameters:
         return "one of its layers has no bias"
-    width, features = owned[0].shape[0], samples.shape[1:].numel()
-    inputs = [features, *[width] * (len(linear) - 1)]
-    if [p.shape for p in owned[::2]] != list(zip([*inputs[1:], 1], inputs)):
+    if len(set(parameters)) < len(parameters) or not set(parameters) <= set(captured.trainable):
+        return "some of its parameters are shared, frozen or computed"
+    weights = [p.meta["val"] for p in parameters[::2]]
+    width = weights[0].shape[0]
+    inputs = [*widths, *[width] * (len(linear) - 1)]
+    if [tuple(w.shape) for w in weights] != list(zip([*inputs[1:], 1], inputs)):
         return "its hidden layers are not equally wide, or it does not map such samples to one score"
     if max(inputs) > MAX_WIDTH:
         return f"it is wider than {MAX_WIDTH}"
-    if len(set(map(id, owned))) < len(owned) or not all(p.requires_grad for p in owned):
-        return "some of its parameters are shared or frozen"
-    if any((p.dtype, p.device) != (samples.dtype, samples.device) for p in owned):
+    if any(p.meta["val"].dtype != samples.dtype or p.meta["val"].device != samples.device for p in parameters):
         return "its parameters are of another dtype, or on another device, than the samples"
-    return FusedMLP(owned, slopes.pop())
-
-
-def _flattens_from(layer: nn.Module) -> int | None:
-    """The dimension from which a layer flattens all the others; None for any other layer."""
-    return layer.start_dim if type(layer) is nn.Flatten and layer.end_dim == -1 else None
-
-
-def _in_order(modules: nn.Module) -> Iterator[nn.Module]:
-    for module in modules._modules.values():
-        if type(module) is nn.Sequential:
-            yield from _in_order(module)
-        elif module is not None:
-            yield module
+    return FusedMLP([captured.inputs.index(p) for p in parameters], slopes.pop())
 
 
 def four_passes(

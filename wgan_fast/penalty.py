@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -19,15 +18,15 @@ from .checks import (
     check_engine,
     check_floating,
     check_generator,
+    check_gradients_allowed,
     check_matches,
     check_samples,
-    check_scores,
-    unconnected,
 )
-from .double_backprop import attach
-from .engines import penalty_choice
-from .piecewise_linear import PiecewiseLinear
+from .autograd import attach
+from .autograd import penalty_at as penalty_at
+from .engines import GivenWay, penalty_choice
 from .precision import accumulation_dtype
+from .samples import settled
 
 At = Literal["interpolates", "real", "fake", "both", "perturbed"]
 
@@ -74,6 +73,12 @@ class PenaltyConfig:
                 raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+
+    @property
+    def norm_options(self) -> dict[str, Any]:
+        """What of it says how a gradient's norm is penalised, as keyword arguments."""
+        names = ("weight", "target", "one_sided", "group_size")
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def wgan_gp(cls, weight: float = 10.0) -> Self:
@@ -227,19 +232,25 @@ class GradientPenalty:
         args = self.critic_args if critic_args is None else critic_args
         kwargs = self.critic_kwargs if critic_kwargs is None else critic_kwargs
         check_critic_arguments(args, kwargs)
+        check_gradients_allowed("a gradient penalty")
         points = penalty_points(self.config, real, fake, alpha, self.generator)
         critic = self.critic
         if torch.compiler.is_compiling() and isinstance(critic, nn.Module) and self._four_passes.four_pass is not None:
             return self._compiled(critic, points, args, kwargs or {})
-        penalties = []
-        for point in points:
-            step = self._four_passes({"points": point}, args, kwargs)
-            if step is None:
-                return penalty_at(self.critic, points, self.config, args, kwargs)[0]
-            output, parameters = step
-            assert output.penalty is not None
-            penalties.append(attach(output.penalty, parameters, output.gradients))
+        penalties = [self._at(point, args, kwargs) for point in points]
         return sum(penalties[1:], penalties[0])
+
+    def _at(self, points: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Tensor:
+        step = self._four_passes.prepare(points, args, kwargs)
+        if isinstance(step, GivenWay):
+            penalty, _ = penalty_at(
+                lambda x: self.critic(x, *args, **(kwargs or {})), [points], **self.config.norm_options
+            )
+            step.confirm()
+            return penalty
+        output = step.run({"points": points})
+        assert output.penalty is not None
+        return attach(output.penalty, step.tensors, output.gradients)
 
     def _compiled(
         self, critic: nn.Module, points: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -265,49 +276,6 @@ class GradientPenalty:
             pairs = [(p, g) for p, g in zip(parameters, gradients) if p.requires_grad]
             penalties.append(attach(penalty, [p for p, _ in pairs], [g for _, g in pairs]))
         return sum(penalties[1:], penalties[0])
-
-
-def penalty_at(
-    critic: Callable[..., Tensor],
-    points: list[Tensor],
-    config: PenaltyConfig,
-    critic_args: tuple[Any, ...] = (),
-    critic_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Evaluate the penalty at given points by double backward.
-
-    Returns:
-        The penalty (summed over the sets of points, weight included) and the mean gradient norm, both 0-dim.
-    """
-    differentiate = torch.is_grad_enabled()
-    penalties, norms = [], []
-    for point in points:
-        with torch.enable_grad():
-            x = point.detach().requires_grad_()
-            with nullcontext() if torch.compiler.is_compiling() else PiecewiseLinear():
-                scores = critic(x, *critic_args, **(critic_kwargs or {}))
-            scores = check_scores(scores, x, config.group_size)
-            gradient = _input_gradient(scores, x, differentiate)
-            norm = reference.gradient_norm(gradient, config.group_size)
-            penalties.append(
-                reference.penalty_from_norm(
-                    norm, weight=config.weight, target=config.target, one_sided=config.one_sided
-                )
-            )
-            norms.append(norm.detach().mean())
-    penalty = penalties[0] if len(penalties) == 1 else penalties[0] + penalties[1]
-    return penalty, torch.stack(norms).mean()
-
-
-def _input_gradient(scores: Tensor, x: Tensor, create_graph: bool) -> Tensor:
-    gradient = None
-    if scores.requires_grad:
-        (gradient,) = torch.autograd.grad(
-            scores, x, torch.ones_like(scores), create_graph=create_graph, allow_unused=True
-        )
-    if gradient is None:
-        raise unconnected()
-    return gradient
 
 
 def interpolate(
@@ -400,23 +368,32 @@ def penalty_points(
         ValueError: As ``gradient_penalty``.
     """
     check_samples(real, fake, config.group_size)
+    real, fake = settled(real), settled(fake)
+    return mixed(config, real, fake, *draw(config, real, alpha, generator))
+
+
+def draw(
+    config: PenaltyConfig, real: Tensor, alpha: Tensor | None, generator: Generator | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return α ``[N]`` and the noise ``[N, *D]`` of a step, drawn where they are not given; None where not needed."""
     check_generator(generator, real)
-    real, fake = real.detach(), fake.detach()
     if alpha is not None:
         alpha = check_alpha(alpha, real, config.group_size)
-    if config.at == "real":
-        return [real]
-    if config.at == "fake":
-        return [fake]
-    if config.at == "both":
-        return [real, fake]
+    if config.at not in ("interpolates", "perturbed"):
+        return None, None
     if alpha is None:
         alpha = draw_alpha(real, generator, config.group_size)
-    with torch.no_grad():
-        if config.at == "interpolates":
-            return [interpolate(real, fake, alpha)]
-        noise = _draw_uniform(real.shape, real, generator)
-        return [reference.perturb(real, alpha, noise)]
+    return alpha, _draw_uniform(real.shape, real, generator) if config.at == "perturbed" else None
+
+
+@torch.no_grad()
+def mixed(
+    config: PenaltyConfig, real: Tensor, fake: Tensor, alpha: Tensor | None, noise: Tensor | None
+) -> list[Tensor]:
+    """Return the sets of points at which ``config`` penalises, from what ``draw`` gave."""
+    if alpha is None:
+        return {"real": [real], "fake": [fake], "both": [real, fake]}[config.at]
+    return [interpolate(real, fake, alpha) if noise is None else reference.perturb(real, alpha, noise)]
 
 
 def draw_alpha(real: Tensor, generator: Generator | None = None, group_size: int = 1) -> Tensor:

@@ -16,12 +16,22 @@ aten = torch.ops.aten
 
 
 class PiecewiseLinear(TorchFunctionMode):
-    """While active, differentiable ReLUs and leaky ReLUs have no second derivative instead of one that is zero."""
+    """While active, differentiable ReLUs and leaky ReLUs have no second derivative instead of one that is zero.
+
+    Attributes:
+        before: What came before them, as nodes of autograd's graph.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace the activations that can be."""
         replace = _REPLACED.get(func)
         if replace is not None and torch.is_grad_enabled() and args and args[0].requires_grad:
+            if args[0].grad_fn is not None:
+                self.before.append(args[0].grad_fn)
             return replace(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

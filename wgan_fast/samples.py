@@ -40,3 +40,24 @@ def arranged(batch: Tensor, like: Tensor, *, copy: bool = True) -> Tensor:
         return batch
     new = empty(like, batch.shape[0], batch.dtype)
     return new.copy_(batch) if copy else new
+
+
+def settled(batch: Tensor) -> Tensor:
+    """Return a batch as a constant that autograd takes, in memory in which no two elements share a place."""
+    batch = batch.detach()
+    if torch.compiler.is_compiling():
+        return batch
+    if batch.is_inference() or _overlaps(batch):
+        return batch.contiguous().clone()
+    return batch
+
+
+def _overlaps(batch: Tensor) -> bool:
+    if batch.is_contiguous():
+        return False
+    extent = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(batch.stride(), batch.shape) if size > 1):
+        if stride <= extent:
+            return True
+        extent += stride * (size - 1)
+    return False

@@ -5,7 +5,17 @@ The derivation and the papers it stands on: Gulrajani et al. 2017 (arXiv:1704.00
 """
 
 from .capture import CaptureError
-from .engine import FourPassEngine, attach
+from .engine import ChangedError, FourPassEngine, Planned, Prepared, TooManyPlansError
 from .plan import Objective, Plan, StepOutput
 
-__all__ = ["CaptureError", "FourPassEngine", "Objective", "Plan", "StepOutput", "attach"]
+__all__ = [
+    "CaptureError",
+    "ChangedError",
+    "FourPassEngine",
+    "Objective",
+    "Plan",
+    "Planned",
+    "Prepared",
+    "StepOutput",
+    "TooManyPlansError",
+]

@@ -1,32 +1,21 @@
-"""Captures a critic as a graph of high-level ATen operators with ``torch.export``.
+"""Lowers a critic's traced forward to a graph of high-level ATen operators.
 
-What the graph says is made plain on the way: in-place operators on activations become their functional forms,
-blocks under ``no_grad`` are inlined and marked, and inputs are sorted into parameters, buffers, constants and the
-critic's own arguments.
+What the graph says is made plain on the way: in-place operators on activations become their functional forms, blocks
+under ``no_grad`` are marked, and numbers that a trace made inputs become tensors.
 """
 
-import copy
-import inspect
-import io
-import logging
 import os
+import re
 import traceback
-import warnings
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.function import BackwardCFunction
-from torch.export.graph_signature import InputKind
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only, tree_unflatten
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..checks import check_scores
 from .record import functional_form
 
 STOPS_GRADIENT = "stops_gradient"
@@ -57,21 +46,23 @@ class Captured:
 
     Attributes:
         graph: Placeholders, then ATen operators, then one output: the scores.
-        parameters: Placeholder to qualified parameter name.
-        buffers: Placeholder to qualified buffer name.
-        constants: Placeholder to the tensor it stands for.
-        inputs: Placeholders of the flattened ``(args, kwargs)``, in order.
+        inputs: A placeholder for every input of the traced forward, in its order: tensors, and numbers that may change.
+        x: The one of the samples.
+        sampled: Those with a row per sample: the samples, and further arguments such as labels.
+        trainable: Those that require gradients, the samples aside.
+        constants: Placeholder to the tensor that is written down in the critic's code.
+        functions: The same as a module of tensor functions, which autograd can differentiate.
         dynamic: Whether the graph holds for other batch sizes.
-        written: The attributes that the critic's forward writes: the module's id and the attribute's name.
     """
 
     graph: fx.Graph
-    parameters: dict[fx.Node, str] = field(default_factory=dict)
-    buffers: dict[fx.Node, str] = field(default_factory=dict)
-    constants: dict[fx.Node, Tensor] = field(default_factory=dict)
     inputs: list[fx.Node] = field(default_factory=list)
+    x: fx.Node = None  # type: ignore[assignment]
+    sampled: set[fx.Node] = field(default_factory=set)
+    trainable: list[fx.Node] = field(default_factory=list)
+    constants: dict[fx.Node, Tensor] = field(default_factory=dict)
     dynamic: bool = True
-    written: set[tuple[int, str]] = field(default_factory=set)
+    functions: fx.GraphModule = None  # type: ignore[assignment]
 
     @property
     def scores(self) -> fx.Node:
@@ -83,18 +74,20 @@ class Captured:
         return [node for node in self.graph.nodes if node.op == "call_function"]
 
 
+_NOT_THE_CRITIC = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+_STANDARD_LIBRARY = os.path.dirname(os.__file__)
+
+
 def where(node: fx.Node) -> str:
     """Describe a node for an error message: its operator and the user's source line."""
     trace = (node.meta.get("stack_trace") or "").strip().splitlines()
     frames = [
-        i for i, line in enumerate(trace) if line.strip().startswith("File ") and "/torch/" not in line.split(",")[0]
+        i
+        for i, line in enumerate(trace)
+        if line.strip().startswith('File "') and not line.strip().removeprefix('File "').startswith(_NOT_THE_CRITIC)
     ]
     source = " ".join(line.strip() for line in trace[frames[-1] : frames[-1] + 2]) if frames else ""
     return f"{node.target}" + (f" at {source}" if source else "")
-
-
-_NOT_THE_CRITIC = tuple(map(os.path.dirname, (torch.__file__, __file__)))
-_STANDARD_LIBRARY = os.path.dirname(os.__file__)
 
 
 def first_line(error: BaseException) -> str:
@@ -113,225 +106,166 @@ def raised_at(error: BaseException) -> str:
     return ""
 
 
-def capture(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
-    """Capture ``critic(*args, **kwargs)``.
+def lower(
+    trace: fx.GraphModule,
+    scores: fx.Node,
+    x: fx.Node,
+    sampled: Sequence[fx.Node],
+    numbers: Mapping[fx.Node, float | None],
+) -> Captured:
+    """Lower a graph of tensor functions, as Dynamo makes it.
 
     Args:
-        critic: The module.
-        args: Example positional arguments; the first is the batch ``[N, *D]``. Tensors whose first dimension is N
-            are taken to have one row per sample.
-        kwargs: Example keyword arguments.
+        trace: The graph; the placeholders' ``example_value`` are fake tensors of one mode, and numbers.
+        scores: Its node of the scores.
+        x: Its placeholder of the samples.
+        sampled: Its placeholders with a row per sample.
+        numbers: Its placeholders of 0-dim tensors that stand for Python's floating-point numbers: with their values,
+            or None to compute with the tensors.
 
     Raises:
-        CaptureError: The critic branches on data, mutates its activations through views, or changes what flows
-            backward through it.
-        TypeError: The critic does not return a tensor.
+        CaptureError: The forward writes to its activations through views, or does what has no rule.
     """
-    written = _try_on(critic, args, kwargs)
-    try:
-        program, dynamic = _export(critic, args, dict(kwargs), dynamic=True), True
-    except Exception:
-        try:
-            program, dynamic = _export(critic, args, dict(kwargs), dynamic=False), False
-        except Exception as error:
-            raise CaptureError(
-                f"torch.export could not capture the critic{raised_at(error)}: {first_line(error)}"
-            ) from error
-    captured = Captured(fx.Graph(), dynamic=dynamic, written=written)
+    placeholders = [node for node in trace.graph.nodes if node.op == "placeholder"]
+    functions = _functions(trace, scores, numbers)
+    lowered = _to_aten(functions, [node.meta["example_value"] for node in placeholders])
+    captured = Captured(fx.Graph(), functions=functions)
     env: dict[fx.Node, fx.Node] = {}
-    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
-    for spec, node in zip(program.graph_signature.input_specs, placeholders):
-        new = env[node] = captured.graph.node_copy(node)
-        if spec.kind == InputKind.PARAMETER:
-            captured.parameters[new] = spec.target
-        elif spec.kind == InputKind.BUFFER:
-            captured.buffers[new] = spec.target
-        elif spec.kind == InputKind.CONSTANT_TENSOR:
-            captured.constants[new] = program.constants[spec.target]
-        elif spec.kind == InputKind.USER_INPUT:
-            captured.inputs.append(new)
-        else:
-            raise CaptureError(f"the critic holds a {spec.kind.name.lower()} ({spec.target}), which has no rule")
-    outputs = _inline(program.graph_module, captured.graph, env, stops_gradient=False)
-    scores = tree_unflatten(outputs, program.call_spec.out_spec)
-    if not isinstance(scores, fx.Node):
-        check_scores(scores, args[0])
-    captured.graph.output(scores)
+    given = [node for node in lowered.graph.nodes if node.op == "placeholder"]
+    captured.inputs = [captured.graph.placeholder(_short_name(node)) for node in placeholders]
+    for old, source, new in zip(given, placeholders, captured.inputs):
+        new.meta["val"] = value = source.meta["example_value"]
+        env[old] = new
+        if source is x:
+            captured.x = new
+        if source in sampled:
+            captured.sampled.add(new)
+        if isinstance(value, Tensor) and value.requires_grad and source is not x:
+            captured.trainable.append(new)
+    rows = x.meta["example_value"].shape[0]
+    captured.dynamic = isinstance(rows, torch.SymInt)
+    for old in given:
+        value = env[old].meta["val"]
+        if captured.dynamic and isinstance(value, torch.SymInt) and value.node.expr == rows.node.expr:
+            # Read from the samples themselves, so that joined batches are as long as they are.
+            env[old] = captured.graph.call_function(torch.ops.aten.sym_size.int, (captured.x, 0))
+            env[old].meta["val"] = value
+    captured.graph.output(_plain(lowered, captured, env))
     return captured
 
 
-def _try_on(critic: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[tuple[int, str]]:
-    """Run a copy of the critic without data, for what a capture would not see.
+def _short_name(placeholder: fx.Node) -> str:
+    """Name a parameter or buffer as its module does: ``p_0_weight``, ``b_1_running_mean``."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    name = source.name if isinstance(getattr(source, "name", None), str) else ""
+    kind = next((kind for kind in ("_parameters", "_buffers") if kind in name), None)
+    if kind is None or not name.startswith("L['critic']"):
+        return placeholder.name
+    return "_".join([kind[1], *re.findall(r"\['(\w+)'\]", name)[1:]])
 
-    Returns:
-        The attributes that its forward writes: the module's id and the attribute's name.
 
-    Raises:
-        CaptureError: Its backward pass is not what its forward pass says, or its forward pass counts.
-    """
-    for name, module in critic.named_modules():
-        if module._backward_hooks or module._backward_pre_hooks:
-            raise CaptureError(f"module {name or 'critic'} has backward hooks, which four passes would not call")
-    mode, hooks = FakeTensorMode(allow_non_fake_inputs=True), _TensorHooks()
-
-    def stand_in(x: Tensor) -> Tensor:
-        return mode.from_tensor(x.detach(), static_shapes=True).requires_grad_(x.is_floating_point())
-
-    try:
-        with _quiet(), torch.enable_grad(), mode, hooks:
-            given, named = tree_map_only(Tensor, stand_in, (args, dict(kwargs)))
-            # Tensors that a module simply holds cannot be copied under the mode, nor those with a graph at all.
-            held = {id(x): mode.from_tensor(x.detach(), static_shapes=True) for x in _held(critic)}
-            twin = copy.deepcopy(critic, held)
-            states = [list(map(plain_attributes, twin.modules()))]
-            calls = []
-            # The first call may also fill what the critic keeps.
-            for _ in range(3):
-                with _Calls() as recorded:
-                    scores = twin(*given, **named)
-                calls.append(recorded.made)
-                states.append(list(map(plain_attributes, twin.modules())))
-    except Exception:
-        # What does not run without data is not captured either, for a reason that the export words better.
-        return set()
-    if hooks.found:
-        raise CaptureError("the critic registers a hook on a tensor's gradient, which four passes would not call")
-    pending, seen = [getattr(scores, "grad_fn", None)], set[Any]()
-    while pending:
-        function = pending.pop()
-        if function is None or function in seen:
+def _functions(trace: fx.GraphModule, scores: fx.Node, numbers: Mapping[fx.Node, float | None]) -> fx.GraphModule:
+    """Make numbers tensors, and inference mode what it is to autograd; the result is the scores alone."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    inference: dict[fx.Node, bool] = {}
+    enabled = True
+    for node in trace.graph.nodes:
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op == "output":
+            break
+        if node.op == "get_attr" and isinstance(getattr(trace, str(node.target), None), Tensor):
+            raise CaptureError(f"the critic closes over {node.target}, which has no rule")
+        if name == "item" and node.args[0] in numbers:
+            value = numbers[node.args[0]]  # type: ignore[index]
+            env[node] = env[node.args[0]] if value is None else value  # type: ignore[index,assignment]
             continue
-        seen.add(function)
-        if isinstance(function, BackwardCFunction):
-            raise CaptureError(
-                f"the critic calls {type(function).__name__.removesuffix('Backward')}, an "
-                "autograd.Function with a backward of its own"
-            )
-        pending.extend(source for source, _ in function.next_functions)
-    if calls[1] != calls[2]:
-        raise CaptureError("the critic's forward computes something else at every call, with numbers that it changes")
-    return {
-        (id(module), name)
-        for module, before, after in zip(critic.modules(), states[0], states[-1])
-        for name, value in after.items()
-        if before.get(name, ...) != value
-    }
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Hashable]:
-    """What a module holds itself: numbers, flags and names, lists and dictionaries of them, and which tensors."""
-    found: dict[str, Hashable] = {}
-    for name, value in module.__dict__.items():
-        if name in _INHERITED:
+        if name == "_set_grad_enabled":
+            enabled = bool(node.args[0])
+        elif name == "_enter_inference_mode":
+            # To autograd what is made in there is a constant, as under no_grad.
+            inference[node] = enabled
+            enabled = enabled and not node.args[0]
+            graph.call_function(torch._C._set_grad_enabled, (enabled,))
             continue
-        kind = type(value)
-        if kind in _PLAIN:
-            found[name] = value
-        elif kind in _SEQUENCES and _PLAIN.issuperset(map(type, value)):
-            found[name] = tuple(value)
-        elif kind is dict and _PLAIN.issuperset(map(type, value.values())):
-            found[name] = tuple(value.items())
-        elif isinstance(value, Tensor):
-            found[name] = id(value)
-    return found
+        elif name == "_exit_inference_mode":
+            enabled = inference[node.args[0]]  # type: ignore[index]
+            graph.call_function(torch._C._set_grad_enabled, (enabled,))
+            continue
+        elif name in _HOOKS:
+            raise CaptureError(f"{where(node)} registers a hook on a tensor's gradient, which four passes would not call")
+        elif isinstance(node.target, torch._ops.HigherOrderOperator) and name not in _WRAPPERS:
+            raise CaptureError(_no_rule_for(node))
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(env[scores])
+    return fx.GraphModule(trace, graph)
 
 
-def _held(critic: nn.Module) -> list[Tensor]:
-    """The tensors that are attributes of modules, or in their lists, and neither parameters nor buffers."""
-    own = [value for module in critic.modules() for name, value in vars(module).items() if name not in _INHERITED]
-    return [leaf for leaf in tree_leaves(own) if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)]
+def _to_aten(functions: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
+    """Trace the functions once more, below those of ``torch.nn.functional``, on stand-ins."""
+
+    def run(*values: Any) -> Any:
+        with fx.traceback.preserve_node_meta():
+            return _Interpreter(functions).run(*values)
+
+    tensors = [fake for fake in fakes if isinstance(fake, Tensor)]
+    devices = {fake.device.type for fake in tensors}
+    with ExitStack() as stack:
+        stack.enter_context(tensors[0].fake_mode)
+        stack.enter_context(torch.enable_grad())
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        return make_fx(run, pre_dispatch=True, tracing_mode="real")(*fakes)  # type: ignore[no-any-return]
 
 
-_INHERITED = frozenset(nn.Module().__dict__) - {"training"}
-_PLAIN = {bool, int, float, str, type(None), torch.dtype}
-_SEQUENCES = {tuple, list}
+class _Interpreter(fx.Interpreter):
+    """Runs what checkpoints and the like wrap as if it were not wrapped: there is no double backward to save for."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one function."""
+        if getattr(target, "__name__", "") in _WRAPPERS:
+            body, *operands = args
+            return _Interpreter(body).run(*operands)
+        return super().call_function(target, args, kwargs)
 
 
-class _TensorHooks(TorchFunctionMode):
-    """Notices hooks on the gradients of tensors."""
-
-    found = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found |= func in (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
-        return func(*args, **(kwargs or {}))
+_WRAPPERS = {"wrap", "tag_activation_checkpoint"}
+_HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
 
 
-class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records which operators run, with which numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.made: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.made.append((func, [x for x in tree_leaves((args, kwargs)) if not isinstance(x, Tensor)]))
-        return func(*args, **(kwargs or {}))
+def _no_rule_for(node: fx.Node) -> str:
+    if "autograd_function_apply" in str(node.target):
+        return f"{where(node)} is an autograd.Function with a backward of its own"
+    return f"{where(node)} is a higher-order operator, which has no rule"
 
 
-def _export(critic: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> Any:
-    rows = args[0].shape[0]
-
-    def shape(leaf: Any) -> Any:
-        per_sample = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows
-        return {0: torch.export.Dim.AUTO} if per_sample else None
-
-    shapes: Any = None
-    if dynamic:
-        shapes_args, shapes_kwargs = tree_map(shape, (args, kwargs))
-        shapes = dict(inspect.signature(critic.forward).bind(*shapes_args, **shapes_kwargs).arguments)
-        shapes |= shapes.pop("kwargs", {}) if "kwargs" not in kwargs else {}
-    detached = tree_map_only(Tensor, lambda t: t.detach(), (args, kwargs))
-    with _quiet(), torch.enable_grad():
-        return torch.export.export(critic, detached[0], detached[1], dynamic_shapes=shapes, strict=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep back what torch prints about a critic that it cannot export: the ``CaptureError`` says it."""
-    log = logging.getLogger("torch")
-    level = log.level
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        log.setLevel(logging.CRITICAL + 1)
-        try:
-            yield
-        finally:
-            log.setLevel(level)
-
-
-def _inline(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, fx.Node], stops_gradient: bool) -> Any:
-    """Copy the nodes of ``module`` into ``graph``; returns what its output node maps to."""
-    tuples: dict[fx.Node, Any] = {}
-
-    def value(node: fx.Node) -> Any:
-        return tuples[node] if node in tuples else env[node]
-
+def _plain(module: fx.GraphModule, captured: Captured, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Copy the nodes of ``module`` into the captured graph; returns the scores."""
+    graph, enabled = captured.graph, True
     for node in module.graph.nodes:
         if node.op == "placeholder":
             continue
         if node.op == "output":
-            return fx.node.map_arg(node.args[0], value)
-        if node.op == "get_attr":
-            attribute = module.get_submodule(node.target) if hasattr(module, node.target) else None
-            if not isinstance(attribute, fx.GraphModule):
-                raise CaptureError(f"the critic closes over {node.target}, which has no rule")
-            continue
+            return env[node.args[0]]  # type: ignore[index]
         name = getattr(node.target, "__name__", str(node.target))
-        if name == "wrap_with_set_grad_enabled":
-            enabled, submodule, *operands = node.args
-            body = module.get_submodule(submodule.target)
-            inner = [n for n in body.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
-            scope = {n: value(operand) for n, operand in zip(inner, operands)}
-            tuples[node] = _inline(body, graph, scope, stops_gradient or not enabled)  # type: ignore[arg-type]
-        elif name == "getitem" and node.args[0] in tuples:
-            tuples[node] = tuples[node.args[0]][node.args[1]]
+        if node.op == "get_attr":
+            env[node] = graph.placeholder(f"c_{node.target}")
+            captured.constants[env[node]] = getattr(module, str(node.target))
+        elif name == "_set_grad_enabled":
+            enabled = bool(node.args[0])
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise CaptureError(f"{where(node)} is a higher-order operator, which has no rule")
+            raise CaptureError(_no_rule_for(node))
+        elif node.target is torch.ops.aten.detach_.default:
+            for alias in _aliases(node.args[0], node, module.graph):  # type: ignore[arg-type]
+                env[alias] = graph.call_function(torch.ops.aten.detach.default, (env[alias],))
+                env[alias].meta = {**node.meta, STOPS_GRADIENT: True}
+            env[node] = env[node.args[0]]  # type: ignore[index]
+        elif node.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default):
+            raise CaptureError(f"{where(node)} reads a number from a tensor")
         elif not name.startswith(_ASSERTIONS):
             written = _written(node)
-            lasting = written is not None and _is_buffer(written, module.graph)
-            new = graph.node_copy(node, value)
+            lasting = written is not None and _lasts(env, written, module.graph, captured)
+            new = graph.node_copy(node, env.__getitem__)
             if new.target is torch.ops.aten.lift_fresh_copy.default:
                 # A tensor written in the critic's code; dispatch modes are not shown this way of copying it.
                 new.target = torch.ops.aten.clone.default
@@ -343,10 +277,10 @@ def _inline(module: fx.GraphModule, graph: fx.Graph, env: dict[fx.Node, fx.Node]
                 for alias in _aliases(written, node, module.graph):
                     env[alias] = new
             elif written is not None and "out" in node.kwargs:
-                new = graph.call_function(torch.ops.aten.copy_.default, (value(written), new))
+                new = graph.call_function(torch.ops.aten.copy_.default, (env[written], new))
                 new.meta = dict(node.meta)
                 made.append(new)
-            if stops_gradient or _DETACHING & {node.target, made[0].target}:
+            if not enabled or _DETACHING & {node.target, made[0].target}:
                 for call in made:
                     call.meta[STOPS_GRADIENT] = True
             env[node] = new
@@ -373,13 +307,10 @@ def _written(node: fx.Node) -> fx.Node | None:
     return written[0]
 
 
-def _is_buffer(node: fx.Node, graph: fx.Graph) -> bool:
-    """Whether ``node`` is a parameter or buffer, or a view of one: updates of those are meant to last."""
-    return _storage(node) in {_storage(n) for n in graph.nodes if n.op == "placeholder" and not _is_argument(n)}
-
-
-def _is_argument(placeholder: fx.Node) -> bool:
-    return not placeholder.name.startswith(("p_", "b_", "c_"))
+def _lasts(env: dict[fx.Node, fx.Node], node: fx.Node, graph: fx.Graph, captured: Captured) -> bool:
+    """Whether ``node`` is, or is a view of, what lives outside the forward: updates of that are meant to last."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and env[n] not in captured.sampled]
+    return _storage(node) in {_storage(n) for n in inputs}
 
 
 def _functional(node: fx.Node) -> Any:

@@ -1,27 +1,164 @@
-"""The engine as the rest of the package sees it: plans made on first use and kept per critic, shape and state."""
+"""The engine as the rest of the package sees it: what a step depends on, the plan for that, and its gradients."""
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten
 
-from .capture import first_line, plain_attributes
+from .capture import CaptureError, first_line
+from .cost import Cost, by_autograd, of_plan
+from .guarded import MOST_IN_A_ROW, GuardedCall, Look, Traced
 from .plan import Objective, Plan, Schedule, StepOutput
 
-MOST_PLANS = 64
-"""Of one engine; the oldest gives way."""
+FREE_PLANS = 4
+"""Of one form of a critic, for as many batch shapes and numbers; each further plan must be earned."""
+EARNED_BY = 32
+"""Steps that earn one."""
+
+_PLANNING = threading.RLock()
+"""Planning is for one thread at a time: parts of PyTorch that it uses are not safe from several."""
+
+
+class TooManyPlansError(CaptureError):
+    """This step is not worth a plan of its own; others may be."""
+
+
+class ChangedError(CaptureError):
+    """A forward changes what it computes with; ``looks`` says what it has been for each batch of this step."""
+
+    def __init__(self, looks: Sequence[Look]) -> None:
+        super().__init__("its forward computes something else at every call, with what it changes itself")
+        self.looks = looks
+
+    def forwards(self) -> list[Callable[[Tensor], Tensor]]:
+        """The forward as it was at each call, the samples its only argument; autograd differentiates it."""
+
+        def forward(look: Look, x: Tensor) -> Tensor:
+            captured, inputs = look.traced.captured(look.inputs), list(look.inputs)
+            inputs[captured.inputs.index(captured.x)] = x
+            return captured.functions(*inputs)  # type: ignore[no-any-return]
+
+        return [partial(forward, look) for look in self.looks]
+
+
+def _same(one: Look, other: Look) -> bool:
+    """Whether the scores are the same function of the samples."""
+    ours, theirs = one.traced.captured(one.inputs), other.traced.captured(other.inputs)
+    if ours is not theirs and (str(ours.graph) != str(theirs.graph) or ours.constants or theirs.constants):
+        return False
+    for node, a, b in zip(ours.inputs, one.inputs, other.inputs):
+        if node in ours.sampled or not node.users:
+            continue
+        # A number that has become an input is a new tensor at every call.
+        number = isinstance(a, Tensor) and a.dim() == 0 and a.device.type == "cpu" and not a.requires_grad
+        if a is not b and not (number and isinstance(b, Tensor) and torch.equal(a, b)) and isinstance(a, Tensor):
+            return False
+        if not isinstance(a, Tensor) and a != b:
+            return False
+    return True
+
+
+@dataclass
+class _Critic:
+    """What is known of one critic.
+
+    Attributes:
+        call: Looks at its forward.
+        traced_in_a_row: How many of its last calls had to be traced.
+    """
+
+    call: GuardedCall
+    traced_in_a_row: int = 0
+
+
+_CRITICS: "weakref.WeakKeyDictionary[nn.Module, _Critic]" = weakref.WeakKeyDictionary()
+_NEWEST: "weakref.WeakKeyDictionary[type, GuardedCall]" = weakref.WeakKeyDictionary()
+"""By the critics' class, so that a helper that is made anew at every step is not traced anew."""
+
+
+def _known(critic: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Critic:
+    known = _CRITICS.get(critic)
+    if known is None:
+        with _PLANNING:
+            newest = _NEWEST.get(type(critic))
+            if newest is None or not newest.serves(critic, x, args, kwargs):
+                newest = _NEWEST[type(critic)] = GuardedCall()
+            known = _CRITICS.setdefault(critic, _Critic(newest))
+    return known
+
+
+@dataclass
+class Planned:
+    """A plan, and what autograd would do in its place.
+
+    Attributes:
+        plan: The plan.
+        autograd: What the step costs by autograd; None where that fails.
+        reached: For each gradient of the plan, whether autograd leaves one, be it of zeros; None where that fails.
+        fused: What the operator for narrow MLPs needs to run the step, or why it cannot; None until it is asked for.
+    """
+
+    plan: Plan
+    autograd: Cost | None
+    reached: list[bool] | None
+    fused: Any = None
+
+    @cached_property
+    def cost(self) -> Cost:
+        """What the step costs in four passes."""
+        return of_plan(self.plan)
+
+
+@dataclass
+class Prepared:
+    """A step that can be run.
+
+    Attributes:
+        planned: Its plan.
+        inputs: What the forward reads now.
+    """
+
+    planned: Planned
+    inputs: tuple[Any, ...]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The trainable tensors that the forward reads, in the order of the gradients."""
+        return [self.inputs[i] for i in self.planned.plan.trainable]
+
+    def run(self, batches: Mapping[str, Tensor]) -> StepOutput:
+        """Run the step; its gradients are None exactly where autograd leaves none.
+
+        Args:
+            batches: What the objective takes of ``real``, ``fake``, ``alpha`` ``[N]`` and ``points`` by name.
+        """
+        output = self.planned.plan.run(self.inputs, batches)
+        for i, reached in enumerate(self.planned.reached or ()):
+            if reached is (output.gradients[i] is None):
+                like = self.inputs[self.planned.plan.trainable[i]]
+                output.gradients[i] = torch.zeros_like(like, requires_grad=False) if reached else None
+        return output
+
+
+@dataclass
+class _Plans:
+    """Of one form of a critic, by the engine's options and whatever may change without a new trace."""
+
+    made: dict[Hashable, Planned] = field(default_factory=dict)
+    runs: int = 0
 
 
 class FourPassEngine:
     """Runs one objective on one critic.
 
     Args:
-        critic: The critic; its parameters are read at every call.
+        critic: The critic; whatever its forward reads is read at every call.
         objective: What to compute.
         schedule: As in ``Plan``.
         compile: Compile the flat graph with ``torch.compile``; where that fails, warn and run it as it is.
@@ -30,13 +167,12 @@ class FourPassEngine:
     def __init__(
         self, critic: nn.Module, objective: Objective, *, schedule: Schedule = "auto", compile: bool = False
     ) -> None:
-        # Weakly: plans are kept for as long as the critic lives, and must not keep it alive.
+        # Weakly: engines are kept for as long as the critic lives, and must not keep it alive.
         self._critic = weakref.ref(critic)
         self.objective, self.schedule, self.compile = objective, schedule, compile
+        self._options = (objective, schedule, compile)
         self.plans: dict[Hashable, Plan] = {}
-        self._warned = False
-        self._written: set[tuple[int, str]] = set()
-        """Attributes that the critic's own forward writes, such as counters: they do not ask for a new plan."""
+        """All that this engine has run, in order."""
 
     @property
     def critic(self) -> nn.Module:
@@ -50,36 +186,21 @@ class FourPassEngine:
         batches: Mapping[str, Tensor],
         critic_args: tuple[Any, ...] = (),
         critic_kwargs: Mapping[str, Any] | None = None,
-        given: Mapping[int, Tensor] | None = None,
     ) -> StepOutput:
-        """Run one step.
+        """Run one step; the gradients are those of the critic's trainable parameters, in order.
 
         Args:
-            batches: What the objective takes of ``real``, ``fake``, ``alpha`` ``[N]`` and ``points`` by name.
+            batches: As in ``Prepared.run``.
             critic_args: Further positional arguments of the critic, given with every batch.
             critic_kwargs: Keyword arguments of the critic.
-            given: What to read in place of the critic's parameters and buffers, by their ids.
-
-        Returns:
-            The figures and the gradients, aligned with ``plan.parameters``.
 
         Raises:
             CaptureError: The critic cannot run in four passes; nothing has been computed then.
         """
-        return self.run(self.plan(batches, critic_args, critic_kwargs), batches, critic_args, critic_kwargs, given)
-
-    def run(
-        self,
-        plan: Plan,
-        batches: Mapping[str, Tensor],
-        critic_args: tuple[Any, ...] = (),
-        critic_kwargs: Mapping[str, Any] | None = None,
-        given: Mapping[int, Tensor] | None = None,
-    ) -> StepOutput:
-        """Run one step on the plan that was made for these batches; the rest as in a call."""
-        leaves, _ = _flat(critic_args, critic_kwargs)
-        owned = [(given or {}).get(id(tensor), tensor) for tensor in plan.owned()]
-        return plan.run(owned, [_laid_out(batches[name].detach(), like) for name, like in plan.layout.items()], leaves)
+        step = self.prepare(_example(batches), critic_args, critic_kwargs)
+        output = step.run(batches)
+        gradients = dict(zip(map(id, step.tensors), output.gradients))
+        return output._replace(gradients=[gradients.get(id(p)) for p in self.critic.parameters() if p.requires_grad])
 
     def plan(
         self,
@@ -87,100 +208,108 @@ class FourPassEngine:
         critic_args: tuple[Any, ...] = (),
         critic_kwargs: Mapping[str, Any] | None = None,
     ) -> Plan:
-        """Return the plan for these batches, made now if there is none."""
-        key = self._key(batches, critic_args, critic_kwargs)
-        plan = self.plans.get(key)
-        if plan is None:
-            plan = self._make(batches, critic_args, critic_kwargs)
-            self._written |= plan.captured.written
-            self._keep(self._key(batches, critic_args, critic_kwargs), plan)
-        return plan
+        """Return the plan for these batches, made now if there is none; the critic stays as it is."""
+        return self.planned(_example(batches), critic_args, critic_kwargs).plan
 
-    def _keep(self, key: Hashable, plan: Plan) -> None:
-        self.plans[key] = plan
-        if len(self.plans) > MOST_PLANS:
-            del self.plans[next(iter(self.plans))]
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"the critic was planned {MOST_PLANS} times, which takes a while each time: batch shapes change, "
-                    "or a number that its forward reads does (a buffer may change without a new plan)",
-                    RuntimeWarning, stacklevel=6,
-                )  # fmt: skip
+    def planned(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Planned:
+        """As ``plan``, with what autograd would do."""
+        traced, inputs = self._look(x, args, kwargs, lambda traced, inputs: False)
+        return self._planned(x, args, kwargs, traced, inputs)
 
-    def has_plan(
+    def prepare(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Prepared:
+        """Look at the forward, and change what it changes besides tensors in place, as often as a step would.
+
+        Args:
+            x: A batch ``[N, *D]`` like those of the step.
+            args: Further positional arguments of the critic.
+            kwargs: Its keyword arguments.
+
+        Raises:
+            CaptureError: The critic cannot run in four passes; nothing has been changed then, unless it is one that
+                holds what the forward now is for each batch.
+            TypeError: The critic does not return a tensor, or the loss does not.
+            ValueError: The critic does not return one score per sample, or its scores do not depend on its input.
+        """
+        found: Planned | None = None
+
+        def ready(traced: Traced, inputs: tuple[Any, ...]) -> bool:
+            nonlocal found
+            found = _plans(traced).made.get((self._options, *traced.key(inputs)))
+            return found is not None
+
+        known = _known(self.critic, x, args, kwargs or {})
+        before = known.call.traces
+        traced, inputs = self._look(x, args, kwargs, ready)
+        known.traced_in_a_row = known.traced_in_a_row + 1 if known.call.traces > before else 0
+        if found is None:
+            if known.traced_in_a_row > MOST_IN_A_ROW:
+                raise CaptureError(
+                    f"its forward had to be traced at {known.traced_in_a_row} calls in a row: what it reads, a number "
+                    "or an object, is always new"
+                )
+            self._planned(x, args, kwargs, traced, inputs)
+            traced, inputs = self._look(x, args, kwargs, ready)
+            if found is None:
+                raise CaptureError("what its forward reads has changed while it was planned")
+        if traced.repeats and (batches := len(self.objective.parts())) > 1:
+            looks = [Look(traced, inputs)]
+            looks += [self._look(x, args, kwargs, lambda traced, inputs: True) for _ in range(batches - 1)]
+            if not all(_same(looks[0], other) for other in looks[1:]):
+                raise ChangedError(looks)
+        _plans(traced).runs += 1
+        self.plans.setdefault((id(traced), *traced.key(inputs)), found.plan)
+        return Prepared(found, inputs)
+
+    def _look(
         self,
-        batches: Mapping[str, Tensor],
-        critic_args: tuple[Any, ...] = (),
-        critic_kwargs: Mapping[str, Any] | None = None,
-    ) -> bool:
-        """Whether there is a plan for these batches."""
-        return self._key(batches, critic_args, critic_kwargs) in self.plans
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None,
+        ready: Callable[[Traced, tuple[Any, ...]], bool],
+        differentiable: bool = True,
+    ) -> Look:
+        critic, kwargs = self.critic, kwargs or {}
+        return _known(critic, x, args, kwargs).call.look(critic, x, args, kwargs, ready, differentiable)
 
-    def _key(
+    def _planned(
         self,
-        batches: Mapping[str, Tensor],
-        critic_args: tuple[Any, ...],
-        critic_kwargs: Mapping[str, Any] | None,
-    ) -> Hashable:
-        example = _example(batches)
-        leaves, spec = _flat(critic_args, critic_kwargs)
-        device = example.device.type
-        return (
-            example.shape, example.stride(), example.dtype, example.device,
-            tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves), spec,
-            _state(self.critic, self._written),
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-        )  # fmt: skip
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None,
+        traced: Traced,
+        inputs: tuple[Any, ...],
+    ) -> Planned:
+        with _PLANNING:
+            plans, key = _plans(traced), (self._options, *traced.key(inputs))
+            if key in plans.made:
+                return plans.made[key]
+            mine = sum(options == self._options for options, *_ in plans.made)
+            if mine >= FREE_PLANS + plans.runs // EARNED_BY:
+                raise TooManyPlansError(
+                    f"the critic was planned {mine} times for {plans.runs} steps: a batch size, or a number that its "
+                    "forward reads, keeps changing"
+                )
+            if self.objective.loss and traced.asks:
+                self._ask(x, args, kwargs, Look(traced, inputs))
+            plan = Plan(
+                traced.captured(inputs), self.objective, inputs, schedule=self.schedule, in_place=not self.compile
+            )
+            if self.compile:
+                plan.compiled = _Compiled(plan.graph)
+            plans.made[key] = planned = Planned(plan, *by_autograd(plan, inputs))
+            return planned
 
-    def _make(
-        self,
-        batches: Mapping[str, Tensor],
-        critic_args: tuple[Any, ...],
-        critic_kwargs: Mapping[str, Any] | None,
-    ) -> Plan:
-        example = _example(batches).detach()
-
-        plan = Plan(
-            self.critic,
-            self.objective,
-            example,
-            critic_args,
-            critic_kwargs,
-            schedule=self.schedule,
-            in_place=not self.compile,
-        )
-        if self.compile:
-            plan.compiled = _Compiled(plan.graph)
-        return plan
+    def _ask(self, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, look: Look) -> None:
+        """Refuse a forward that treats samples whose gradient is not asked for, as real and fake are, differently."""
+        other = self._look(x, args, kwargs, lambda traced, inputs: False, differentiable=False)
+        if str(other.traced.captured(other.inputs).graph) != str(look.traced.captured(look.inputs).graph):
+            raise CaptureError("its forward asks whether its input requires a gradient, and goes another way then")
 
 
-def _flat(critic_args: tuple[Any, ...], critic_kwargs: Mapping[str, Any] | None) -> tuple[list[Any], Any]:
-    """Flatten the critic's further arguments; mostly there are none, and that need not take 7 microseconds."""
-    return tree_flatten((critic_args, dict(critic_kwargs or {}))) if critic_args or critic_kwargs else ([], None)
-
-
-def _state(critic: nn.Module, written: set[tuple[int, str]]) -> Hashable:
-    """What a forward method may read besides the values of tensors, less the attributes that it writes itself.
-
-    Globals and what closures hold are not seen; a capture takes them as they are.
-    """
-    found: list[Any] = []
-    pending = [critic]
-    while pending:
-        module = pending.pop()
-        plain = plain_attributes(module)
-        if written:
-            plain = {name: value for name, value in plain.items() if (id(module), name) not in written}
-        found += [type(module), id(module.__dict__.get("forward")), *plain.items()]
-        # By their numbers, which no two hooks share.
-        found += map(tuple, (module._forward_hooks, module._forward_pre_hooks))
-        found += map(tuple, (module._backward_hooks, module._backward_pre_hooks))
-        found += [
-            (id(p), p.requires_grad, p.dtype, p.device, p.shape) for p in module._parameters.values() if p is not None
-        ]
-        pending += [child for child in module._modules.values() if child is not None]
-    return tuple(found)
+def _plans(traced: Traced) -> _Plans:
+    if traced.plans is None:
+        traced.plans = _Plans()
+    return traced.plans  # type: ignore[no-any-return]
 
 
 class _Compiled:
@@ -207,41 +336,3 @@ class _Compiled:
 
 def _example(batches: Mapping[str, Tensor]) -> Tensor:
     return next(batches[name] for name in ("real", "points", "fake") if name in batches)
-
-
-def _laid_out(tensor: Tensor, like: tuple[torch.Size, tuple[int, ...]]) -> Tensor:
-    """Give a batch the strides that it was planned with."""
-    shape, stride = like
-    if tensor.stride() == stride or tensor.shape != shape:
-        return tensor
-    return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
-class _Attached(torch.autograd.Function):
-    """A value whose gradients are known already."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors[count:])
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        gradients = ctx.saved_tensors
-        if all(gradient.dtype == cotangent.dtype for gradient in gradients):
-            scaled = torch._foreach_mul(gradients, cotangent)
-        else:
-            scaled = tuple(gradient * cotangent.to(gradient.dtype) for gradient in gradients)
-        return None, None, *scaled, *[None] * len(gradients)
-
-
-def attach(value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
-    """Return ``value`` such that its ``.backward()`` gives ``parameters`` their ``gradients``, scaled from above.
-
-    Once differentiable: the gradients themselves are constants.
-    """
-    pairs = [(p, g) for p, g in zip(parameters, gradients) if g is not None]
-    if not pairs or not torch.is_grad_enabled():
-        return value
-    return _Attached.apply(value, len(pairs), *[p for p, _ in pairs], *[g for _, g in pairs])  # type: ignore[no-any-return,no-untyped-call]

@@ -284,17 +284,20 @@ def _readers(node: fx.Node) -> set[fx.Node]:
 
 
 def _returns_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
+    if getattr(node.target, "_schema", None) is None:
         return node.op != "output"
-    return any(result.alias_info is not None for result in schema.returns) or node.target in (
+    return _gives_view(node.target)
+
+
+def _gives_view(target: Any) -> bool:
+    return any(result.alias_info is not None for result in target._schema.returns) or target in (
         aten.reshape.default, aten._reshape_alias.default, aten._unsafe_view.default,
     )  # fmt: skip
 
 
-def is_view(node: fx.Node) -> bool:
+def is_view(target: Any) -> bool:
     """Whether an operator only looks at memory differently."""
-    if node.target is operator.getitem:
+    if target is operator.getitem:
         return True
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and not schema.is_mutable and _returns_view(node)
+    schema = getattr(target, "_schema", None)
+    return schema is not None and not schema.is_mutable and _gives_view(target)

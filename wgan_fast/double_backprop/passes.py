@@ -38,9 +38,9 @@ class Roles:
     learned: set[fx.Node]
 
     @classmethod
-    def of(cls, captured: Captured, batch_inputs: Sequence[fx.Node], trainable: Sequence[fx.Node]) -> "Roles":
+    def of(cls, captured: Captured) -> "Roles":
         """Follow the graph from its inputs; gradients stop at integers and where autograd was off."""
-        sampled, varying, learned = set(batch_inputs), {captured.inputs[0]}, set(trainable)
+        sampled, varying, learned = set(captured.sampled), {captured.x}, set(captured.trainable)
         for node in captured.calls():
             sources = node.all_input_nodes
             if any(source in sampled for source in sources):
@@ -244,12 +244,14 @@ class Block:
         run: All the rows.
         loss: The leading rows that only the loss sees; None if there are none.
         points: The trailing rows at which the gradient is penalised; None if there are none.
+        batches: How many batches the rows are.
         factors: Where the loss sees the points too, dL/ds of each; the loss's cotangent there is that times δ.
     """
 
     run: Run
     loss: Run | None
     points: Rows | None
+    batches: int
     factors: Tensor | None = None
 
 
@@ -278,7 +280,7 @@ class FourPasses:
                     self._back(node, points, self.point_delta, self._only_points, self._point(node))
             elif points is not None:
                 self._back(node, points, self.point_delta, self._only_points)
-        return self.point_delta.get(self.captured.inputs[0])  # type: ignore[no-any-return]
+        return self.point_delta.get(self.captured.x)  # type: ignore[no-any-return]
 
     def _only_points(self, source: fx.Node) -> bool:
         return source in self.roles.varying and source not in self.roles.learned
@@ -325,7 +327,7 @@ class FourPasses:
         """Pass 3: carry ``v`` (like the points) forward through the linearised critic."""
         points = self.block.points
         assert points is not None
-        self.tangent[self.captured.inputs[0]] = v
+        self.tangent[self.captured.x] = v
         for node in self.nodes:
             if node not in self.roles.varying or node is self.captured.scores:
                 continue
@@ -352,6 +354,31 @@ class FourPasses:
 
     def weights(self) -> None:
         """Pass 4: gradients of the weights, and β from the last curved operator down."""
+        beta = self._weights_and_curvature()
+        for node in self.captured.trainable:
+            if node in self.roles.sampled:
+                self._rows_of(node, beta)
+
+    def _rows_of(self, node: fx.Node, beta: Cotangents) -> None:
+        """Add the gradient of a further argument with a row per sample, which enters with every batch."""
+        points, loss = self.block.points, self.block.loss
+        shares = []
+        if node in self.delta:
+            delta = self.delta.get(node)
+            if points is None:
+                shares.append(delta)
+            elif loss is not None:
+                shares.append(self._loss_rows(node, delta))
+            if points is not None and self.block.factors is not None:
+                shares.append(points.scale(node, self._point(node), self.block.factors))
+        if node in beta:
+            shares.append(beta.get(node))
+        rows = self.block.run.values[node].shape[0] // self.block.batches
+        for share in shares:
+            for part in share.split(rows):
+                self.shared.add(node, part, part)
+
+    def _weights_and_curvature(self) -> Cotangents:
         beta = Cotangents()
         for node in reversed(self.nodes):
             if node not in self.roles.learned:
@@ -373,6 +400,7 @@ class FourPasses:
             with self.block.run.label(f"beta_{node.name}"), explained(node):
                 if inner and self.block.points is not None:
                     self._curvature(node, operands, inner, beta)
+        return beta
 
     def _curvature(self, node: fx.Node, operands: list[fx.Node], inner: list[int], beta: Cotangents) -> None:
         points = self.block.points

@@ -142,6 +142,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(out, Tensor):
             self._bind(out, node)
             return
+        node.meta.setdefault("val", out)
         for i, leaf in enumerate(out):
             if isinstance(leaf, Tensor):
                 self._bind(leaf, self._element(node, i))

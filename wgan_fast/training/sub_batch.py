@@ -6,11 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..autograd import leave, penalty_at
 from ..checks import Engine
 from ..critic_step import CriticStep, CriticStepResult, Precision
 from ..double_backprop import Objective
-from ..engines import EngineChoice
-from ..penalty import PenaltyConfig, penalty_at, penalty_points
+from ..engines import EngineChoice, GivenWay
+from ..penalty import PenaltyConfig, penalty_points
 from ..samples import empty
 
 
@@ -100,15 +101,14 @@ class SubBatchCriticStep:
         bf16 = self._loss.precision == "bf16"
         autocast = torch.autocast(points.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
         with torch.enable_grad(), autocast:
-            step = self._four_passes({"points": points}, (), None)
-            if step is None:
-                penalty, norm = penalty_at(self._loss.critic, [points], self._penalty)
+            step = self._four_passes.prepare(points, (), None)
+            if isinstance(step, GivenWay):
+                penalty, norm = penalty_at(self._loss.critic, [points], **self._penalty.norm_options)
                 penalty.backward()  # type: ignore[no-untyped-call]
+                step.confirm()
                 return penalty.detach(), norm
-        (_, penalty_value, _, _, norm_value, gradients), parameters = step
-        assert penalty_value is not None
-        assert norm_value is not None
-        for parameter, gradient in zip(parameters, gradients):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        return penalty_value, norm_value
+        output = step.run({"points": points})
+        assert output.penalty is not None
+        assert output.gradient_norm is not None
+        leave(step.tensors, output.gradients)
+        return output.penalty, output.gradient_norm

@@ -1,0 +1,149 @@
+"""The autograd engine: the penalty by double backward, without the dead pass."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference
+from .checks import check_scores, unconnected
+from .piecewise_linear import PiecewiseLinear
+
+
+def penalty_at(
+    critic: Callable[[Tensor], Any],
+    points: Sequence[Tensor],
+    *,
+    weight: float,
+    target: float,
+    one_sided: bool,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Evaluate the penalty at given points by double backward.
+
+    Args:
+        critic: Maps ``[N, *D]`` to one score per sample or group.
+        points: Sets of points ``[N, *D]``.
+        weight: w.
+        target: The norm that costs nothing.
+        one_sided: Whether only norms above it cost.
+        group_size: Samples that share one norm.
+
+    Returns:
+        The penalty (summed over the sets of points, weight included) and the mean gradient norm, both 0-dim. Its
+        backward leaves None and zeros where that of the usual recipe leaves them.
+    """
+    differentiate = torch.is_grad_enabled()
+    penalties, norms = [], []
+    for point in points:
+        with torch.enable_grad():
+            x = point.detach().requires_grad_()
+            activations = PiecewiseLinear()
+            with nullcontext() if torch.compiler.is_compiling() else activations:
+                scores = critic(x)
+            scores = check_scores(scores, x, group_size)
+            gradient = _input_gradient(scores, x, differentiate)
+            norm = reference.gradient_norm(gradient, group_size)
+            penalty = reference.penalty_from_norm(norm, weight=weight, target=target, one_sided=one_sided)
+            if differentiate and activations.before and penalty.requires_grad:
+                penalty = _with_zeros(penalty, activations.before, x)
+            penalties.append(penalty)
+            norms.append(norm.detach().mean())
+    return sum(penalties[1:], penalties[0]), torch.stack(norms).mean()
+
+
+def _input_gradient(scores: Tensor, x: Tensor, create_graph: bool) -> Tensor:
+    gradient = None
+    if scores.requires_grad:
+        (gradient,) = torch.autograd.grad(
+            scores, x, torch.ones_like(scores), create_graph=create_graph, allow_unused=True
+        )
+    if gradient is None:
+        raise unconnected()
+    return gradient
+
+
+def _with_zeros(penalty: Tensor, before: list[Any], x: Tensor) -> Tensor:
+    """Have the penalty's backward leave zeros in what the dead pass alone would have reached.
+
+    An optimizer tells a gradient of zeros from none: it decays its moments, and the weights.
+    """
+    missed = [leaf for leaf in _leaves(before) - _leaves([penalty.grad_fn]) if leaf is not x]
+    return _Zeros.apply(penalty, *missed) if missed else penalty  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _leaves(functions: list[Any]) -> set[Tensor]:
+    """The tensors in which a graph ends."""
+    leaves, pending, seen = set(), list(functions), set(functions)
+    while pending:
+        function = pending.pop()
+        if (leaf := getattr(function, "variable", None)) is not None:
+            leaves.add(leaf)
+        for source, _ in function.next_functions:
+            if source is not None and source not in seen:
+                seen.add(source)
+                pending.append(source)
+    return leaves
+
+
+class _Zeros(torch.autograd.Function):
+    """A value that has derivative 0 by some tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.tensors = tensors
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        return cotangent, *map(torch.zeros_like, ctx.tensors)
+
+
+class _Attached(torch.autograd.Function):
+    """A value whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[count:])
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        gradients = ctx.saved_tensors
+        if all(gradient.dtype == cotangent.dtype for gradient in gradients):
+            scaled = torch._foreach_mul(gradients, cotangent)
+        else:
+            scaled = tuple(gradient * cotangent.to(gradient.dtype) for gradient in gradients)
+        return None, None, *scaled, *[None] * len(gradients)
+
+
+def attach(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return ``value`` such that its ``.backward()`` gives ``tensors`` their ``gradients``, scaled from above.
+
+    Once differentiable: the gradients themselves are constants.
+    """
+    pairs = [(t, g) for t, g in zip(tensors, gradients) if g is not None]
+    if not pairs or not torch.is_grad_enabled():
+        return value
+    return _Attached.apply(value, len(pairs), *[t for t, _ in pairs], *[g for _, g in pairs])  # type: ignore[no-any-return,no-untyped-call]
+
+
+def leave(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Give ``tensors`` their ``gradients`` as a backward pass would: add them, or carry them on, and run hooks."""
+    carried = []
+    for tensor, gradient in zip(tensors, gradients):
+        if gradient is None:
+            continue
+        if not tensor.is_leaf or tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+            carried.append((tensor, gradient))
+        elif tensor.grad is None:
+            tensor.grad = gradient
+        else:
+            tensor.grad.add_(gradient)
+    if carried:
+        torch.autograd.backward([t for t, _ in carried], [g for _, g in carried])

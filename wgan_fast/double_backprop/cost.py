@@ -1,0 +1,105 @@
+"""What a step costs, counted: in four passes, and by autograd, which is asked on stand-ins what it would do."""
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ..autograd import penalty_at
+from .optimize import is_view
+from .plan import Plan
+
+
+class Cost(NamedTuple):
+    """Of one step.
+
+    Attributes:
+        flops: Of its matrix products and convolutions.
+        launches: Its operators that are not views.
+        bytes: What these read and write.
+    """
+
+    flops: int
+    launches: int
+    bytes: int
+
+
+def of_plan(plan: Plan) -> Cost:
+    """Count what a plan's flat graph does."""
+    moved = 0
+    for node in plan.graph.graph.nodes:
+        if node.op == "call_function" and not is_view(node.target):
+            moved += _bytes([touched.meta.get("val") for touched in (node, *node.all_input_nodes)])
+    return Cost(plan.flops(), plan.launches(), moved)
+
+
+def by_autograd(plan: Plan, inputs: Sequence[Any]) -> tuple[Cost | None, list[bool] | None]:
+    """Have autograd take a plan's step, without data.
+
+    Args:
+        plan: The plan.
+        inputs: Inputs of its captured graph, or what looks like them.
+
+    Returns:
+        What that costs, and for each trainable input whether it leaves a gradient; None for both where autograd fails.
+    """
+    captured, objective, mode = plan.captured, plan.objective, FakeTensorMode()
+    values = [
+        mode.from_tensor(value.detach(), static_shapes=True).requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor)
+        else value
+        for value in inputs
+    ]
+    position = captured.inputs.index(captured.x)
+    trainable = [values[i] for i in plan.trainable]
+    x = values[position].detach()
+
+    def scores(samples: Tensor) -> Tensor:
+        return captured.functions(*values[:position], samples, *values[position + 1 :])  # type: ignore[no-any-return]
+
+    total = torch.zeros(())
+    try:
+        with mode, torch.enable_grad(), FlopCounterMode(display=False) as flops, _Counter() as counter:
+            with plan.autocast():
+                if objective.loss:
+                    wide = [s if s.dtype == torch.float64 else s.float() for s in (scores(x), scores(x))]
+                    total = objective.loss(*wide)
+                if objective.points():
+                    penalty, _ = penalty_at(
+                        scores,
+                        [x for _ in objective.points()],
+                        weight=objective.weight or 0.0,
+                        target=objective.target,
+                        one_sided=objective.one_sided,
+                        group_size=objective.group_size,
+                    )
+                    total = total + penalty
+            if trainable and total.requires_grad:
+                gradients = torch.autograd.grad(total, trainable, allow_unused=True)
+            else:
+                gradients = tuple(None for _ in trainable)
+    except Exception:
+        # Flash attention, say, is differentiated once.
+        return None, None
+    cost = Cost(flops.get_total_flops(), counter.launches, counter.bytes)
+    return cost, [gradient is not None for gradient in gradients]
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    launches = 0
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not is_view(func) and func is not torch.ops.aten.detach.default:
+            self.launches += 1
+            self.bytes += _bytes((args, kwargs, out))
+        return out
+
+
+def _bytes(values: Any) -> int:
+    return sum(value.nbytes for value in tree_leaves(values) if isinstance(value, Tensor))

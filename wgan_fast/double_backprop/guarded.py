@@ -1,0 +1,474 @@
+"""Asks Dynamo, at every call, what a critic's forward depends on.
+
+``torch.compile`` with a backend of our own traces a forward into one graph of tensor functions. Every tensor that the
+forward reads, wherever it lives, is an input of that graph; everything else that it reads is guarded; what it changes
+is changed again at every call. Here the graph is never run: the backend's callable receives the live tensors of a call,
+and whoever asked computes with those.
+"""
+
+import itertools
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as modules
+from torch.utils._pytree import tree_map_only
+
+from ..checks import check_scores, unconnected
+from .capture import Captured, CaptureError, first_line, lower, raised_at, where
+
+MOST_IN_A_ROW = 3
+"""Calls of one critic that are traced one after the other, before it is left to autograd."""
+
+
+class Look(NamedTuple):
+    """What a call of the forward depends on.
+
+    Attributes:
+        traced: The form that it takes.
+        inputs: The live inputs of that form's graph, in order.
+    """
+
+    traced: "Traced"
+    inputs: tuple[Any, ...]
+
+
+class _StoppedError(Exception):
+    """Ends a call before anything that the forward changes has been changed."""
+
+
+class _StaleError(Exception):
+    """A method that the forward calls has been replaced on its class, which is not guarded."""
+
+
+class _Pending(threading.local):
+    """The call that this thread is about to make."""
+
+    critic: nn.Module
+    x: Tensor
+    sampled: list[Tensor]
+    ready: Callable[["Traced", tuple[Any, ...]], bool]
+    traced: "Traced | None" = None
+    inputs: tuple[Any, ...] = ()
+
+
+_pending = _Pending()
+_numbers = itertools.count()
+
+
+def _scores(output: Any) -> Any:
+    """Mark what the critic returns, in the graph."""
+    return output
+
+
+def _forward(critic: Any, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call the critic; the only function that is traced."""
+    if not torch.compiler.is_compiling():
+        raise CaptureError("torch.compile is switched off here")
+    # A count that a module keeps may become an input, like any other number that changes.
+    with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
+        return _scores(critic(x, *args, **kwargs))
+
+
+class GuardedCall:
+    """Calls of critics of one class, traced once for every form that their forwards take.
+
+    Holds no critic: a graph serves every critic for which its guards hold.
+    """
+
+    def __init__(self) -> None:
+        self.traces = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        # Inner functions would be traced: they are marked when the first critic is.
+        torch.compiler.allow_in_graph(_scores)
+        # Dynamo counts its traces per code object, and remembers which numbers changed by the code's name.
+        self._code = _forward.__code__.replace(co_name=f"_forward_{next(_numbers)}")
+        function = types.FunctionType(self._code, _forward.__globals__, _forward.__name__)
+        self._call = torch.compile(function, backend=self._trace, fullgraph=True)
+
+    def serves(self, critic: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a critic that was never looked at takes a form that another one did."""
+        call, _ = _arguments(critic, x, args, kwargs, differentiable=True)
+        given = dict(zip(self._code.co_varnames, call))
+        try:
+            entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(self._code)
+            with torch.enable_grad():
+                return any(entry.guard_manager.check(given) for entry in entries)
+        except Exception:
+            return False
+
+    def look(
+        self,
+        critic: nn.Module,
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        ready: Callable[["Traced", tuple[Any, ...]], bool],
+        differentiable: bool = True,
+    ) -> Look:
+        """Find out what ``critic(x, *args, **kwargs)`` depends on.
+
+        Args:
+            critic: The critic.
+            x: Samples ``[N, *D]``.
+            args: Further positional arguments.
+            kwargs: Keyword arguments.
+            ready: Whether what the forward changes, besides tensors in place, is to be changed now.
+            differentiable: Whether the samples require a gradient.
+
+        Raises:
+            CaptureError: It cannot be told.
+            ValueError: The scores do not depend on the samples.
+            TypeError: The critic does not return a tensor.
+        """
+        if any(_GLOBAL_HOOKS) and not all(map(_only_watches, itertools.chain(*map(dict.values, _GLOBAL_HOOKS)))):
+            raise CaptureError("hooks of all modules are registered")
+        call, sampled = _arguments(critic, x, args, kwargs, differentiable)
+        pending, before = _pending, vars(_pending).copy()
+        pending.critic, pending.x, pending.sampled, pending.ready, pending.traced = critic, call[1], sampled, ready, None
+        try:
+            with torch.enable_grad(), _without_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
+                self._run(*call)
+        except _StoppedError:
+            pass
+        except _StaleError:
+            self._begin()
+            return self.look(critic, x, args, kwargs, ready, differentiable)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"torch.compile could not capture the critic{_at(error)}: {first_line(error)[:300]}"
+            ) from error
+        finally:
+            traced, inputs = pending.traced, pending.inputs
+            vars(pending).clear()
+            vars(pending).update(before)
+        if traced is None:
+            raise CaptureError("torch.compile did not trace the critic")
+        if traced.error is not None:
+            raise traced.error
+        return Look(traced, inputs)
+
+    def _run(self, *call: Any) -> None:
+        try:
+            self._call(*call)
+        except Exception as error:
+            if "RNN" not in str(error):
+                raise
+            # Dynamo is told apart: it traces recurrent layers only where it is asked to.
+            with torch._dynamo.config.patch(allow_rnn=True):
+                self._call(*call)
+
+    def _trace(self, graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        """Serve as the backend of ``torch.compile``."""
+        self.traces += 1
+        return Traced(graph, examples)
+
+
+class Traced:
+    """One form of a forward.
+
+    Attributes:
+        graph: Tensor functions, as Dynamo wrote them down.
+        error: Why it cannot run in four passes, or what is wrong with it.
+        repeats: Whether the forward changes what is not a tensor (counts its calls, say), which is done once a batch.
+        asks: Whether the forward may ask if its input requires a gradient.
+        plans: What was made of it; None for nothing yet.
+    """
+
+    def __init__(self, graph: fx.GraphModule, examples: list[Any]) -> None:
+        self.graph = graph
+        self.error: Exception | None = None
+        self.plans: Any = None
+        self._changing: list[int] = []
+        self._numbers: list[int] | None = None
+        self._lower: Callable[..., Captured]
+        self._captured: dict[Any, Captured] = {}
+        self._shared: fx.GraphModule | None = None
+        self._outputs: list[int | None] = []
+        self._crossing = 0
+        try:
+            codes = torch._dynamo.utils.get_traced_code() or []
+            self._methods = list(_methods(_pending.critic, set(codes)))
+            self.asks = any("requires_grad" in (*code.co_names, *code.co_consts) for code in codes)
+            output = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
+            _guard_hooks(output.guards)
+            if output.random_calls:
+                raise CaptureError("the critic draws Python's random numbers")
+            self.repeats = any(map(_repeats, _modified(output.side_effects)))
+            self._read(graph, examples)
+        except (CaptureError, TypeError, ValueError) as error:
+            self.error = error
+        except Exception as error:
+            self.error = CaptureError(f"the critic cannot be lowered{raised_at(error)}: {first_line(error)}")
+            self.error.__cause__ = error
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Receive the live inputs, in place of the graph."""
+        pending = _pending
+        if not all([getattr(owner, name, None) is method for owner, name, method in self._methods]):
+            raise _StaleError
+        pending.traced, pending.inputs = self, inputs
+        if self.error is not None or not pending.ready(self, inputs):
+            pending.inputs += self._examples() if self._shared is not None and self.error is None else ()
+            raise _StoppedError
+        if self._shared is None:
+            return [None if i is None else inputs[i] for i in self._outputs]
+        made = self._shared(*inputs)
+        pending.inputs += made[: self._crossing]
+        every = (*inputs, *made)
+        return [None if i is None else every[i] for i in self._outputs]
+
+    def key(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What may differ from call to call of this form, besides the values of tensors: sizes and numbers."""
+        values = [inputs[i] for i in self._changing]
+        numbers = [inputs[i].item() for i in self._numbers or ()]
+        return (*[value.shape if isinstance(value, Tensor) else value for value in values], *numbers)
+
+    def _read(self, graph: fx.GraphModule, examples: list[Any]) -> None:
+        nodes = list(graph.graph.nodes)
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        mark = next((node for node in nodes if node.target is _scores), None)
+        if mark is None:
+            raise CaptureError("the critic returns no tensor that it computed")
+        scores = mark.args[0]
+        if not isinstance(scores, fx.Node):
+            check_scores(scores, _pending.x)
+        self._changing = [i for i, node in enumerate(inputs) if _is_symbolic(node.meta["example_value"])]
+        x = [node for node, example in zip(inputs, examples) if example is _pending.x]
+        if not x:
+            raise unconnected()
+        sampled = [node for node, e in zip(inputs, examples) if any(e is s for s in (_pending.x, *_pending.sampled))]
+        numbers = [node for node in inputs if getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)]
+        for node in nodes:
+            if _draws_numpy(node):
+                raise CaptureError(f"{where(node)} draws NumPy's random numbers")
+        kept = [node for node in graph.graph.output_node().args[0] if node is not mark]  # type: ignore[union-attr]
+        sources = [_written_input(node) for node in kept]
+        lowered, extra = graph, list[fx.Node]()
+        if any(source is None for source in sources):
+            lowered, extra = self._separate(graph, mark, sampled, [n for n, s in zip(kept, sources) if s is None])
+            by_name = {node.name: node for node in lowered.graph.nodes}
+            scores, x = by_name[scores.name], [by_name[x[0].name]]
+            sampled, numbers = ([by_name[node.name] for node in some] for some in (sampled, numbers))
+        positions = {node.name: i for i, node in enumerate([*inputs, *extra])}
+        self._outputs = [
+            None if node is mark else positions[(_written_input(node) or node).name]
+            for node in graph.graph.output_node().args[0]  # type: ignore[union-attr]
+        ]
+        self._lower = partial(lower, lowered, scores, x[0], sampled)
+        try:
+            self._captured[()] = self._lower(dict.fromkeys(numbers))
+        except Exception:
+            if not numbers:
+                raise
+            # Some operator takes a number and no tensor: each value has a graph of its own.
+            self._numbers = [positions[node.name] for node in numbers]
+            self.captured(examples)
+
+    def captured(self, inputs: Sequence[Any]) -> Captured:
+        """Return the form as ATen operators.
+
+        Args:
+            inputs: Its live inputs.
+        """
+        if self._numbers is None:
+            return self._captured[()]
+        values = tuple(inputs[i].item() for i in self._numbers)
+        if values not in self._captured:
+            placeholders = [node for node in self._lower.args[0].graph.nodes if node.op == "placeholder"]
+            self._captured[values] = self._lower({placeholders[i]: v for i, v in zip(self._numbers, values)})
+        return self._captured[values]
+
+    def _separate(
+        self, graph: fx.GraphModule, mark: fx.Node, sampled: list[fx.Node], kept: list[fx.Node]
+    ) -> tuple[fx.GraphModule, list[fx.Node]]:
+        """Take out what no sample enters, where the forward keeps some of that: autograd is to run it.
+
+        Old-style spectral norm, for one, leaves the weight that it computed in the module.
+
+        Returns:
+            The rest, which takes what it needs of it as further inputs, and the nodes of which these are the values,
+            followed by the others that are kept.
+        """
+        follows = set(sampled)
+        for node in graph.graph.nodes:
+            if any(source in follows for source in node.all_input_nodes):
+                follows.add(node)
+        for node in kept:
+            if node in follows:
+                raise CaptureError(f"its forward keeps what {where(node)} gives, which autograd must compute")
+        inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        made = [node for node in graph.graph.nodes if node.op != "placeholder" and node not in follows]
+        crossing = [n for n in made if isinstance(n.meta.get("example_value"), Tensor) and any(u in follows for u in n.users)]
+        others = [node for node in kept if node not in crossing]
+        shared, rest = fx.Graph(), fx.Graph()
+        ours: dict[fx.Node, fx.Node] = {}
+        theirs: dict[fx.Node, fx.Node] = {}
+        for node in inputs:
+            ours[node], theirs[node] = shared.node_copy(node), rest.node_copy(node)
+        for node in crossing:
+            theirs[node] = rest.placeholder(node.name)
+            theirs[node].meta = dict(node.meta)
+        for node in graph.graph.nodes:
+            if node.op in ("placeholder", "output") or node is mark:
+                continue
+            if node not in follows:
+                ours[node] = shared.node_copy(node, ours.__getitem__)
+            # Numbers, and switches of autograd, are in both.
+            number = not isinstance(node.meta.get("example_value"), Tensor) and set(node.all_input_nodes) <= theirs.keys()
+            if node in follows or number:
+                theirs[node] = rest.node_copy(node, theirs.__getitem__)
+        shared.output(tuple(ours[node] for node in (*crossing, *others)))
+        scores = theirs[mark.args[0]]  # type: ignore[index]
+        rest.output((scores,))
+        self._shared, self._crossing = fx.GraphModule(graph, shared), len(crossing)
+        self._crossed = [node.meta["example_value"] for node in crossing]
+        return fx.GraphModule(graph, rest), [*crossing, *others]
+
+    def _examples(self) -> tuple[Tensor, ...]:
+        """Return stand-ins for what the shared part would have made, without running it."""
+        return tuple(
+            torch.empty_strided(
+                like.shape, like.stride(), dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
+            )
+            for like in self._crossed
+        )
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
+    """Take off what watches this thread's operators, such as counters: with any on, Dynamo does nothing."""
+    flags = torch.utils._python_dispatch
+    tell = getattr(torch._C._dynamo.guards, "set_is_in_mode_without_ignore_compile_internals", lambda on: None)
+    with flags._disable_current_modes():
+        tell(False)
+        try:
+            yield
+        finally:
+            tell(flags.is_in_any_mode_without_ignore_compile_internals())
+
+
+def _arguments(
+    critic: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], differentiable: bool
+) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """Return the arguments of ``_forward``, and those of the critic's that have a row per sample."""
+    x = x.detach().requires_grad_(differentiable)
+    _mark_rows(x)
+    sampled: list[Tensor] = []
+    if args or kwargs:
+        args, kwargs = tree_map_only(Tensor, lambda leaf: _alias(leaf, x, sampled), (args, dict(kwargs)))
+    return (critic, x, args, kwargs), sampled
+
+
+def _alias(leaf: Tensor, x: Tensor, sampled: list[Tensor]) -> Tensor:
+    """Return an argument with a row per sample such that its rows may be as many as they are, and note it."""
+    if leaf.dim() == 0 or leaf.shape[0] != x.shape[0]:
+        return leaf
+    alias = leaf.view_as(leaf)
+    _mark_rows(alias)
+    sampled.append(alias)
+    return alias
+
+
+def _mark_rows(batch: Tensor) -> None:
+    torch._dynamo.maybe_mark_dynamic(batch, 0)
+
+
+_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    modules._global_forward_hooks,
+    modules._global_forward_pre_hooks,
+    modules._global_backward_hooks,
+    modules._global_backward_pre_hooks,
+)
+"""Dynamo does not guard these."""
+
+
+def _only_watches(hook: Any) -> bool:
+    """Whether a hook is PyTorch's own, such as those that count FLOPs by module."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.")
+
+
+def _guard_hooks(guards: Any) -> None:
+    """Have Dynamo notice hooks that are added to modules that had none, which it does not by default."""
+    builder = torch._dynamo.guards.GuardBuilder
+    for guard in list(guards):
+        if guard.create_fn is builder.EMPTY_NN_MODULE_HOOKS_DICT:
+            guards.add(guard.originating_source.make_guard(builder.SEQUENCE_LENGTH))
+
+
+def _methods(critic: nn.Module, codes: set[types.CodeType]) -> Iterator[tuple[type, str, Any]]:
+    """The methods that were traced, by the classes that define them and by those of the critic's own modules."""
+    pending, seen = [nn.Module], {nn.Module}
+    while pending:
+        owner = pending.pop()
+        new = [child for child in type.__subclasses__(owner) if child not in seen]
+        seen.update(new)
+        pending += new
+        for name, method in vars(owner).items():
+            if getattr(getattr(method, "fget", method), "__code__", None) in codes:
+                yield owner, name, getattr(owner, name)
+    for owner in set(map(type, critic.modules())):
+        for name in {name for base in owner.__mro__[:-2] for name in vars(base)}:
+            method = getattr(owner, name, None)
+            if name not in vars(owner) and getattr(method, "__code__", None) in codes and name not in vars(nn.Module):
+                yield owner, name, method
+
+
+def _modified(side_effects: Any) -> list[Any]:
+    """What of that which was there before a forward changes."""
+    return [
+        variable
+        for variable in side_effects.id_to_variable.values()
+        if "Existing" in type(variable.mutation_type).__name__ and side_effects.is_modified(variable)
+        for variable in [(variable, side_effects.store_attr_mutations.get(variable))]
+    ]
+
+
+def _repeats(change: tuple[Any, Any]) -> bool:
+    """Whether a change made twice differs from one made once: to store a tensor that it computed does not."""
+    variable, attributes = change
+    values = list(attributes.values()) if attributes else list(getattr(variable, "items", {}).values())
+    return not values or any(type(value.realize()).__name__ != "TensorVariable" for value in values)
+
+
+def _is_symbolic(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return any(isinstance(size, torch.SymInt) for size in value.shape)
+    return True
+
+
+def _draws_numpy(node: fx.Node) -> bool:
+    name = getattr(getattr(node.target, "f", None), "__name__", "")
+    return type(node.target).__name__ == "numpy_to_tensor_wrapper" and hasattr(__import__("numpy").random, name)
+
+
+def _written_input(node: fx.Node) -> fx.Node | None:
+    """Return the input that a node wrote to and returned, or is."""
+    while node.op != "placeholder":
+        written = node.kwargs.get("out")
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if written is None and name.endswith("_") and not name.endswith("__") and node.args:
+            written = node.args[0]
+        if not isinstance(written, fx.Node):
+            return None
+        node = written
+    return node
+
+
+def _at(error: Exception) -> str:
+    """Describe where in the user's code Dynamo stopped."""
+    stack = getattr(error, "real_stack", None) or []
+    outside = [frame for frame in stack if "/torch/" not in frame.filename and frame.filename != __file__]
+    if not outside:
+        return raised_at(error)
+    frame = outside[-1]
+    return f' at File "{frame.filename}", line {frame.lineno}, in {frame.name} {frame.line}'
