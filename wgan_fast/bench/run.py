@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..double_backprop import CaptureError
-from .check import Checker, WrongGradientsError
+from .check import PatientChecker, WrongGradientsError
 from .measure import count, fastest_of, forward_flops, interleaved, peak_bytes
 from .step import Skipped, Step
 from .variants import VARIANTS
@@ -47,7 +47,7 @@ def run(
     """
     wanted = {"naive", *names}
     chosen = {name: v for name, v in VARIANTS.items() if name in wanted and v.applies(workload)}
-    checker, device = Checker(workload), workload.real.device
+    checker, device = PatientChecker(workload), workload.real.device
     found: dict[str, dict[str, Any]] = {}
     steps: dict[str, Step] = {}
     once: dict[str, float] = {}

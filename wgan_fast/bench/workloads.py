@@ -10,6 +10,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from .. import models, reference
 from ..checks import check_scores
@@ -70,6 +72,13 @@ class Workload:
         """x̂ ``[N, *D]``."""
         return reference.interpolate(self.real, self.fake, alpha)
 
+    def redrawn(self, seed: int) -> "Workload":
+        """The same critic on another batch; what is drawn by ``SEED`` is the batch that ``build`` gives."""
+        generator = torch.Generator().manual_seed(seed)
+        real, fake = torch.randn(2, *self.real.shape, generator=generator).to(self.real)
+        alpha = draw_alpha(self.real.cpu(), generator, self.group_size).to(self.alpha)
+        return replace(self, real=real, fake=fake, alpha=alpha)
+
     def double(self) -> "Workload":
         """The same in float64, on a copy of the critic."""
         real, fake, alpha = (tensor.double() for tensor in (self.real, self.fake, self.alpha))
@@ -85,16 +94,21 @@ class Workload:
 
 
 @contextmanager
-def without_dropout(critic: nn.Module) -> Iterator[None]:
-    """Switch dropout off for a check: no two ways of writing the step draw the same masks."""
-    layers = [layer for layer in critic.modules() if isinstance(layer, _DROPOUTS) and layer.training]
+def repeatable(critic: nn.Module) -> Iterator[None]:
+    """Switch off for a check what two ways to write a step do not share: dropout's masks and power iterations."""
+    layers = [layer for layer in critic.modules() if _varies(layer) and layer.training]
     for layer in layers:
-        layer.eval()
+        layer.training = False
     try:
         yield
     finally:
         for layer in layers:
-            layer.train()
+            layer.training = True
+
+
+def _varies(layer: nn.Module) -> bool:
+    hooks = layer._forward_pre_hooks.values()
+    return isinstance(layer, (*_DROPOUTS, _SpectralNorm)) or any(isinstance(hook, SpectralNorm) for hook in hooks)
 
 
 @dataclass(frozen=True)

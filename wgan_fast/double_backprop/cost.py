@@ -59,15 +59,15 @@ def by_autograd(plan: Plan, inputs: Sequence[Any]) -> tuple[Cost | None, list[bo
     x = values[position].detach()
 
     def scores(samples: Tensor) -> Tensor:
-        return captured.functions(*values[:position], samples, *values[position + 1 :])  # type: ignore[no-any-return]
+        return captured.functions.forward(*values[:position], samples, *values[position + 1 :])  # type: ignore[no-any-return]
 
-    total = torch.zeros(())
+    terms: list[Tensor] = []
     try:
         with mode, torch.enable_grad(), FlopCounterMode(display=False) as flops, _Counter() as counter:
             with plan.autocast():
                 if objective.loss:
                     wide = [s if s.dtype == torch.float64 else s.float() for s in (scores(x), scores(x))]
-                    total = objective.loss(*wide)
+                    terms.append(objective.loss(*wide))
                 if objective.points():
                     penalty, _ = penalty_at(
                         scores,
@@ -77,7 +77,8 @@ def by_autograd(plan: Plan, inputs: Sequence[Any]) -> tuple[Cost | None, list[bo
                         one_sided=objective.one_sided,
                         group_size=objective.group_size,
                     )
-                    total = total + penalty
+                    terms.append(penalty)
+            total = sum(terms[1:], terms[0])
             if trainable and total.requires_grad:
                 gradients = torch.autograd.grad(total, trainable, allow_unused=True)
             else:

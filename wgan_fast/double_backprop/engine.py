@@ -42,7 +42,7 @@ class ChangedError(CaptureError):
         def forward(look: Look, x: Tensor) -> Tensor:
             captured, inputs = look.traced.captured(look.inputs), list(look.inputs)
             inputs[captured.inputs.index(captured.x)] = x
-            return captured.functions(*inputs)  # type: ignore[no-any-return]
+            return captured.functions.forward(*inputs)  # type: ignore[no-any-return]
 
         return [partial(forward, look) for look in self.looks]
 

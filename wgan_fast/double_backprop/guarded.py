@@ -6,6 +6,7 @@ is changed again at every call. Here the graph is never run: the backend's calla
 and whoever asked computes with those.
 """
 
+import copy
 import itertools
 import threading
 import types
@@ -49,8 +50,7 @@ class _StaleError(Exception):
 class _Pending(threading.local):
     """The call that this thread is about to make."""
 
-    critic: nn.Module
-    x: Tensor
+    call: tuple[Any, ...]
     sampled: list[Tensor]
     ready: Callable[["Traced", tuple[Any, ...]], bool]
     traced: "Traced | None" = None
@@ -132,7 +132,7 @@ class GuardedCall:
             raise CaptureError("hooks of all modules are registered")
         call, sampled = _arguments(critic, x, args, kwargs, differentiable)
         pending, before = _pending, vars(_pending).copy()
-        pending.critic, pending.x, pending.sampled, pending.ready, pending.traced = critic, call[1], sampled, ready, None
+        pending.call, pending.sampled, pending.ready, pending.traced = call, sampled, ready, None
         try:
             with torch.enable_grad(), _without_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
                 self._run(*call)
@@ -197,10 +197,11 @@ class Traced:
         self._crossing = 0
         try:
             codes = torch._dynamo.utils.get_traced_code() or []
-            self._methods = list(_methods(_pending.critic, set(codes)))
+            self._methods = list(_methods(_pending.call[0], set(codes)))
             self.asks = any("requires_grad" in (*code.co_names, *code.co_consts) for code in codes)
             output = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
             _guard_hooks(output.guards)
+            self._values = list(_loosely_guarded(output))
             if output.random_calls:
                 raise CaptureError("the critic draws Python's random numbers")
             self.repeats = any(map(_repeats, _modified(output.side_effects)))
@@ -215,6 +216,8 @@ class Traced:
         """Receive the live inputs, in place of the graph."""
         pending = _pending
         if not all([getattr(owner, name, None) is method for owner, name, method in self._methods]):
+            raise _StaleError
+        if self._values and not all(_is_still(value, eval(code, _scope())) for code, value in self._values):
             raise _StaleError
         pending.traced, pending.inputs = self, inputs
         if self.error is not None or not pending.ready(self, inputs):
@@ -241,12 +244,12 @@ class Traced:
             raise CaptureError("the critic returns no tensor that it computed")
         scores = mark.args[0]
         if not isinstance(scores, fx.Node):
-            check_scores(scores, _pending.x)
+            check_scores(scores, _pending.call[1])
         self._changing = [i for i, node in enumerate(inputs) if _is_symbolic(node.meta["example_value"])]
-        x = [node for node, example in zip(inputs, examples) if example is _pending.x]
+        x = [node for node, example in zip(inputs, examples) if example is _pending.call[1]]
         if not x:
             raise unconnected()
-        sampled = [node for node, e in zip(inputs, examples) if any(e is s for s in (_pending.x, *_pending.sampled))]
+        sampled = [node for node, e in zip(inputs, examples) if any(e is s for s in (_pending.call[1], *_pending.sampled))]
         numbers = [node for node in inputs if getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)]
         for node in nodes:
             if _draws_numpy(node):
@@ -403,6 +406,37 @@ def _guard_hooks(guards: Any) -> None:
     for guard in list(guards):
         if guard.create_fn is builder.EMPTY_NN_MODULE_HOOKS_DICT:
             guards.add(guard.originating_source.make_guard(builder.SEQUENCE_LENGTH))
+
+
+def _loosely_guarded(output: Any) -> Iterator[tuple[types.CodeType, Any]]:
+    """What Dynamo compares by ``==`` with a value that may equal another: zeros, and lists inside of tuples.
+
+    Yields:
+        How to read it, and a copy of what it is.
+    """
+    builder, scope = torch._dynamo.guards.GuardBuilder, _scope()
+    for guard in list(output.guards):
+        if guard.create_fn in (builder.EQUALS_MATCH, builder.CONSTANT_MATCH):
+            try:
+                code = compile(guard.name, "<guard>", "eval")
+                value = eval(code, scope)
+                if value == 0 or isinstance(value, tuple):
+                    yield code, copy.deepcopy(value)
+            except Exception:
+                # Read by means of Dynamo's own.
+                continue
+
+
+def _scope() -> dict[str, Any]:
+    """Names by which Dynamo's guards find what they guard."""
+    call = _pending.call
+    return {"L": dict(zip(("critic", "x", "args", "kwargs"), call)), "G": globals()}
+
+
+def _is_still(before: Any, now: Any) -> bool:
+    if isinstance(before, float) and before == 0:
+        return str(before) == str(now)
+    return bool(before == now)
 
 
 def _methods(critic: nn.Module, codes: set[types.CodeType]) -> Iterator[tuple[type, str, Any]]:
