@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wgan_fast.bench import results, workloads
-from wgan_fast.bench.check import Checker
+from wgan_fast.bench.check import PatientChecker
 from wgan_fast.bench.measure import count, forward_flops, peak_bytes
 from wgan_fast.bench.run import run
 from wgan_fast.bench.step import Skipped
@@ -32,7 +32,7 @@ def test_critic_step(benchmark: Callable, name: str, model: str, device: str) ->
         step = variant.prepare(workload)
     except Skipped as reason:
         pytest.skip(str(reason))
-    error = Checker(workload).check(name, variant, step)
+    error = PatientChecker(workload).check(name, variant, step)
     step()  # plans, where dropout is on
     counted = count(step)
     benchmark.group = f"{variant.computes}, {model} on {device}"

@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from wgan_fast import CriticStep
 from wgan_fast.bench import report, results, scaling, series, workloads
-from wgan_fast.bench.check import Checker, WrongGradientsError
+from wgan_fast.bench.check import Checker, PatientChecker, WrongGradientsError
 from wgan_fast.bench.limit import limit
 from wgan_fast.bench.measure import count, forward_flops, interleaved, peak_bytes
 from wgan_fast.bench.run import run
@@ -62,9 +63,17 @@ def called_weight_norm_critic() -> nn.Module:
     return called(weight_norm_critic(), 3)
 
 
-def called_spectral_norm_critic() -> nn.Module:
+def spectral_norm_critic(norm: Callable[[nn.Module], nn.Module] = nn.utils.spectral_norm) -> nn.Module:
     torch.manual_seed(0)
-    return called(nn.utils.spectral_norm(nn.Linear(3, 1)).eval(), 3)
+    return nn.Sequential(norm(nn.Linear(3, 7)), nn.Softplus(), norm(nn.Linear(7, 1, bias=False)))
+
+
+def called_spectral_norm_critic() -> nn.Module:
+    return called(spectral_norm_critic(), 3)
+
+
+def parametrised_critic() -> nn.Module:
+    return spectral_norm_critic(nn.utils.parametrizations.spectral_norm)
 
 
 class VolumeCritic(nn.Module):
@@ -116,15 +125,20 @@ def test_every_eager_variant_computes_the_same_gradients(name, penalty):
     [
         ("weight_norm_critic", (3,)),
         ("called_weight_norm_critic", (3,)),
+        ("spectral_norm_critic", (3,)),
         ("called_spectral_norm_critic", (3,)),
+        ("parametrised_critic", (3,)),
         ("VolumeCritic", (2, 5, 5)),
     ],
 )
 def test_critics_with_weights_of_a_hook_or_over_volumes_are_measured(critic, shape):
     workload = workloads.build(f"{__name__}:{critic}", sample_shape=shape, batch_size=5)
-    for name in ("naive", "naive-channels-last"):
-        with contextlib.suppress(Skipped):
-            Checker(workload).check(name, VARIANTS[name], VARIANTS[name].prepare(workload))
+    names = ["naive", "field", "naive-penalty", "naive-channels-last"]
+    found = run(workload, names, budget=0)["variants"]
+    if len(shape) < 3:
+        assert "not images" in found.pop("naive-channels-last")["skipped"]
+    assert "milliseconds" in found["naive"]
+    assert not any("refused" in result for result in found.values()), found
 
 
 def test_variants_are_skipped_where_they_do_not_apply_and_nowhere_else():
@@ -189,6 +203,76 @@ def test_a_wrong_variant_is_refused_and_not_timed(wrong, monkeypatch):
     assert "milliseconds" in found["naive"]
     assert "off by" in found["ours"]["refused"]
     assert "milliseconds" not in found["ours"]
+
+
+class Kinked(nn.Module):
+    """A ReLU of 0.1 + 0.3 - 0.4: 7e-9 in float64, and 0 in float32 where the first two are added first."""
+
+    first_two_first = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale, self.last = nn.Parameter(torch.tensor(1.0)), nn.Linear(3, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = x.unbind(1)
+        total = (a + b) + c if self.first_two_first else a + (b + c)
+        return self.scale * torch.relu(total) + self.last(x**2).squeeze(1)
+
+
+def kinked() -> workloads.Workload:
+    workload = workloads.build(f"{__name__}:Kinked", sample_shape=(3,), batch_size=5, penalty="r1-r2")
+    real = workload.real.clone()
+    real[0] = torch.tensor([0.1, 0.3, -0.4])
+    return replace(workload, real=real)
+
+
+def beyond_the_kink(workload):
+    critic = Kinked()
+    critic.first_two_first = True
+    return naive(replace(workload, critic=critic))
+
+
+def test_the_other_side_of_a_kink_is_no_reason_to_refuse(monkeypatch):
+    workload, variant = kinked(), Variant("beyond the kink", beyond_the_kink)
+    with pytest.raises(WrongGradientsError, match="ours on"):
+        Checker(workload).check("ours", variant, beyond_the_kink(workload))
+    monkeypatch.setitem(VARIANTS, "ours", variant)
+    monkeypatch.setattr("wgan_fast.bench.run.TOO_SLOW", float("inf"))  # one reading of so small a step is noise
+    assert run(workload, ["ours"], budget=0)["variants"]["ours"]["error"] < 1e-6
+
+
+def test_a_naive_step_beyond_a_kink_is_no_reason_to_judge_none(monkeypatch):
+    workload = kinked()
+    monkeypatch.setattr(Kinked, "first_two_first", True)
+    with pytest.raises(WrongGradientsError, match="naive on"):
+        Checker(workload).check("naive", VARIANTS["naive"], naive(workload))
+    assert run(workload, [], budget=0)["variants"]["naive"]["error"] < 1e-6
+
+
+@pytest.mark.parametrize("wrong", [wrong_weight, no_double_backward, stale, not_a_number])
+def test_a_wrong_variant_is_tried_on_three_batches(wrong):
+    workload, tried = small(), []
+
+    def prepare(workload):
+        tried.append(workload.real)
+        return wrong(workload)
+
+    variant = Variant("wrong", prepare)
+    with pytest.raises(WrongGradientsError, match=r"off by .* nor are they right on 2 other batches"):
+        PatientChecker(workload).check("wrong", variant, variant.prepare(workload))
+    assert len(tried) == 3
+    assert not torch.equal(tried[1], tried[2])
+
+
+def test_the_first_batch_is_drawn_as_the_others_are():
+    workload = packed()
+    again = workload.redrawn(workloads.SEED)
+    assert torch.equal(again.real, workload.real)
+    assert torch.equal(again.fake, workload.fake)
+    assert torch.equal(again.alpha, workload.alpha)
+    assert not torch.equal(workload.redrawn(workloads.SEED + 1).alpha, workload.alpha)
 
 
 def test_a_workload_whose_naive_step_is_wrong_is_reported_and_the_next_one_measured(monkeypatch, tmp_path):
