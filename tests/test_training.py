@@ -754,6 +754,8 @@ def test_networks_in_torchscript_train_as_they_would_outside(tmp_path, make):
     whole = values_of(plain.generator, plain.critic, plain.ema)
     assert (whole[: len(before)] - before).abs().max() > 0.01
     torch.testing.assert_close(values_of(scripted.generator, scripted.critic, scripted.ema), whole, rtol=0, atol=1e-9)
+    with pytest.warns(RuntimeWarning, match="autograd"):
+        fit(tmp_path / "auto", torch.jit.script(generator), critic, points(), engine="auto")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
