@@ -51,6 +51,18 @@ class CriticStepResult(NamedTuple):
     gradient_norm: Tensor
 
 
+class Settings(NamedTuple):
+    """What a ``CriticStep`` was made with."""
+
+    critic: nn.Module
+    loss: AdversarialLoss
+    penalty: PenaltyConfig | None
+    engine: Engine
+    compile: bool
+    precision: Precision
+    schedule: Schedule
+
+
 class CriticStep:
     """Computes the critic's loss and penalty and leaves their gradient in the parameters' ``.grad``.
 
@@ -98,16 +110,25 @@ class CriticStep:
             raise TypeError(f"compile must be True or False, got {compile!r}")
         if compile and engine == "autograd":
             raise ValueError('compile needs the four-pass engine, got compile=True with engine="autograd"')
-        self.critic = critic
-        self.loss = get_loss(loss)
-        self.penalty = penalty
-        self.engine = engine
-        self.compile = compile
-        self.precision = precision
-        self.schedule = schedule
+        self._settings = Settings(critic, get_loss(loss), penalty, engine, compile, precision, schedule)
         self._choices: dict[PenaltyConfig | None, EngineChoice] = {}
         self.steps_taken = 0
         """Calls so far; decides which steps carry a lazy penalty, so set it when resuming."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Read a setting; none can be replaced."""
+        if name in Settings._fields and "_settings" in self.__dict__:
+            return getattr(self._settings, name)
+        raise AttributeError(f"a CriticStep has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in Settings._fields:
+            raise AttributeError(f"{name} of a CriticStep cannot be replaced: make another CriticStep")
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is made at the first steps: a copy makes its own."""
+        return {**self.__dict__, "_choices": {}}
 
     @property
     def code(self) -> str:
@@ -166,9 +187,10 @@ class CriticStep:
                         (batches["points"],) = points
                     result = self._take(step.run(batches), step.tensors, accumulate)
                 else:
-                    forwards = step.forwards() or [
-                        lambda x: self.critic(x, *critic_args, **(critic_kwargs or {}))
-                    ] * (2 + len(points))
+                    forwards = step.forwards()
+                    forwards += [lambda x: self.critic(x, *critic_args, **(critic_kwargs or {}))] * (
+                        2 + len(points) - len(forwards)
+                    )
                     result = self._differentiate(penalty, group_size, real, fake, points, accumulate, forwards)
                     step.confirm()
         self.steps_taken += 1

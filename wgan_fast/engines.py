@@ -7,16 +7,16 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from types import CodeType
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .checks import Engine, check_batch, check_critic_arguments, check_floating
+from .checks import Engine, check_batch, check_critic_arguments, check_floating, check_scores
 from .double_backprop import CaptureError, ChangedError, FourPassEngine, Objective, Planned, Prepared, TooManyPlansError
+from .double_backprop.engine import lasting
 from .double_backprop.plan import Schedule
 from .losses import wasserstein
 from .mlp_critic_step import FusedMLP, fused_mlp
@@ -26,8 +26,8 @@ class EngineChoice:
     """Prepares an objective's steps in four passes, or says that autograd must take them.
 
     Args:
-        critic: Any callable; only an ``nn.Module`` can be captured, and no ``DistributedDataParallel``, whose
-            reduction of the gradients hangs on autograd's backward.
+        critic: Any callable; a ``DistributedDataParallel`` cannot be captured: its reduction of the gradients hangs
+            on autograd's backward.
         objective: What to compute.
         engine: "autograd" never captures, "four_pass" raises where capturing fails, "auto" warns once and gives way.
         schedule: As in ``CriticStep``.
@@ -53,18 +53,20 @@ class EngineChoice:
         self.four_pass: FourPassEngine | None = None
         self.number = next(_numbers)
         _BY_NUMBER[self.number] = self
-        self._owner = weakref.ref(_lasting(critic))
+        self._owner = weakref.ref(lasting(critic))
         if engine == "autograd":
             self.reason = 'engine="autograd" was asked for'
         elif isinstance(critic, DistributedDataParallel):
             self._refuse(CaptureError("a DistributedDataParallel critic's gradients are reduced by autograd's backward"))
-        elif isinstance(critic, nn.Module):
-            self.four_pass = FourPassEngine(critic, objective, schedule=schedule, compile=compile)
         else:
-            self._refuse(CaptureError(f"the critic is {_description(critic)}, and only an nn.Module can be captured"))
+            self.four_pass = FourPassEngine(critic, objective, schedule=schedule, compile=compile)
 
     def prepare(
-        self, x: Tensor, critic_args: tuple[Any, ...], critic_kwargs: Mapping[str, Any] | None
+        self,
+        x: Tensor,
+        critic_args: tuple[Any, ...],
+        critic_kwargs: Mapping[str, Any] | None,
+        critic: Callable[..., Tensor] | None = None,
     ) -> "Prepared | GivenWay":
         """Prepare one step.
 
@@ -72,6 +74,7 @@ class EngineChoice:
             x: A batch like those of the step.
             critic_args: Further positional arguments of the critic.
             critic_kwargs: Its keyword arguments.
+            critic: As in ``FourPassEngine.prepare``.
 
         Returns:
             The step, or where autograd must take it, what to call once it has.
@@ -84,7 +87,7 @@ class EngineChoice:
         if self.four_pass is None:
             return GivenWay(self, None)
         try:
-            prepared = self.four_pass.prepare(x, critic_args, critic_kwargs)
+            prepared = self.four_pass.prepare(x, critic_args, critic_kwargs, critic)
             if self.engine == "auto":
                 check_cheaper(prepared.planned)
             return prepared
@@ -116,9 +119,9 @@ class GivenWay(NamedTuple):
     choice: EngineChoice
     error: CaptureError | None
 
-    def forwards(self) -> list[Callable[[Tensor], Tensor]] | None:
-        """What the forward is for each batch of this step, where it has been called already."""
-        return self.error.forwards() if isinstance(self.error, ChangedError) else None
+    def forwards(self) -> list[Callable[[Tensor], Tensor]]:
+        """What the forward was for those batches of this step for which it has been called already."""
+        return self.error.forwards() if isinstance(self.error, ChangedError) else []
 
     def confirm(self) -> None:
         """Say why, after autograd has taken it: what fails there too is the user's error, and no reason."""
@@ -142,45 +145,29 @@ def _callers() -> int:
     return level
 
 
-def _lasting(critic: Callable[..., Tensor]) -> Any:
-    """What stays of a critic between calls: a lambda or a bound method may be a new object at each."""
-    if isinstance(critic, nn.Module):
-        return critic
-    return getattr(getattr(critic, "__func__", critic), "__code__", type(critic))
-
-
-def _description(critic: Callable[..., Tensor]) -> str:
-    code = _lasting(critic)
-    if isinstance(code, CodeType):
-        return f'the function {code.co_qualname} at File "{code.co_filename}", line {code.co_firstlineno}'
-    return f"a {type(critic).__qualname__}"
-
-
 _SAID: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
 """The reasons that a critic's owner has been warned of."""
 
 
 _numbers = itertools.count()
 _BY_NUMBER: "weakref.WeakValueDictionary[int, EngineChoice]" = weakref.WeakValueDictionary()
-_CHOICES: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[Objective, Engine], EngineChoice]]"
+_CHOICES: "weakref.WeakKeyDictionary[Any, dict[tuple[Objective, Engine], EngineChoice]]"
 _CHOICES = weakref.WeakKeyDictionary()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def penalty_choice(
-    critic: Callable[..., Tensor], weight: float, target: float, one_sided: bool, group_size: int, engine: Engine
+    critic: Callable[..., Tensor], one_sided: bool, group_size: int, engine: Engine
 ) -> EngineChoice:
-    """Return the choice for a critic's penalty, kept as long as the critic lives: all who ask share its plans.
+    """Return the choice for a critic's penalty of any weight and target, kept as long as the critic lives.
 
     Of a ``DistributedDataParallel`` it is the choice for the module within: the caller's own backward reduces. A
     compiler calls this as it traces, instead of looking into it, so its arguments are plain.
     """
-    objective = Objective(weight=weight, target=target, one_sided=one_sided, at="given", group_size=group_size)
+    objective = Objective(weight=1.0, target=0.0, one_sided=one_sided, at="given", group_size=group_size)
     if isinstance(critic, DistributedDataParallel):
         critic = critic.module
-    if not isinstance(critic, nn.Module):
-        return EngineChoice(critic, objective, engine)
-    choices = _CHOICES.setdefault(critic, {})
+    choices = _CHOICES.setdefault(lasting(critic), {})
     key = (objective, engine)
     if key not in choices:
         choices[key] = EngineChoice(critic, objective, engine)
@@ -256,6 +243,7 @@ def explain(
     Raises:
         TypeError: ``critic`` is no module, or ``example_input`` no floating-point tensor.
         ValueError: ``example_input`` is empty, or the critic does not return one score per sample.
+        Exception: Whatever the critic raises for this input.
     """
     if not isinstance(critic, nn.Module):
         raise TypeError(f"critic must be an nn.Module, got {type(critic).__name__}")
@@ -267,6 +255,7 @@ def explain(
         planned = engine.planned(example_input, critic_args, critic_kwargs)
         check_cheaper(planned)
     except CaptureError as error:
+        check_runs(critic, example_input, critic_args, critic_kwargs, group_size)
         return Explanation("autograd", str(error))
     plan = planned.plan
     fused = fused_mlp(plan.captured, example_input, group_size=group_size)
@@ -282,8 +271,23 @@ def explain(
     )
 
 
+def check_runs(
+    critic: nn.Module, x: Tensor, critic_args: tuple[Any, ...], critic_kwargs: Mapping[str, Any] | None, group_size: int
+) -> None:
+    """Raise what the critic raises; its buffers and PyTorch's random numbers stay as they were."""
+    buffers = [buffer.clone() for buffer in critic.buffers()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            check_scores(critic(x, *critic_args, **(critic_kwargs or {})), x, group_size)
+    finally:
+        for buffer, before in zip(critic.buffers(), buffers):
+            buffer.data.copy_(before)
+
+
 def run_by_number(
     number: int,
+    weight: float,
+    target: float,
     points: Tensor,
     parameters: list[Tensor],
     buffers: list[Tensor],
@@ -312,9 +316,8 @@ def run_by_number(
                 "under torch.compile the penalty's gradients go to the critic's own parameters alone, and its forward "
                 "reads other tensors that require gradients"
             )
-        output = Prepared(prepared.planned, tuple(given.get(id(value), value) for value in prepared.inputs)).run(
-            {"points": points}
-        )
+        inputs = tuple(given.get(id(value), value) for value in prepared.inputs)
+        output = replace(prepared, inputs=inputs).with_penalty(weight, target).run({"points": points})
     gradients = dict(zip(map(id, prepared.tensors), output.gradients))
     assert output.penalty is not None
     found = [gradients.get(id(parameter)) for parameter in critic.parameters()]

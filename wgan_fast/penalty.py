@@ -7,6 +7,7 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import ops as ops  # registers the operators
 from . import reference
@@ -24,7 +25,7 @@ from .checks import (
 )
 from .autograd import attach
 from .autograd import penalty_at as penalty_at
-from .engines import GivenWay, penalty_choice
+from .engines import EngineChoice, GivenWay, penalty_choice
 from .precision import accumulation_dtype
 from .samples import settled
 
@@ -206,7 +207,11 @@ class GradientPenalty:
         self.generator = generator
         self.critic_args = critic_args
         self.critic_kwargs = critic_kwargs
-        self._four_passes = penalty_choice(critic, weight, target, one_sided, group_size, engine)
+        self._engine = engine
+
+    @property
+    def _four_passes(self) -> EngineChoice:
+        return penalty_choice(self.critic, self.config.one_sided, self.config.group_size, self._engine)
 
     def __call__(
         self,
@@ -241,14 +246,15 @@ class GradientPenalty:
         return sum(penalties[1:], penalties[0])
 
     def _at(self, points: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Tensor:
-        step = self._four_passes.prepare(points, args, kwargs)
+        critic = self.critic.module if isinstance(self.critic, DistributedDataParallel) else self.critic
+        step = self._four_passes.prepare(points, args, kwargs, critic)
         if isinstance(step, GivenWay):
             penalty, _ = penalty_at(
                 lambda x: self.critic(x, *args, **(kwargs or {})), [points], **self.config.norm_options
             )
             step.confirm()
             return penalty
-        output = step.run({"points": points})
+        output = step.with_penalty(self.config.weight, self.config.target).run({"points": points})
         assert output.penalty is not None
         return attach(output.penalty, step.tensors, output.gradients)
 
@@ -268,7 +274,7 @@ class GradientPenalty:
         for point in points:
             with torch.no_grad():
                 penalty, *tensors = torch.ops.wgan_fast.gradient_penalty(
-                    self._four_passes.number, point, parameters, buffers, *further
+                    self._four_passes.number, self.config.weight, self.config.target, point, parameters, buffers, *further
                 )
                 gradients, updated = tensors[: len(parameters)], tensors[len(parameters) :]
                 for buffer, new in zip(buffers, updated):

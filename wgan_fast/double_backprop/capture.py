@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .record import functional_form
@@ -197,6 +198,8 @@ def _functions(trace: fx.GraphModule, scores: fx.Node, numbers: Mapping[fx.Node,
         elif isinstance(node.target, torch._ops.HigherOrderOperator) and name not in _WRAPPERS:
             raise CaptureError(_no_rule_for(node))
         env[node] = graph.node_copy(node, env.__getitem__)
+        if node.target is getattr and node.args[1:] == ("data",):
+            env[node].target, env[node].args = torch.detach, env[node].args[:1]
     graph.output(env[scores])
     return fx.GraphModule(trace, graph)
 
@@ -249,8 +252,11 @@ def _plain(module: fx.GraphModule, captured: Captured, env: dict[fx.Node, fx.Nod
             return env[node.args[0]]  # type: ignore[index]
         name = getattr(node.target, "__name__", str(node.target))
         if node.op == "get_attr":
+            constant = getattr(module, str(node.target))
+            if isinstance(constant, FakeTensor):
+                raise CaptureError("a tensor of the critic's is lost in the trace")
             env[node] = graph.placeholder(f"c_{node.target}")
-            captured.constants[env[node]] = getattr(module, str(node.target))
+            captured.constants[env[node]] = constant
         elif name == "_set_grad_enabled":
             enabled = bool(node.args[0])
         elif isinstance(node.target, torch._ops.HigherOrderOperator):

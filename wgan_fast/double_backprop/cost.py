@@ -1,31 +1,16 @@
 """What a step costs, counted: in four passes, and by autograd, which is asked on stand-ins what it would do."""
 
-import torch
-from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..autograd import penalty_at
+from .counting import Cost, Counter, tensor_bytes
 from .optimize import is_view
 from .plan import Plan
-
-
-class Cost(NamedTuple):
-    """Of one step.
-
-    Attributes:
-        flops: Of its matrix products and convolutions.
-        launches: Its operators that are not views.
-        bytes: What these read and write.
-    """
-
-    flops: int
-    launches: int
-    bytes: int
 
 
 def of_plan(plan: Plan) -> Cost:
@@ -33,7 +18,7 @@ def of_plan(plan: Plan) -> Cost:
     moved = 0
     for node in plan.graph.graph.nodes:
         if node.op == "call_function" and not is_view(node.target):
-            moved += _bytes([touched.meta.get("val") for touched in (node, *node.all_input_nodes)])
+            moved += tensor_bytes([touched.meta.get("val") for touched in (node, *node.all_input_nodes)])
     return Cost(plan.flops(), plan.launches(), moved)
 
 
@@ -63,7 +48,7 @@ def by_autograd(plan: Plan, inputs: Sequence[Any]) -> tuple[Cost | None, list[bo
 
     terms: list[Tensor] = []
     try:
-        with mode, torch.enable_grad(), FlopCounterMode(display=False) as flops, _Counter() as counter:
+        with mode, torch.enable_grad(), Counter() as counter:
             with plan.autocast():
                 if objective.loss:
                     wide = [s if s.dtype == torch.float64 else s.float() for s in (scores(x), scores(x))]
@@ -86,21 +71,4 @@ def by_autograd(plan: Plan, inputs: Sequence[Any]) -> tuple[Cost | None, list[bo
     except Exception:
         # Flash attention, say, is differentiated once.
         return None, None
-    cost = Cost(flops.get_total_flops(), counter.launches, counter.bytes)
-    return cost, [gradient is not None for gradient in gradients]
-
-
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    launches = 0
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not is_view(func) and func is not torch.ops.aten.detach.default:
-            self.launches += 1
-            self.bytes += _bytes((args, kwargs, out))
-        return out
-
-
-def _bytes(values: Any) -> int:
-    return sum(value.nbytes for value in tree_leaves(values) if isinstance(value, Tensor))
+    return counter.cost, [gradient is not None for gradient in gradients]

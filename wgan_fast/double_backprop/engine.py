@@ -4,7 +4,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .capture import CaptureError, first_line
-from .cost import Cost, by_autograd, of_plan
+from .cost import by_autograd, of_plan
+from .counting import Cost
 from .guarded import MOST_IN_A_ROW, GuardedCall, Look, Traced
 from .plan import Objective, Plan, Schedule, StepOutput
 
@@ -30,10 +31,10 @@ class TooManyPlansError(CaptureError):
 
 
 class ChangedError(CaptureError):
-    """A forward changes what it computes with; ``looks`` says what it has been for each batch of this step."""
+    """A step cannot be run in four passes after some of its forwards' changes were made; ``looks`` holds these."""
 
-    def __init__(self, looks: Sequence[Look]) -> None:
-        super().__init__("its forward computes something else at every call, with what it changes itself")
+    def __init__(self, message: str, looks: Sequence[Look]) -> None:
+        super().__init__(message)
         self.looks = looks
 
     def forwards(self) -> list[Callable[[Tensor], Tensor]]:
@@ -70,26 +71,37 @@ class _Critic:
 
     Attributes:
         call: Looks at its forward.
-        traced_in_a_row: How many of its last calls had to be traced.
+        traced_in_a_row: How many of its last calls had to be traced, by thread.
     """
 
     call: GuardedCall
-    traced_in_a_row: int = 0
+    traced_in_a_row: dict[int, int] = field(default_factory=dict)
 
 
-_CRITICS: "weakref.WeakKeyDictionary[nn.Module, _Critic]" = weakref.WeakKeyDictionary()
+_CRITICS: "weakref.WeakKeyDictionary[Any, _Critic]" = weakref.WeakKeyDictionary()
 _NEWEST: "weakref.WeakKeyDictionary[type, GuardedCall]" = weakref.WeakKeyDictionary()
 """By the critics' class, so that a helper that is made anew at every step is not traced anew."""
 
 
-def _known(critic: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Critic:
-    known = _CRITICS.get(critic)
+def lasting(critic: Callable[..., Any]) -> Any:
+    """Return what stays of a critic between calls: a function or a bound method may be a new object at each."""
+    if isinstance(critic, nn.Module):
+        return critic
+    while isinstance(critic, partial):
+        critic = critic.func
+    function = getattr(critic, "__func__", critic)
+    return getattr(function, "__code__", function if isinstance(function, nn.Module) else type(critic))
+
+
+def _known(critic: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Critic:
+    owner = lasting(critic)
+    known = _CRITICS.get(owner)
     if known is None:
         with _PLANNING:
-            newest = _NEWEST.get(type(critic))
+            newest = _NEWEST.get(type(owner))
             if newest is None or not newest.serves(critic, x, args, kwargs):
-                newest = _NEWEST[type(critic)] = GuardedCall()
-            known = _CRITICS.setdefault(critic, _Critic(newest))
+                newest = _NEWEST[type(owner)] = GuardedCall()
+            known = _CRITICS.setdefault(owner, _Critic(newest))
     return known
 
 
@@ -120,10 +132,12 @@ class Prepared:
     """A step that can be run.
 
     Attributes:
+        objective: What to compute.
         planned: Its plan.
         inputs: What the forward reads now.
     """
 
+    objective: Objective
     planned: Planned
     inputs: tuple[Any, ...]
 
@@ -132,13 +146,17 @@ class Prepared:
         """The trainable tensors that the forward reads, in the order of the gradients."""
         return [self.inputs[i] for i in self.planned.plan.trainable]
 
+    def with_penalty(self, weight: float, target: float) -> "Prepared":
+        """Return the step with another weight and target of the penalty."""
+        return replace(self, objective=replace(self.objective, weight=weight, target=target))
+
     def run(self, batches: Mapping[str, Tensor]) -> StepOutput:
         """Run the step; its gradients are None exactly where autograd leaves none.
 
         Args:
             batches: What the objective takes of ``real``, ``fake``, ``alpha`` ``[N]`` and ``points`` by name.
         """
-        output = self.planned.plan.run(self.inputs, batches)
+        output = self.planned.plan.run(self.inputs, batches, self.objective.weight, self.objective.target)
         for i, reached in enumerate(self.planned.reached or ()):
             if reached is (output.gradients[i] is None):
                 like = self.inputs[self.planned.plan.trainable[i]]
@@ -158,26 +176,26 @@ class FourPassEngine:
     """Runs one objective on one critic.
 
     Args:
-        critic: The critic; whatever its forward reads is read at every call.
+        critic: The critic, a module or a function; whatever its forward reads is read at every call.
         objective: What to compute.
         schedule: As in ``Plan``.
         compile: Compile the flat graph with ``torch.compile``; where that fails, warn and run it as it is.
     """
 
     def __init__(
-        self, critic: nn.Module, objective: Objective, *, schedule: Schedule = "auto", compile: bool = False
+        self, critic: Callable[..., Any], objective: Objective, *, schedule: Schedule = "auto", compile: bool = False
     ) -> None:
         # Weakly: engines are kept for as long as the critic lives, and must not keep it alive.
         self._critic = weakref.ref(critic)
         self.objective, self.schedule, self.compile = objective, schedule, compile
-        self._options = (objective, schedule, compile)
+        self._options = (objective.form(), schedule, compile)
         self.plans: dict[Hashable, Plan] = {}
         """All that this engine has run, in order."""
 
     @property
-    def critic(self) -> nn.Module:
+    def critic(self) -> Callable[..., Any]:
         """The critic."""
-        critic = self._critic()
+        critic: Callable[..., Any] | None = self._critic()
         assert critic is not None, "an engine is called by those who hold its critic"
         return critic
 
@@ -200,7 +218,8 @@ class FourPassEngine:
         step = self.prepare(_example(batches), critic_args, critic_kwargs)
         output = step.run(batches)
         gradients = dict(zip(map(id, step.tensors), output.gradients))
-        return output._replace(gradients=[gradients.get(id(p)) for p in self.critic.parameters() if p.requires_grad])
+        parameters = self.critic.parameters() if isinstance(self.critic, nn.Module) else step.tensors
+        return output._replace(gradients=[gradients.get(id(p)) for p in parameters if p.requires_grad])
 
     def plan(
         self,
@@ -213,16 +232,24 @@ class FourPassEngine:
 
     def planned(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Planned:
         """As ``plan``, with what autograd would do."""
-        traced, inputs = self._look(x, args, kwargs, lambda traced, inputs: False)
-        return self._planned(x, args, kwargs, traced, inputs)
+        critic = self.critic
+        look = self._look(critic, x, args, kwargs, lambda traced, inputs: False)
+        return self._planned(critic, x, args, kwargs, look)
 
-    def prepare(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Prepared:
+    def prepare(
+        self,
+        x: Tensor,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        critic: Callable[..., Any] | None = None,
+    ) -> Prepared:
         """Look at the forward, and change what it changes besides tensors in place, as often as a step would.
 
         Args:
             x: A batch ``[N, *D]`` like those of the step.
             args: Further positional arguments of the critic.
             kwargs: Its keyword arguments.
+            critic: A function of the same code, made anew; None for the engine's own critic.
 
         Raises:
             CaptureError: The critic cannot run in four passes; nothing has been changed then, unless it is one that
@@ -231,54 +258,69 @@ class FourPassEngine:
             ValueError: The critic does not return one score per sample, or its scores do not depend on its input.
         """
         found: Planned | None = None
+        critic = self.critic if critic is None else critic
 
         def ready(traced: Traced, inputs: tuple[Any, ...]) -> bool:
             nonlocal found
             found = _plans(traced).made.get((self._options, *traced.key(inputs)))
             return found is not None
 
-        known = _known(self.critic, x, args, kwargs or {})
-        before = known.call.traces
-        traced, inputs = self._look(x, args, kwargs, ready)
-        known.traced_in_a_row = known.traced_in_a_row + 1 if known.call.traces > before else 0
-        if found is None:
-            if known.traced_in_a_row > MOST_IN_A_ROW:
+        known = _known(critic, x, args, kwargs or {})
+        look = self._look(critic, x, args, kwargs, ready)
+        thread = threading.get_ident()
+        traced_in_a_row = known.traced_in_a_row.get(thread, 0) + 1 if look.fresh else 0
+        if not look.fresh:
+            known.traced_in_a_row.pop(thread, None)
+        else:
+            known.traced_in_a_row[thread] = traced_in_a_row
+        # Another thread, or a hook, may change the critic in between.
+        for _ in range(3):
+            if found is not None:
+                break
+            if traced_in_a_row > MOST_IN_A_ROW:
                 raise CaptureError(
-                    f"its forward had to be traced at {known.traced_in_a_row} calls in a row: what it reads, a number "
+                    f"its forward had to be traced at {traced_in_a_row} calls in a row: what it reads, a number "
                     "or an object, is always new"
                 )
-            self._planned(x, args, kwargs, traced, inputs)
-            traced, inputs = self._look(x, args, kwargs, ready)
-            if found is None:
-                raise CaptureError("what its forward reads has changed while it was planned")
+            self._planned(critic, x, args, kwargs, look)
+            look = self._look(critic, x, args, kwargs, ready)
+        if found is None:
+            raise CaptureError("what its forward reads changes while it is planned")
+        traced, inputs = look.traced, look.inputs
         if traced.repeats and (batches := len(self.objective.parts())) > 1:
-            looks = [Look(traced, inputs)]
-            looks += [self._look(x, args, kwargs, lambda traced, inputs: True) for _ in range(batches - 1)]
+            looks = [look]
+            try:
+                for _ in range(batches - 1):
+                    looks.append(self._look(critic, x, args, kwargs, lambda traced, inputs: True))
+            except CaptureError as error:
+                raise ChangedError(str(error), looks) from error
             if not all(_same(looks[0], other) for other in looks[1:]):
-                raise ChangedError(looks)
+                raise ChangedError("its forward computes something else at every call, with what it changes itself", looks)
         _plans(traced).runs += 1
         self.plans.setdefault((id(traced), *traced.key(inputs)), found.plan)
-        return Prepared(found, inputs)
+        return Prepared(self.objective, found, inputs)
 
     def _look(
         self,
+        critic: Callable[..., Any],
         x: Tensor,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any] | None,
         ready: Callable[[Traced, tuple[Any, ...]], bool],
         differentiable: bool = True,
     ) -> Look:
-        critic, kwargs = self.critic, kwargs or {}
+        kwargs = kwargs or {}
         return _known(critic, x, args, kwargs).call.look(critic, x, args, kwargs, ready, differentiable)
 
     def _planned(
         self,
+        critic: Callable[..., Any],
         x: Tensor,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any] | None,
-        traced: Traced,
-        inputs: tuple[Any, ...],
+        look: Look,
     ) -> Planned:
+        traced, inputs = look.traced, look.inputs
         with _PLANNING:
             plans, key = _plans(traced), (self._options, *traced.key(inputs))
             if key in plans.made:
@@ -290,18 +332,20 @@ class FourPassEngine:
                     "forward reads, keeps changing"
                 )
             if self.objective.loss and traced.asks:
-                self._ask(x, args, kwargs, Look(traced, inputs))
+                self._ask(critic, x, args, kwargs, look)
             plan = Plan(
-                traced.captured(inputs), self.objective, inputs, schedule=self.schedule, in_place=not self.compile
+                traced.captured(inputs), self.objective.form(), inputs, schedule=self.schedule, in_place=not self.compile
             )
             if self.compile:
                 plan.compiled = _Compiled(plan.graph)
             plans.made[key] = planned = Planned(plan, *by_autograd(plan, inputs))
             return planned
 
-    def _ask(self, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, look: Look) -> None:
+    def _ask(
+        self, critic: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, look: Look
+    ) -> None:
         """Refuse a forward that treats samples whose gradient is not asked for, as real and fake are, differently."""
-        other = self._look(x, args, kwargs, lambda traced, inputs: False, differentiable=False)
+        other = self._look(critic, x, args, kwargs, lambda traced, inputs: False, differentiable=False)
         if str(other.traced.captured(other.inputs).graph) != str(look.traced.captured(look.inputs).graph):
             raise CaptureError("its forward asks whether its input requires a gradient, and goes another way then")
 

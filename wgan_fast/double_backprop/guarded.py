@@ -8,8 +8,10 @@ and whoever asked computes with those.
 
 import copy
 import itertools
+import logging
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -33,10 +35,12 @@ class Look(NamedTuple):
     Attributes:
         traced: The form that it takes.
         inputs: The live inputs of that form's graph, in order.
+        fresh: Whether it had to be traced.
     """
 
     traced: "Traced"
     inputs: tuple[Any, ...]
+    fresh: bool
 
 
 class _StoppedError(Exception):
@@ -55,6 +59,7 @@ class _Pending(threading.local):
     ready: Callable[["Traced", tuple[Any, ...]], bool]
     traced: "Traced | None" = None
     inputs: tuple[Any, ...] = ()
+    fresh: bool = False
 
 
 _pending = _Pending()
@@ -93,7 +98,7 @@ class GuardedCall:
         function = types.FunctionType(self._code, _forward.__globals__, _forward.__name__)
         self._call = torch.compile(function, backend=self._trace, fullgraph=True)
 
-    def serves(self, critic: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def serves(self, critic: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a critic that was never looked at takes a form that another one did."""
         call, _ = _arguments(critic, x, args, kwargs, differentiable=True)
         given = dict(zip(self._code.co_varnames, call))
@@ -106,7 +111,7 @@ class GuardedCall:
 
     def look(
         self,
-        critic: nn.Module,
+        critic: Callable[..., Any],
         x: Tensor,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
@@ -132,7 +137,7 @@ class GuardedCall:
             raise CaptureError("hooks of all modules are registered")
         call, sampled = _arguments(critic, x, args, kwargs, differentiable)
         pending, before = _pending, vars(_pending).copy()
-        pending.call, pending.sampled, pending.ready, pending.traced = call, sampled, ready, None
+        pending.call, pending.sampled, pending.ready, pending.traced, pending.fresh = call, sampled, ready, None, False
         try:
             with torch.enable_grad(), _without_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
                 self._run(*call)
@@ -148,18 +153,22 @@ class GuardedCall:
                 f"torch.compile could not capture the critic{_at(error)}: {first_line(error)[:300]}"
             ) from error
         finally:
-            traced, inputs = pending.traced, pending.inputs
+            traced, inputs, fresh = pending.traced, pending.inputs, pending.fresh
             vars(pending).clear()
             vars(pending).update(before)
         if traced is None:
             raise CaptureError("torch.compile did not trace the critic")
         if traced.error is not None:
             raise traced.error
-        return Look(traced, inputs)
+        return Look(traced, inputs, fresh)
 
     def _run(self, *call: Any) -> None:
         try:
-            self._call(*call)
+            if self.traces:
+                self._call(*call)
+            else:
+                with _FIRST, _hushed():
+                    self._call(*call)
         except Exception as error:
             if "RNN" not in str(error):
                 raise
@@ -170,6 +179,7 @@ class GuardedCall:
     def _trace(self, graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         """Serve as the backend of ``torch.compile``."""
         self.traces += 1
+        _pending.fresh = True
         return Traced(graph, examples)
 
 
@@ -319,7 +329,7 @@ class Traced:
         for node in inputs:
             ours[node], theirs[node] = shared.node_copy(node), rest.node_copy(node)
         for node in crossing:
-            theirs[node] = rest.placeholder(node.name)
+            theirs[node] = rest.placeholder(f"s_{node.name}")
             theirs[node].meta = dict(node.meta)
         for node in graph.graph.nodes:
             if node.op in ("placeholder", "output") or node is mark:
@@ -347,6 +357,30 @@ class Traced:
         )
 
 
+_FIRST = threading.RLock()
+"""One thread traces a critic that was never traced: others then find what it made."""
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep back what PyTorch logs and warns of while it looks at a critic: an error says it where it matters."""
+    known = list(logging.root.manager.loggerDict.items())
+    loggers = [logger for name, logger in known if name.startswith("torch") and isinstance(logger, logging.Logger)]
+    for logger in loggers:
+        logger.addFilter(_heard)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_heard)
+
+
+def _heard(record: logging.LogRecord) -> bool:
+    return not hasattr(_pending, "call") or record.levelno >= logging.ERROR
+
+
 @contextmanager
 def _without_modes() -> Iterator[None]:
     """Take off what watches this thread's operators, such as counters: with any on, Dynamo does nothing."""
@@ -361,7 +395,7 @@ def _without_modes() -> Iterator[None]:
 
 
 def _arguments(
-    critic: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], differentiable: bool
+    critic: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], differentiable: bool
 ) -> tuple[tuple[Any, ...], list[Tensor]]:
     """Return the arguments of ``_forward``, and those of the critic's that have a row per sample."""
     x = x.detach().requires_grad_(differentiable)
@@ -439,7 +473,7 @@ def _is_still(before: Any, now: Any) -> bool:
     return bool(before == now)
 
 
-def _methods(critic: nn.Module, codes: set[types.CodeType]) -> Iterator[tuple[type, str, Any]]:
+def _methods(critic: Any, codes: set[types.CodeType]) -> Iterator[tuple[type, str, Any]]:
     """The methods that were traced, by the classes that define them and by those of the critic's own modules."""
     pending, seen = [nn.Module], {nn.Module}
     while pending:
@@ -450,7 +484,8 @@ def _methods(critic: nn.Module, codes: set[types.CodeType]) -> Iterator[tuple[ty
         for name, method in vars(owner).items():
             if getattr(getattr(method, "fget", method), "__code__", None) in codes:
                 yield owner, name, getattr(owner, name)
-    for owner in set(map(type, critic.modules())):
+    for owner in set(map(type, critic.modules() if isinstance(critic, nn.Module) else [critic])):
+        yield owner, "__call__", getattr(owner, "__call__", None)
         for name in {name for base in owner.__mro__[:-2] for name in vars(base)}:
             method = getattr(owner, name, None)
             if name not in vars(owner) and getattr(method, "__code__", None) in codes and name not in vars(nn.Module):
@@ -470,7 +505,8 @@ def _modified(side_effects: Any) -> list[Any]:
 def _repeats(change: tuple[Any, Any]) -> bool:
     """Whether a change made twice differs from one made once: to store a tensor that it computed does not."""
     variable, attributes = change
-    values = list(attributes.values()) if attributes else list(getattr(variable, "items", {}).values())
+    stored = attributes or getattr(variable, "items", None)
+    values = list(stored.values()) if isinstance(stored, dict) else []
     return not values or any(type(value.realize()).__name__ != "TensorVariable" for value in values)
 
 

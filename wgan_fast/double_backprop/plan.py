@@ -1,17 +1,18 @@
 """Plans: a critic and the shapes of one batch, turned into a flat graph that is run at every step."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ..checks import check_loss, check_scores, unconnected
 from .capture import Captured, CaptureError, first_line, raised_at
+from .counting import Counter, flops_of
 from .independence import CoupledError, Dims, batch_dims
 from .optimize import finish, is_view, save_memory
 from .passes import (
@@ -63,6 +64,10 @@ class Objective:
         losses = ["real", "fake"] if self.loss else []
         return losses + [f"{name} points" for name in self.points()]
 
+    def form(self) -> "Objective":
+        """The same with the numbers left out that a plan takes at every step."""
+        return self if self.weight is None else replace(self, weight=1.0, target=0.0)
+
     def points(self) -> list[str]:
         """The batches at which the gradient is penalised."""
         if self.weight is None:
@@ -94,7 +99,7 @@ class Plan:
 
     Args:
         captured: The critic.
-        objective: What to compute.
+        objective: What to compute, with any weight and target.
         inputs: The inputs of the captured graph, or what looks like them.
         schedule: "batched" joins the batches where samples are proven apart, "split" runs them one by one, "auto"
             joins them unless, on a CPU, the activations would exceed ``JOINED_BYTES``.
@@ -221,6 +226,7 @@ class Plan:
                 like = torch.empty(example.shape[0], dtype=dtype, device=example.device)
             batches[name] = recorder.input(name, like)
             self.layout[name] = (like.shape, like.stride())
+        numbers = recorder.numbers("weight", "target") if objective.points() else {}
         constants = {node: recorder.constant(node.name, value) for node, value in self.captured.constants.items()}
         with recorder.fake, recorder, torch.no_grad():
             base = Run(self.captured, recorder.labelled)
@@ -234,6 +240,8 @@ class Plan:
                     batches["points"] = _mix(batches["real"], batches["fake"], batches["alpha"])
             outputs = _Step(self, base, batches).record()
         recorder.output(outputs)
+        if numbers:
+            _read_numbers(recorder.graph, **numbers)
         graph = finish(recorder)
         if self.in_place:
             save_memory(graph.graph)
@@ -241,20 +249,26 @@ class Plan:
         graph.recompile()
         return graph
 
-    def run(self, inputs: Sequence[Any], batches: Mapping[str, Tensor]) -> StepOutput:
+    def run(
+        self, inputs: Sequence[Any], batches: Mapping[str, Tensor], weight: float | None, target: float
+    ) -> StepOutput:
         """Run the graph.
 
         Args:
             inputs: The inputs of the captured graph.
             batches: What the objective takes of ``real``, ``fake``, ``alpha`` ``[N]`` and ``points`` by name.
+            weight: The penalty's factor; None without a penalty.
+            target: The norm that costs nothing.
         """
-        tensors = [inputs[i] for i in self._live]
+        tensors: list[Any] = [inputs[i] for i in self._live]
         tensors += [_laid_out(batches[name].detach(), like) for name, like in self.layout.items()]
+        if weight is not None:
+            tensors += [weight, target]
         on = torch.is_autocast_enabled(self.device)
         with torch.no_grad(), torch.autocast(self.device, enabled=False) if on else nullcontext():
             return StepOutput(*(self.compiled or self._run_eagerly)(*tensors))
 
-    def _run_eagerly(self, *tensors: Tensor) -> Any:
+    def _run_eagerly(self, *tensors: Any) -> Any:
         # Nothing here is differentiated: passing every operator on through autograd, and the graph through what a
         # module's call looks for, costs a tenth of a small step.
         with torch._C._AutoDispatchBelowAutograd():
@@ -262,18 +276,16 @@ class Plan:
 
     def units(self) -> float:
         """Matmul and convolution FLOPs of the step, in critic forwards over one batch."""
-        with FlopCounterMode(display=False) as forward:
+        with Counter() as forward:
             self._rehearse(1)
-        return self.flops() / max(forward.get_total_flops(), 1)
+        return self.flops() / max(forward.cost.flops, 1)
 
     def flops(self) -> int:
         """Matmul and convolution FLOPs of the step."""
         counted = 0
         for node in self.graph.graph.nodes:
-            count = _FLOPS.get(getattr(node.target, "overloadpacket", None))
-            if count is not None:
-                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda source: source.meta.get("val"))
-                counted += count(*args, **kwargs, out_val=node.meta["val"])
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda source: source.meta.get("val"))
+            counted += flops_of(node.target, args, kwargs, node.meta.get("val"))
         return counted
 
     def launches(self) -> int:
@@ -284,14 +296,6 @@ class Plan:
     def code(self) -> str:
         """The flat graph as Python."""
         return self.graph.code
-
-
-def _addmm_activation_flops(bias: Tensor, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
-    return 2 * a.shape[0] * a.shape[1] * b.shape[1]
-
-
-_FLOPS = {**flop_registry, torch.ops.aten._addmm_activation: _addmm_activation_flops}
-"""What PyTorch counts, and what it leaves out."""
 
 
 def _counts(node: fx.Node) -> bool:
@@ -437,8 +441,8 @@ class _Step:
         with run.label("penalty"), self._plain():
             v, penalty, norm = penalty_seed(
                 gradient,
-                weight=(objective.weight or 0.0) * parts,
-                target=objective.target,
+                weight=float(parts),
+                target=0.0,
                 one_sided=objective.one_sided,
                 group_size=objective.group_size,
             )
@@ -463,6 +467,19 @@ class _Step:
             norm,
             [self.cotangents.get(node) for node in self.captured.trainable],
         )
+
+
+def _read_numbers(graph: fx.Graph, weight: fx.Node, target: fx.Node) -> None:
+    """Have the penalty's operator take its weight and target from the graph's inputs."""
+    for node in graph.nodes:
+        if node.target is torch.ops.wgan_fast.gradient_norm_penalty.default:
+            gradient, parts, _, *others = node.args
+            scaled: Any = weight
+            if parts != 1:
+                with graph.inserting_before(node):
+                    scaled = graph.call_function(operator.mul, (weight, parts))
+                    scaled.meta.update(val=1.0, segment=node.meta["segment"])
+            node.args = (gradient, scaled, target, *others)
 
 
 def _laid_out(tensor: Tensor, like: tuple[torch.Size, tuple[int, ...]]) -> Tensor:

@@ -53,6 +53,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._bind(fake, self.graph.placeholder(name))
         return fake
 
+    def numbers(self, *names: str) -> dict[str, fx.Node]:
+        """Add graph inputs that are Python numbers."""
+        made = {name: self.graph.placeholder(name) for name in names}
+        for node in made.values():
+            node.meta.update(val=1.0, segment=self.segment)
+        return made
+
     def constant(self, name: str, value: Tensor) -> Tensor:
         """Add a tensor that the graph owns; returns its stand-in."""
         name = f"constant_{name}".replace(".", "_")
