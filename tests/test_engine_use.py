@@ -509,7 +509,9 @@ def test_a_forward_that_counts_its_calls_is_left_to_autograd() -> None:
         assert_equal_gradients(ours, stepped(plain, lambda step: step(*samples(), alpha()), engine="autograd"))
     assert critic.calls == plain.calls == 6
     for _ in range(3):
-        torch.testing.assert_close(gradient_penalty(critic, *samples(), alpha=alpha()), naive(plain)(*samples(), alpha()))
+        torch.testing.assert_close(
+            gradient_penalty(critic, *samples(), alpha=alpha()), naive(plain)(*samples(), alpha())
+        )
 
 
 def test_the_function_compiles_cold_and_knows_one_critic_from_another() -> None:

@@ -229,10 +229,7 @@ CHANGES: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
     "another slope": lambda critic: changed(critic[3], negative_slope=0.5),
     "a forward method": lambda critic: with_another_forward(critic[2]),
     "weight norm": lambda critic: with_weight_norm(critic[2]),
-    "a tied weight": lambda critic: replaced(critic, {4: critic[2]}),
     "appended to a nested Sequential": lambda critic: appended(critic[1], nn.Linear(9, 9)),
-    "another first Flatten": lambda critic: changed(critic[0], start_dim=0, end_dim=0),
-    "another last Flatten": lambda critic: changed(critic[-1], end_dim=0),
 }
 
 
@@ -252,6 +249,19 @@ def test_a_change_of_the_critic_is_noticed(change: Callable[[nn.Module], Callabl
     assert_equal_steps(critic, steps, *batch, operator=True)
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_layers_that_come_to_be_tied_have_both_gradients() -> None:
+    critic = chain(*[m for _ in range(3) for m in (nn.Linear(5, 5), nn.ReLU())], nn.Linear(5, 1))
+    steps = pair_of_steps(critic)
+    batch = *random_pair(7, 5), torch.rand(7, dtype=torch.float64)
+    assert_equal_steps(critic, steps, *batch, operator=True)
+    critic[4] = critic[2]
+    steps[0](*batch)
+    left = gradients_left_in(critic)
+    steps[1](*batch)
+    assert_equal_gradients(left, gradients_left_in(critic))
+
+
 def ending_in(last: nn.Module, kind: type[nn.Sequential]) -> nn.Module:
     torch.manual_seed(0)
     return kind(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 1), last).double()
@@ -264,10 +274,10 @@ def ending_in(last: nn.Module, kind: type[nn.Sequential]) -> nn.Module:
         (nn.Sequential, nn.Identity(), True),
         (nn.Sequential, nn.Flatten(), True),
         (nn.Sequential, nn.Flatten(0), True),
-        (nn.Sequential, nn.Flatten(0, 0), False),
+        (nn.Sequential, nn.Flatten(0, 0), True),
         (models.Critic, nn.Identity(), True),
         (models.Critic, nn.Flatten(), True),
-        (models.Critic, nn.Flatten(0, 0), False),
+        (models.Critic, nn.Flatten(0, 0), True),
     ],
 )
 def test_a_last_layer_that_only_shapes_the_scores(kind: type[nn.Sequential], last: nn.Module, operator: bool) -> None:
@@ -346,11 +356,11 @@ def chain(*modules: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("critic", "reason"),
     [
-        (nn.Linear(6, 1).double(), "no nn.Sequential"),
-        (models.PackedCritic(6, 9, group_size=2, dropout=0.0).double(), "no nn.Sequential"),
+        (nn.Linear(6, 1).double(), "between each two"),
+        (models.PackedCritic(6, 9, group_size=2, dropout=0.0).double(), "packs"),
         (chain(nn.Linear(6, 1)), "between each two"),
-        (chain(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)), "has a Tanh"),
-        (chain(nn.Linear(6, 4), nn.Sequential(nn.Tanh()), nn.Linear(4, 1)), "between each two"),
+        (chain(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)), "operator tanh"),
+        (chain(nn.Linear(6, 4), nn.Sequential(nn.Tanh()), nn.Linear(4, 1)), "operator tanh"),
         (chain(nn.Linear(6, 4, bias=False), nn.ReLU(), nn.Linear(4, 1)), "no bias"),
         (chain(nn.Linear(6, 300), nn.ReLU(), nn.Linear(300, 1)), "wider than 256"),
         (chain(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1)), "equally wide"),
@@ -372,16 +382,17 @@ def test_explain_says_whether_a_critic_takes_it_and_why_not(critic: nn.Module, r
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_explain_names_packing_further_arguments_and_hooks() -> None:
-    critic = chain(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1))
+def test_a_critic_of_more_than_samples_does_not_take_it() -> None:
+    class Labelled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.layers(x + y)
+
     samples = torch.randn(4, 6, dtype=torch.float64)
-    choice = mlp_critic_step.FusedChoice(critic)
-    assert "packs" in choice(samples, group_size=2)
-    assert "more than samples" in choice(samples, alone=False)
-    handle = critic[0].register_forward_pre_hook(lambda *_: None)
-    assert "hooks" in choice(samples)
-    handle.remove()
-    assert isinstance(choice(samples), mlp_critic_step.FusedMLP)
+    assert "more than samples" in explain(Labelled().double(), samples, critic_args=(samples,)).unfused
 
 
 def test_without_a_gpu_the_four_passes_run() -> None:

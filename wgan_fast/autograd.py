@@ -72,7 +72,7 @@ def _with_zeros(penalty: Tensor, before: list[Any], x: Tensor) -> Tensor:
     An optimizer tells a gradient of zeros from none: it decays its moments, and the weights.
     """
     missed = [leaf for leaf in _leaves(before) - _leaves([penalty.grad_fn]) if leaf is not x]
-    return _Zeros.apply(penalty, *missed) if missed else penalty  # type: ignore[no-any-return,no-untyped-call]
+    return _Zeros.apply(penalty, *missed) if missed else penalty  # type: ignore[no-untyped-call]
 
 
 def _leaves(functions: list[Any]) -> set[Tensor]:

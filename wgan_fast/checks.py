@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Generator, Tensor
 
-Engine = Literal["auto", "four_pass", "autograd"]
+Engine = Literal["auto", "four_pass", "autograd", "checked"]
 
 
 def check_alpha(alpha: Tensor, real: Tensor, group_size: int = 1) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from .autograd import leave, penalty_at
 from .checks import (
     Engine,
     check_alpha,
@@ -18,9 +19,8 @@ from .checks import (
     check_samples,
     check_scores,
 )
-from .autograd import leave, penalty_at
 from .double_backprop import Objective, Prepared, StepOutput
-from .engines import EngineChoice, GivenWay
+from .engines import EngineChoice
 from .losses import AdversarialLoss, get_loss, wasserstein
 from .mlp_critic_step import FusedMLP, fused_mlp
 from .penalty import PenaltyConfig, draw, mixed
@@ -51,18 +51,6 @@ class CriticStepResult(NamedTuple):
     gradient_norm: Tensor
 
 
-class Settings(NamedTuple):
-    """What a ``CriticStep`` was made with."""
-
-    critic: nn.Module
-    loss: AdversarialLoss
-    penalty: PenaltyConfig | None
-    engine: Engine
-    compile: bool
-    precision: Precision
-    schedule: Schedule
-
-
 class CriticStep:
     """Computes the critic's loss and penalty and leaves their gradient in the parameters' ``.grad``.
 
@@ -85,6 +73,14 @@ class CriticStep:
         TypeError: An argument is of the wrong type.
         ValueError: A setting is unknown, or ``compile`` is asked for with ``engine="autograd"``.
     """
+
+    critic: nn.Module
+    loss: AdversarialLoss
+    penalty: PenaltyConfig | None
+    engine: Engine
+    compile: bool
+    precision: Precision
+    schedule: Schedule
 
     def __init__(
         self,
@@ -110,19 +106,21 @@ class CriticStep:
             raise TypeError(f"compile must be True or False, got {compile!r}")
         if compile and engine == "autograd":
             raise ValueError('compile needs the four-pass engine, got compile=True with engine="autograd"')
-        self._settings = Settings(critic, get_loss(loss), penalty, engine, compile, precision, schedule)
+        self.__dict__.update(
+            critic=critic,
+            loss=get_loss(loss),
+            penalty=penalty,
+            engine=engine,
+            compile=compile,
+            precision=precision,
+            schedule=schedule,
+        )
         self._choices: dict[PenaltyConfig | None, EngineChoice] = {}
         self.steps_taken = 0
         """Calls so far; decides which steps carry a lazy penalty, so set it when resuming."""
 
-    def __getattr__(self, name: str) -> Any:
-        """Read a setting; none can be replaced."""
-        if name in Settings._fields and "_settings" in self.__dict__:
-            return getattr(self._settings, name)
-        raise AttributeError(f"a CriticStep has no attribute {name!r}")
-
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in Settings._fields:
+        if name in CriticStep.__annotations__:
             raise AttributeError(f"{name} of a CriticStep cannot be replaced: make another CriticStep")
         super().__setattr__(name, value)
 
@@ -134,7 +132,7 @@ class CriticStep:
     def code(self) -> str:
         """The flat graphs that have run so far, as Python; none is where autograd or the operator for MLPs runs."""
         engines = [choice.four_pass for choice in self._choices.values() if choice.four_pass]
-        return "\n".join(plan.code for engine in engines for plan in engine.plans.values())
+        return "\n".join(plan.code for engine in engines for plan in engine.plans.values() if plan.runs)
 
     def __call__(
         self,
@@ -203,7 +201,8 @@ class CriticStep:
         planned = step.planned
         if planned.fused is None:
             planned.fused = fused_mlp(planned.plan.captured, real, group_size=penalty.group_size)
-        return planned.fused
+        fused: FusedMLP | str = planned.fused
+        return fused
 
     def _one_operator(
         self, mlp: FusedMLP, step: Prepared, penalty: PenaltyConfig, real: Tensor, fake: Tensor, alpha: Tensor | None
@@ -254,9 +253,7 @@ class CriticStep:
         loss = check_loss(self.loss.critic(real_scores, fake_scores))
         value = norm = None
         if penalty:
-            parts = [
-                penalty_at(forward, [x], **penalty.norm_options) for forward, x in zip(forwards[2:], points)
-            ]
+            parts = [penalty_at(forward, [x], **penalty.norm_options) for forward, x in zip(forwards[2:], points)]
             value = sum([part for part, _ in parts[1:]], parts[0][0])
             norm = torch.stack([part for _, part in parts]).mean()
             loss = loss + value

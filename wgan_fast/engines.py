@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .checked import Check, asked_for, is_due
 from .checks import Engine, check_batch, check_critic_arguments, check_floating, check_scores
-from .double_backprop import CaptureError, ChangedError, FourPassEngine, Objective, Planned, Prepared, TooManyPlansError
-from .double_backprop.engine import lasting
+from .double_backprop import CaptureError, ChangedError, FourPassEngine, Objective, Prepared, TooManyPlansError
+from .double_backprop.engine import lasting, summed
 from .double_backprop.plan import Schedule
 from .losses import wasserstein
 from .mlp_critic_step import FusedMLP, fused_mlp
@@ -29,7 +30,8 @@ class EngineChoice:
         critic: Any callable; a ``DistributedDataParallel`` cannot be captured: its reduction of the gradients hangs
             on autograd's backward.
         objective: What to compute.
-        engine: "autograd" never captures, "four_pass" raises where capturing fails, "auto" warns once and gives way.
+        engine: "autograd" never captures, "four_pass" raises where capturing fails, "auto" warns once and gives way,
+            there and where autograd costs less, and so does "checked", which compares steps with autograd.
         schedule: As in ``CriticStep``.
         compile: As in ``CriticStep``.
 
@@ -49,6 +51,7 @@ class EngineChoice:
         compile: bool = False,
     ) -> None:
         self.engine = engine
+        self._checks = engine == "checked" or asked_for()
         self.reason: str | None = None
         self.four_pass: FourPassEngine | None = None
         self.number = next(_numbers)
@@ -57,9 +60,13 @@ class EngineChoice:
         if engine == "autograd":
             self.reason = 'engine="autograd" was asked for'
         elif isinstance(critic, DistributedDataParallel):
-            self._refuse(CaptureError("a DistributedDataParallel critic's gradients are reduced by autograd's backward"))
+            self._refuse(
+                CaptureError("a DistributedDataParallel critic's gradients are reduced by autograd's backward")
+            )
         else:
-            self.four_pass = FourPassEngine(critic, objective, schedule=schedule, compile=compile)
+            self.four_pass = FourPassEngine(
+                critic, objective, schedule=schedule, compile=compile, cheaper_only=engine != "four_pass"
+            )
 
     def prepare(
         self,
@@ -87,9 +94,11 @@ class EngineChoice:
         if self.four_pass is None:
             return GivenWay(self, None)
         try:
+            check = None
+            if self._checks and is_due(self.four_pass.planned(x, critic_args, critic_kwargs, critic)):
+                check = Check(critic or self.four_pass.critic, critic_args, critic_kwargs or {})
             prepared = self.four_pass.prepare(x, critic_args, critic_kwargs, critic)
-            if self.engine == "auto":
-                check_cheaper(prepared.planned)
+            prepared.check = check
             return prepared
         except CaptureError as error:
             if self.engine == "four_pass":
@@ -107,7 +116,7 @@ class EngineChoice:
             self.reason = str(error)
             self.four_pass = None
         said = _SAID.setdefault(self._owner() or self, set())
-        kind = str(error) if self.reason else TooManyPlansError
+        kind = type(error).__name__ if self.reason is None else str(error)
         if kind not in said:
             said.add(kind)
             warnings.warn(f"wgan_fast differentiates with autograd: {error}", RuntimeWarning, stacklevel=_callers())
@@ -129,14 +138,6 @@ class GivenWay(NamedTuple):
             self.choice.give_way(self.error)
 
 
-def check_cheaper(planned: Planned) -> None:
-    """Raise unless a plan costs no more than autograd does.
-
-    Raises:
-        CaptureError: It costs more.
-    """
-
-
 def _callers() -> int:
     """How many frames up the user's own code is, for a warning raised by the calling function."""
     package, frame, level = os.path.dirname(__file__), sys._getframe(1), 1
@@ -156,9 +157,7 @@ _CHOICES = weakref.WeakKeyDictionary()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def penalty_choice(
-    critic: Callable[..., Tensor], one_sided: bool, group_size: int, engine: Engine
-) -> EngineChoice:
+def penalty_choice(critic: Callable[..., Tensor], one_sided: bool, group_size: int, engine: Engine) -> EngineChoice:
     """Return the choice for a critic's penalty of any weight and target, kept as long as the critic lives.
 
     Of a ``DistributedDataParallel`` it is the choice for the module within: the caller's own backward reduces. A
@@ -187,6 +186,8 @@ class Explanation:
         linear: The critic's other operators.
         units: Matmul and convolution FLOPs of the step, in critic forwards over one batch.
         launches: Operators of the step that are not views.
+        autograd_units: The same of autograd's step, which leaves out the dead pass; None where it fails.
+        autograd_launches: Likewise.
         unfused: Why the step is not the one operator for narrow MLPs on a GPU; None where it is. ``units`` and
             ``launches`` are then those of the steps that need another loss or penalty.
     """
@@ -199,6 +200,8 @@ class Explanation:
     linear: tuple[str, ...] = ()
     units: float | None = None
     launches: int | None = None
+    autograd_units: float | None = None
+    autograd_launches: int | None = None
     unfused: str | None = None
 
     def __str__(self) -> str:
@@ -208,11 +211,14 @@ class Explanation:
         fused = "yes, one operator for the step; units and launches are those of the four passes that run otherwise"
         if self.unfused:
             fused = f"no, because {self.unfused}"
+        units = launches = ", where autograd fails"
+        if self.autograd_units is not None:
+            units, launches = f", by autograd {self.autograd_units:.2f}", f", by autograd {self.autograd_launches}"
         return "\n".join(
             [
                 f"engine     four_pass, {self.schedule}{coupled}",
-                f"units      {self.units:.2f} critic forwards over one batch",
-                f"launches   {self.launches} operators that are not views",
+                f"units      {self.units:.2f} critic forwards over one batch{units}",
+                f"launches   {self.launches} operators that are not views{launches}",
                 f"curved     {', '.join(self.curved) or 'none, so there is no curvature pass'}",
                 f"linear     {', '.join(self.linear) or 'none'}",
                 f"fused      {fused}",
@@ -250,10 +256,10 @@ def explain(
     check_floating("example_input", example_input)
     check_batch("example_input", example_input)
     check_critic_arguments(critic_args, critic_kwargs)
-    engine = FourPassEngine(critic, Objective(wasserstein.critic, at="given", group_size=group_size))
+    objective = Objective(wasserstein.critic, at="given", group_size=group_size)
+    engine = FourPassEngine(critic, objective, cheaper_only=True)
     try:
         planned = engine.planned(example_input, critic_args, critic_kwargs)
-        check_cheaper(planned)
     except CaptureError as error:
         check_runs(critic, example_input, critic_args, critic_kwargs, group_size)
         return Explanation("autograd", str(error))
@@ -267,6 +273,8 @@ def explain(
         linear=tuple(sorted(plan.linear)),
         units=plan.units(),
         launches=plan.launches(),
+        autograd_units=planned.autograd and plan.units(planned.autograd.flops),
+        autograd_launches=planned.autograd and planned.autograd.launches,
         unfused=None if isinstance(fused, FusedMLP) else fused,
     )
 
@@ -305,6 +313,7 @@ def run_by_number(
     if four_pass is None:
         raise CaptureError("the critic cannot run in four passes, and torch.compile cannot differentiate twice")
     critic, device = four_pass.critic, points.device.type
+    assert isinstance(critic, nn.Module)
     # Inside an operator the dispatcher has switched autograd off for this thread, and looking at the critic needs it.
     with _outside_operators(), torch.enable_grad(), torch.autocast(device, autocast, enabled=autocast is not None):
         prepared = four_pass.prepare(points, tuple(critic_args), dict(zip(names, critic_kwargs)))
@@ -318,7 +327,7 @@ def run_by_number(
             )
         inputs = tuple(given.get(id(value), value) for value in prepared.inputs)
         output = replace(prepared, inputs=inputs).with_penalty(weight, target).run({"points": points})
-    gradients = dict(zip(map(id, prepared.tensors), output.gradients))
+    gradients = summed(prepared.tensors, output.gradients)
     assert output.penalty is not None
     found = [gradients.get(id(parameter)) for parameter in critic.parameters()]
     filled = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(parameters, found)]
@@ -331,4 +340,4 @@ _OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_lo
 
 def _outside_operators() -> AbstractContextManager[Any]:
     """Undo, inside an operator, that the dispatcher passes by autograd and tracing in this thread."""
-    return torch._C._ForceDispatchKeyGuard(*_OUTSIDE)  # type: ignore[no-any-return]
+    return torch._C._ForceDispatchKeyGuard(*_OUTSIDE)

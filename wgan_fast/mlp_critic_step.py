@@ -75,9 +75,11 @@ def fused_mlp(captured: Captured, samples: Tensor, *, group_size: int = 1) -> Fu
                 return "it has an activation that follows no linear layer"
             slopes.add(0.0 if name == "relu" else float(call.args[1] if len(call.args) > 1 else 0.01))  # type: ignore[arg-type]
             layers.append(call)
-        elif name not in _RESHAPES or call.meta["val"].shape[:1] != captured.x.meta["val"].shape[:1]:
-            return f"it has an operator {name}"
-        elif layers and call.meta["val"].numel() != node.meta["val"].numel():
+        elif (
+            name not in _RESHAPES
+            or call.meta["val"].shape[:1] != captured.x.meta["val"].shape[:1]
+            or (layers and call.meta["val"].numel() != node.meta["val"].numel())
+        ):
             return f"it has an operator {name}"
         node = call
     linear = layers[::2]

@@ -106,8 +106,8 @@ def _clipped_rmsprop_fake(params: list[Tensor], *_: object) -> None:
 # while it traces one. Returns the
 # penalty, the gradient of every parameter and the buffers as the critic leaves them.
 _library.define(  # type: ignore[no-untyped-call]
-    "gradient_penalty(int number, float weight, float target, Tensor points, Tensor[] parameters, Tensor[] buffers, Tensor[] critic_args, "
-    "Tensor[] critic_kwargs, str[] names, ScalarType? autocast) -> Tensor[]",
+    "gradient_penalty(int number, float weight, float target, Tensor points, Tensor[] parameters, Tensor[] buffers, "
+    "Tensor[] critic_args, Tensor[] critic_kwargs, str[] names, ScalarType? autocast) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("gradient_penalty", run_by_number, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
@@ -115,7 +115,13 @@ _library.impl("gradient_penalty", run_by_number, "CompositeExplicitAutograd")  #
 
 @torch.library.register_fake("wgan_fast::gradient_penalty", lib=_library)  # type: ignore[untyped-decorator]
 def _gradient_penalty_fake(
-    number: int, weight: float, target: float, points: Tensor, parameters: list[Tensor], buffers: list[Tensor], *_: object
+    number: int,
+    weight: float,
+    target: float,
+    points: Tensor,
+    parameters: list[Tensor],
+    buffers: list[Tensor],
+    *_: object,
 ) -> list[Tensor]:
     penalty = points.new_empty((), dtype=accumulation_dtype(points.dtype))
     return [penalty, *[torch.empty_like(tensor) for tensor in (*parameters, *buffers)]]

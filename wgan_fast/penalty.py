@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import ops as ops  # registers the operators
 from . import reference
+from .autograd import attach
+from .autograd import penalty_at as penalty_at
 from .checks import (
     Engine,
     check_alpha,
@@ -23,8 +25,6 @@ from .checks import (
     check_matches,
     check_samples,
 )
-from .autograd import attach
-from .autograd import penalty_at as penalty_at
 from .engines import EngineChoice, GivenWay, penalty_choice
 from .precision import accumulation_dtype
 from .samples import settled
@@ -211,7 +211,8 @@ class GradientPenalty:
 
     @property
     def _four_passes(self) -> EngineChoice:
-        return penalty_choice(self.critic, self.config.one_sided, self.config.group_size, self._engine)
+        choice: EngineChoice = penalty_choice(self.critic, self.config.one_sided, self.config.group_size, self._engine)
+        return choice
 
     def __call__(
         self,
@@ -274,7 +275,13 @@ class GradientPenalty:
         for point in points:
             with torch.no_grad():
                 penalty, *tensors = torch.ops.wgan_fast.gradient_penalty(
-                    self._four_passes.number, self.config.weight, self.config.target, point, parameters, buffers, *further
+                    self._four_passes.number,
+                    self.config.weight,
+                    self.config.target,
+                    point,
+                    parameters,
+                    buffers,
+                    *further,
                 )
                 gradients, updated = tensors[: len(parameters)], tensors[len(parameters) :]
                 for buffer, new in zip(buffers, updated):

@@ -158,7 +158,7 @@ def lower(
 def _short_name(placeholder: fx.Node) -> str:
     """Name a parameter or buffer as its module does: ``p_0_weight``, ``b_1_running_mean``."""
     source = getattr(placeholder.meta.get("grapharg"), "source", None)
-    name = source.name if isinstance(getattr(source, "name", None), str) else ""
+    name = str(getattr(source, "name", ""))
     kind = next((kind for kind in ("_parameters", "_buffers") if kind in name), None)
     if kind is None or not name.startswith("L['critic']"):
         return placeholder.name
@@ -178,8 +178,8 @@ def _functions(trace: fx.GraphModule, scores: fx.Node, numbers: Mapping[fx.Node,
         if node.op == "get_attr" and isinstance(getattr(trace, str(node.target), None), Tensor):
             raise CaptureError(f"the critic closes over {node.target}, which has no rule")
         if name == "item" and node.args[0] in numbers:
-            value = numbers[node.args[0]]  # type: ignore[index]
-            env[node] = env[node.args[0]] if value is None else value  # type: ignore[index,assignment]
+            value = numbers[node.args[0]]
+            env[node] = env[node.args[0]] if value is None else value  # type: ignore[assignment]
             continue
         if name == "_set_grad_enabled":
             enabled = bool(node.args[0])
@@ -190,11 +190,13 @@ def _functions(trace: fx.GraphModule, scores: fx.Node, numbers: Mapping[fx.Node,
             graph.call_function(torch._C._set_grad_enabled, (enabled,))
             continue
         elif name == "_exit_inference_mode":
-            enabled = inference[node.args[0]]  # type: ignore[index]
+            enabled = inference[node.args[0]]
             graph.call_function(torch._C._set_grad_enabled, (enabled,))
             continue
         elif name in _HOOKS:
-            raise CaptureError(f"{where(node)} registers a hook on a tensor's gradient, which four passes would not call")
+            raise CaptureError(
+                f"{where(node)} registers a hook on a tensor's gradient, which four passes would not call"
+            )
         elif isinstance(node.target, torch._ops.HigherOrderOperator) and name not in _WRAPPERS:
             raise CaptureError(_no_rule_for(node))
         env[node] = graph.node_copy(node, env.__getitem__)
@@ -214,11 +216,11 @@ def _to_aten(functions: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
     tensors = [fake for fake in fakes if isinstance(fake, Tensor)]
     devices = {fake.device.type for fake in tensors}
     with ExitStack() as stack:
-        stack.enter_context(tensors[0].fake_mode)
+        stack.enter_context(tensors[0].fake_mode)  # type: ignore[attr-defined]
         stack.enter_context(torch.enable_grad())
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
-        return make_fx(run, pre_dispatch=True, tracing_mode="real")(*fakes)  # type: ignore[no-any-return]
+        return make_fx(run, pre_dispatch=True, tracing_mode="real")(*fakes)
 
 
 class _Interpreter(fx.Interpreter):
@@ -249,7 +251,7 @@ def _plain(module: fx.GraphModule, captured: Captured, env: dict[fx.Node, fx.Nod
         if node.op == "placeholder":
             continue
         if node.op == "output":
-            return env[node.args[0]]  # type: ignore[index]
+            return env[node.args[0]]
         name = getattr(node.target, "__name__", str(node.target))
         if node.op == "get_attr":
             constant = getattr(module, str(node.target))
@@ -262,10 +264,10 @@ def _plain(module: fx.GraphModule, captured: Captured, env: dict[fx.Node, fx.Nod
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(_no_rule_for(node))
         elif node.target is torch.ops.aten.detach_.default:
-            for alias in _aliases(node.args[0], node, module.graph):  # type: ignore[arg-type]
+            for alias in _aliases(node.args[0], node, module.graph):
                 env[alias] = graph.call_function(torch.ops.aten.detach.default, (env[alias],))
                 env[alias].meta = {**node.meta, STOPS_GRADIENT: True}
-            env[node] = env[node.args[0]]  # type: ignore[index]
+            env[node] = env[node.args[0]]
         elif node.target in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default):
             raise CaptureError(f"{where(node)} reads a number from a tensor")
         elif not name.startswith(_ASSERTIONS):

@@ -24,6 +24,10 @@ class Cost(NamedTuple):
     launches: int
     bytes: int
 
+    def seconds(self, launch: float) -> float:
+        """Estimate the time from what an operator costs the host; only a comparison of two such means anything."""
+        return self.flops / 60e9 + self.bytes / 12e9 + self.launches * launch
+
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what runs under it, in this thread alone, which ``FlopCounterMode`` does not."""
@@ -35,7 +39,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run and count ``func``."""
         out = func(*args, **(kwargs or {}))
-        if not is_view(func) and func is not torch.ops.aten.detach.default:
+        if func.namespace != "prim" and not is_view(func) and func is not torch.ops.aten.detach.default:
             flops, launches, moved = self.cost
             touched = tensor_bytes((args, kwargs, out))
             self.cost = Cost(flops + flops_of(func, args, kwargs or {}, out), launches + 1, moved + touched)

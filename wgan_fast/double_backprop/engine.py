@@ -22,6 +22,13 @@ FREE_PLANS = 4
 EARNED_BY = 32
 """Steps that earn one."""
 
+_RECURRENT = {
+    torch.ops.aten.lstm.input,
+    torch.ops.aten.gru.input,
+    torch.ops.aten.rnn_tanh.input,
+    torch.ops.aten.rnn_relu.input,
+}
+
 _PLANNING = threading.RLock()
 """Planning is for one thread at a time: parts of PyTorch that it uses are not safe from several."""
 
@@ -114,17 +121,29 @@ class Planned:
         autograd: What the step costs by autograd; None where that fails.
         reached: For each gradient of the plan, whether autograd leaves one, be it of zeros; None where that fails.
         fused: What the operator for narrow MLPs needs to run the step, or why it cannot; None until it is asked for.
+        suspect: Whether the last one that was compared with autograd was off.
     """
 
     plan: Plan
     autograd: Cost | None
     reached: list[bool] | None
     fused: Any = None
+    suspect: bool = False
 
     @cached_property
-    def cost(self) -> Cost:
-        """What the step costs in four passes."""
-        return of_plan(self.plan)
+    def dearer(self) -> str | None:
+        """Say what autograd's step costs less by; None where it does not."""
+        ours, theirs = of_plan(self.plan), self.autograd
+        if theirs is None or ours.seconds(_LAUNCH) <= theirs.seconds(_LAUNCH_BY_AUTOGRAD):
+            return None
+        return (
+            f"four passes cost more: {ours.flops:.1e} FLOPs, {ours.launches} operators and {ours.bytes:.1e} bytes "
+            f"against {theirs.flops:.1e}, {theirs.launches} and {theirs.bytes:.1e}"
+        )
+
+
+_LAUNCH, _LAUNCH_BY_AUTOGRAD = 4e-6, 6e-6
+"""Seconds of the host for an operator below autograd, and by autograd with its node of the graph."""
 
 
 @dataclass
@@ -135,11 +154,13 @@ class Prepared:
         objective: What to compute.
         planned: Its plan.
         inputs: What the forward reads now.
+        check: What to show the step to, once it has run.
     """
 
     objective: Objective
     planned: Planned
     inputs: tuple[Any, ...]
+    check: Callable[..., None] | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -161,6 +182,8 @@ class Prepared:
             if reached is (output.gradients[i] is None):
                 like = self.inputs[self.planned.plan.trainable[i]]
                 output.gradients[i] = torch.zeros_like(like, requires_grad=False) if reached else None
+        if self.check is not None:
+            self.check(self.objective, batches, self.planned, self.tensors, output)
         return output
 
 
@@ -168,8 +191,17 @@ class Prepared:
 class _Plans:
     """Of one form of a critic, by the engine's options and whatever may change without a new trace."""
 
-    made: dict[Hashable, Planned] = field(default_factory=dict)
+    made: dict[tuple[Any, ...], Planned] = field(default_factory=dict)
     runs: int = 0
+
+
+def summed(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> dict[int, Tensor]:
+    """Return the gradient of every tensor by its id; one that came to be tied is there more than once."""
+    found: dict[int, Tensor] = {}
+    for tensor, gradient in zip(tensors, gradients):
+        if gradient is not None:
+            found[id(tensor)] = found[id(tensor)] + gradient if id(tensor) in found else gradient
+    return found
 
 
 class FourPassEngine:
@@ -180,15 +212,23 @@ class FourPassEngine:
         objective: What to compute.
         schedule: As in ``Plan``.
         compile: Compile the flat graph with ``torch.compile``; where that fails, warn and run it as it is.
+        cheaper_only: Refuse a step that autograd takes at less cost.
     """
 
     def __init__(
-        self, critic: Callable[..., Any], objective: Objective, *, schedule: Schedule = "auto", compile: bool = False
+        self,
+        critic: Callable[..., Any],
+        objective: Objective,
+        *,
+        schedule: Schedule = "auto",
+        compile: bool = False,
+        cheaper_only: bool = False,
     ) -> None:
         # Weakly: engines are kept for as long as the critic lives, and must not keep it alive.
         self._critic = weakref.ref(critic)
         self.objective, self.schedule, self.compile = objective, schedule, compile
         self._options = (objective.form(), schedule, compile)
+        self._cheaper_only = cheaper_only
         self.plans: dict[Hashable, Plan] = {}
         """All that this engine has run, in order."""
 
@@ -217,7 +257,7 @@ class FourPassEngine:
         """
         step = self.prepare(_example(batches), critic_args, critic_kwargs)
         output = step.run(batches)
-        gradients = dict(zip(map(id, step.tensors), output.gradients))
+        gradients = summed(step.tensors, output.gradients)
         parameters = self.critic.parameters() if isinstance(self.critic, nn.Module) else step.tensors
         return output._replace(gradients=[gradients.get(id(p)) for p in parameters if p.requires_grad])
 
@@ -230,9 +270,15 @@ class FourPassEngine:
         """Return the plan for these batches, made now if there is none; the critic stays as it is."""
         return self.planned(_example(batches), critic_args, critic_kwargs).plan
 
-    def planned(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Planned:
+    def planned(
+        self,
+        x: Tensor,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        critic: Callable[..., Any] | None = None,
+    ) -> Planned:
         """As ``plan``, with what autograd would do."""
-        critic = self.critic
+        critic = self.critic if critic is None else critic
         look = self._look(critic, x, args, kwargs, lambda traced, inputs: False)
         return self._planned(critic, x, args, kwargs, look)
 
@@ -286,16 +332,19 @@ class FourPassEngine:
             look = self._look(critic, x, args, kwargs, ready)
         if found is None:
             raise CaptureError("what its forward reads changes while it is planned")
+        self._worthwhile(found)
         traced, inputs = look.traced, look.inputs
         if traced.repeats and (batches := len(self.objective.parts())) > 1:
             looks = [look]
             try:
-                for _ in range(batches - 1):
+                while len(looks) < batches:
                     looks.append(self._look(critic, x, args, kwargs, lambda traced, inputs: True))
             except CaptureError as error:
                 raise ChangedError(str(error), looks) from error
             if not all(_same(looks[0], other) for other in looks[1:]):
-                raise ChangedError("its forward computes something else at every call, with what it changes itself", looks)
+                raise ChangedError(
+                    "its forward computes something else at every call, with what it changes itself", looks
+                )
         _plans(traced).runs += 1
         self.plans.setdefault((id(traced), *traced.key(inputs)), found.plan)
         return Prepared(self.objective, found, inputs)
@@ -324,8 +373,11 @@ class FourPassEngine:
         with _PLANNING:
             plans, key = _plans(traced), (self._options, *traced.key(inputs))
             if key in plans.made:
-                return plans.made[key]
-            mine = sum(options == self._options for options, *_ in plans.made)
+                return self._worthwhile(plans.made[key])
+            captured = traced.captured(inputs)
+            if self._cheaper_only and any(node.target in _RECURRENT for node in captured.calls()):
+                raise CaptureError("recurrent layers cost less by autograd: each of the four passes runs them anew")
+            mine = sum(key[0] == self._options for key in plans.made)
             if mine >= FREE_PLANS + plans.runs // EARNED_BY:
                 raise TooManyPlansError(
                     f"the critic was planned {mine} times for {plans.runs} steps: a batch size, or a number that its "
@@ -333,13 +385,16 @@ class FourPassEngine:
                 )
             if self.objective.loss and traced.asks:
                 self._ask(critic, x, args, kwargs, look)
-            plan = Plan(
-                traced.captured(inputs), self.objective.form(), inputs, schedule=self.schedule, in_place=not self.compile
-            )
+            plan = Plan(captured, self.objective.form(), inputs, schedule=self.schedule, in_place=not self.compile)
             if self.compile:
                 plan.compiled = _Compiled(plan.graph)
             plans.made[key] = planned = Planned(plan, *by_autograd(plan, inputs))
-            return planned
+            return self._worthwhile(planned)
+
+    def _worthwhile(self, planned: Planned) -> Planned:
+        if self._cheaper_only and planned.dearer:
+            raise CaptureError(planned.dearer)
+        return planned
 
     def _ask(
         self, critic: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, look: Look

@@ -92,7 +92,7 @@ class GuardedCall:
 
     def _begin(self) -> None:
         # Inner functions would be traced: they are marked when the first critic is.
-        torch.compiler.allow_in_graph(_scores)
+        torch.compiler.allow_in_graph(_scores)  # type: ignore[no-untyped-call]
         # Dynamo counts its traces per code object, and remembers which numbers changed by the code's name.
         self._code = _forward.__code__.replace(co_name=f"_forward_{next(_numbers)}")
         function = types.FunctionType(self._code, _forward.__globals__, _forward.__name__)
@@ -200,7 +200,7 @@ class Traced:
         self.plans: Any = None
         self._changing: list[int] = []
         self._numbers: list[int] | None = None
-        self._lower: Callable[..., Captured]
+        self._lower: partial[Captured]
         self._captured: dict[Any, Captured] = {}
         self._shared: fx.GraphModule | None = None
         self._outputs: list[int | None] = []
@@ -259,12 +259,15 @@ class Traced:
         x = [node for node, example in zip(inputs, examples) if example is _pending.call[1]]
         if not x:
             raise unconnected()
-        sampled = [node for node, e in zip(inputs, examples) if any(e is s for s in (_pending.call[1], *_pending.sampled))]
+        sampled = [
+            node for node, e in zip(inputs, examples) if any(e is s for s in (_pending.call[1], *_pending.sampled))
+        ]
         numbers = [node for node in inputs if getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)]
         for node in nodes:
             if _draws_numpy(node):
                 raise CaptureError(f"{where(node)} draws NumPy's random numbers")
-        kept = [node for node in graph.graph.output_node().args[0] if node is not mark]  # type: ignore[union-attr]
+        outputs: Any = graph.graph.output_node().args[0]
+        kept = [node for node in outputs if node is not mark]
         sources = [_written_input(node) for node in kept]
         lowered, extra = graph, list[fx.Node]()
         if any(source is None for source in sources):
@@ -273,10 +276,7 @@ class Traced:
             scores, x = by_name[scores.name], [by_name[x[0].name]]
             sampled, numbers = ([by_name[node.name] for node in some] for some in (sampled, numbers))
         positions = {node.name: i for i, node in enumerate([*inputs, *extra])}
-        self._outputs = [
-            None if node is mark else positions[(_written_input(node) or node).name]
-            for node in graph.graph.output_node().args[0]  # type: ignore[union-attr]
-        ]
+        self._outputs = [None if n is mark else positions[(_written_input(n) or n).name] for n in outputs]
         self._lower = partial(lower, lowered, scores, x[0], sampled)
         try:
             self._captured[()] = self._lower(dict.fromkeys(numbers))
@@ -321,7 +321,9 @@ class Traced:
                 raise CaptureError(f"its forward keeps what {where(node)} gives, which autograd must compute")
         inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
         made = [node for node in graph.graph.nodes if node.op != "placeholder" and node not in follows]
-        crossing = [n for n in made if isinstance(n.meta.get("example_value"), Tensor) and any(u in follows for u in n.users)]
+        crossing = [
+            n for n in made if isinstance(n.meta.get("example_value"), Tensor) and any(u in follows for u in n.users)
+        ]
         others = [node for node in kept if node not in crossing]
         shared, rest = fx.Graph(), fx.Graph()
         ours: dict[fx.Node, fx.Node] = {}
@@ -337,7 +339,9 @@ class Traced:
             if node not in follows:
                 ours[node] = shared.node_copy(node, ours.__getitem__)
             # Numbers, and switches of autograd, are in both.
-            number = not isinstance(node.meta.get("example_value"), Tensor) and set(node.all_input_nodes) <= theirs.keys()
+            number = (
+                not isinstance(node.meta.get("example_value"), Tensor) and set(node.all_input_nodes) <= theirs.keys()
+            )
             if node in follows or number:
                 theirs[node] = rest.node_copy(node, theirs.__getitem__)
         shared.output(tuple(ours[node] for node in (*crossing, *others)))
@@ -484,12 +488,13 @@ def _methods(critic: Any, codes: set[types.CodeType]) -> Iterator[tuple[type, st
         for name, method in vars(owner).items():
             if getattr(getattr(method, "fget", method), "__code__", None) in codes:
                 yield owner, name, getattr(owner, name)
-    for owner in set(map(type, critic.modules() if isinstance(critic, nn.Module) else [critic])):
-        yield owner, "__call__", getattr(owner, "__call__", None)
-        for name in {name for base in owner.__mro__[:-2] for name in vars(base)}:
-            method = getattr(owner, name, None)
-            if name not in vars(owner) and getattr(method, "__code__", None) in codes and name not in vars(nn.Module):
-                yield owner, name, method
+    concrete: set[Any] = set(map(type, critic.modules() if isinstance(critic, nn.Module) else [critic]))
+    for kind in concrete:
+        yield kind, "__call__", kind.__call__
+        for name in {name for base in kind.__mro__[:-2] for name in vars(base)}:
+            method = getattr(kind, name, None)
+            if name not in vars(kind) and getattr(method, "__code__", None) in codes and name not in vars(nn.Module):
+                yield kind, name, method
 
 
 def _modified(side_effects: Any) -> list[Any]:

@@ -113,6 +113,7 @@ class Plan:
     Attributes:
         graph: The ``GraphModule``; ``plan.graph.code`` is what runs.
         compiled: Runs in the graph's place; None until something is put there.
+        runs: How often it has been run.
         schedule: "batched" or "split".
         trainable: Which inputs the gradients belong to, in their order.
         coupled: Why samples are not proven apart; None where they are.
@@ -151,6 +152,7 @@ class Plan:
         self.curved: set[str] = set()
         self.linear: set[str] = set()
         self.compiled: Callable[..., Any] | None = None
+        self.runs = 0
         try:
             self._prove()
             self.schedule = self._arrange(schedule)
@@ -202,6 +204,11 @@ class Plan:
                 run.values[node] = torch.cat([run.values[node]] * copies)
             run.evaluate(self.captured.calls(), self.roles.sampled)
         return run.values, run.calls
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether autocast was on when the plan was made."""
+        return self._autocast_enabled
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast as it was when the plan was made."""
@@ -260,6 +267,7 @@ class Plan:
             weight: The penalty's factor; None without a penalty.
             target: The norm that costs nothing.
         """
+        self.runs += 1
         tensors: list[Any] = [inputs[i] for i in self._live]
         tensors += [_laid_out(batches[name].detach(), like) for name, like in self.layout.items()]
         if weight is not None:
@@ -274,11 +282,11 @@ class Plan:
         with torch._C._AutoDispatchBelowAutograd():
             return self.graph.forward(*tensors)
 
-    def units(self) -> float:
-        """Matmul and convolution FLOPs of the step, in critic forwards over one batch."""
+    def units(self, flops: int | None = None) -> float:
+        """Return FLOPs, by default those of the step, in critic forwards over one batch."""
         with Counter() as forward:
             self._rehearse(1)
-        return self.flops() / max(forward.cost.flops, 1)
+        return float((self.flops() if flops is None else flops) / max(forward.cost.flops, 1))
 
     def flops(self) -> int:
         """Matmul and convolution FLOPs of the step."""
@@ -287,6 +295,12 @@ class Plan:
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda source: source.meta.get("val"))
             counted += flops_of(node.target, args, kwargs, node.meta.get("val"))
         return counted
+
+    @property
+    def draws(self) -> bool:
+        """Whether the step draws random numbers."""
+        tags = [getattr(node.target, "tags", ()) for node in self.captured.calls()]
+        return any(torch.Tag.nondeterministic_seeded in tag for tag in tags)
 
     def launches(self) -> int:
         """Operators of the graph that are not views."""

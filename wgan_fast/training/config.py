@@ -146,7 +146,7 @@ class TrainConfig:
             most k/(k+10), so that a young average forgets the first networks.
         seed: Seed of initialisation, data order and noise.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
-        engine: How the penalty is differentiated: auto, four_pass, autograd.
+        engine: How the penalty is differentiated: auto, four_pass, autograd, or checked against autograd.
         precision: fp32, or bf16 for bfloat16 autocast.
         compile: Whether the critic's step is compiled with torch.compile; needs the four-pass engine.
         cuda_graph: Whether whole iterations are replayed as a CUDA graph, so that they cost the host nothing.
@@ -195,7 +195,7 @@ class TrainConfig:
     ema: float = 0.999
     seed: int = 0
     device: str = "auto"
-    engine: Literal["auto", "four_pass", "autograd"] = "auto"
+    engine: Literal["auto", "four_pass", "autograd", "checked"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     cuda_graph: bool = False
