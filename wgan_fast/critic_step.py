@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from .autograd import leave, penalty_at
+from .autograd import forget_gradients, leave, penalty_at
 from .checks import (
     Engine,
     check_alpha,
@@ -225,7 +225,7 @@ class CriticStep:
         if all(gradient is None for gradient in output.gradients):
             raise ValueError(_UNREACHED)
         if not accumulate:
-            self.critic.zero_grad(set_to_none=True)
+            forget_gradients(self.critic)
         leave(parameters, output.gradients)
         loss, penalty, real_score, fake_score, gradient_norm, _ = output
         assert loss is not None
@@ -261,7 +261,7 @@ class CriticStep:
         if not (real_scores.requires_grad and loss.requires_grad):
             raise ValueError(_UNREACHED)
         if not accumulate:
-            self.critic.zero_grad(set_to_none=True)
+            forget_gradients(self.critic)
         loss.backward()  # type: ignore[no-untyped-call]
         return _result(loss, value, real_scores.mean(), fake_scores.mean(), norm)
 

@@ -152,7 +152,7 @@ _SAID: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
 
 _numbers = itertools.count()
 _BY_NUMBER: "weakref.WeakValueDictionary[int, EngineChoice]" = weakref.WeakValueDictionary()
-_CHOICES: "weakref.WeakKeyDictionary[Any, dict[tuple[Objective, Engine], EngineChoice]]"
+_CHOICES: "weakref.WeakKeyDictionary[Any, dict[tuple[bool, int, Engine], EngineChoice]]"
 _CHOICES = weakref.WeakKeyDictionary()
 
 
@@ -163,14 +163,14 @@ def penalty_choice(critic: Callable[..., Tensor], one_sided: bool, group_size: i
     Of a ``DistributedDataParallel`` it is the choice for the module within: the caller's own backward reduces. A
     compiler calls this as it traces, instead of looking into it, so its arguments are plain.
     """
-    objective = Objective(weight=1.0, target=0.0, one_sided=one_sided, at="given", group_size=group_size)
     if isinstance(critic, DistributedDataParallel):
         critic = critic.module
     choices = _CHOICES.setdefault(lasting(critic), {})
-    key = (objective, engine)
-    if key not in choices:
-        choices[key] = EngineChoice(critic, objective, engine)
-    return choices[key]
+    choice = choices.get((one_sided, group_size, engine))
+    if choice is None:
+        objective = Objective(weight=1.0, target=0.0, one_sided=one_sided, at="given", group_size=group_size)
+        choice = choices[one_sided, group_size, engine] = EngineChoice(critic, objective, engine)
+    return choice
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ def run_by_number(
                 "reads other tensors that require gradients"
             )
         inputs = tuple(given.get(id(value), value) for value in prepared.inputs)
-        output = replace(prepared, inputs=inputs).with_penalty(weight, target).run({"points": points})
+        output = replace(prepared, inputs=inputs).run({"points": points}, weight, target)
     gradients = summed(prepared.tensors, output.gradients)
     assert output.penalty is not None
     found = [gradients.get(id(parameter)) for parameter in critic.parameters()]

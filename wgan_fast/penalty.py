@@ -255,9 +255,7 @@ class GradientPenalty:
             )
             step.confirm()
             return penalty
-        output = step.with_penalty(self.config.weight, self.config.target).run({"points": points})
-        assert output.penalty is not None
-        return attach(output.penalty, step.tensors, output.gradients)
+        return step.attached(points, self.config.weight, self.config.target)
 
     def _compiled(
         self, critic: nn.Module, points: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]

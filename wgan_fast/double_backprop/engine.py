@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..autograd import attach
 from .capture import CaptureError, first_line
 from .cost import by_autograd, of_plan
 from .counting import Cost
@@ -167,24 +168,46 @@ class Prepared:
         """The trainable tensors that the forward reads, in the order of the gradients."""
         return [self.inputs[i] for i in self.planned.plan.trainable]
 
-    def with_penalty(self, weight: float, target: float) -> "Prepared":
-        """Return the step with another weight and target of the penalty."""
-        return replace(self, objective=replace(self.objective, weight=weight, target=target))
-
-    def run(self, batches: Mapping[str, Tensor]) -> StepOutput:
+    def run(self, batches: Mapping[str, Tensor], weight: float | None = None, target: float = 0.0) -> StepOutput:
         """Run the step; its gradients are None exactly where autograd leaves none.
 
         Args:
             batches: What the objective takes of ``real``, ``fake``, ``alpha`` ``[N]`` and ``points`` by name.
+            weight: The penalty's factor, in place of the objective's.
+            target: The norm that costs nothing, likewise.
         """
-        output = self.planned.plan.run(self.inputs, batches, self.objective.weight, self.objective.target)
+        output = self.differentiate(batches, weight, target)
         for i, reached in enumerate(self.planned.reached or ()):
             if reached is (output.gradients[i] is None):
                 like = self.inputs[self.planned.plan.trainable[i]]
                 output.gradients[i] = torch.zeros_like(like, requires_grad=False) if reached else None
-        if self.check is not None:
-            self.check(self.objective, batches, self.planned, self.tensors, output)
         return output
+
+    def differentiate(
+        self, batches: Mapping[str, Tensor], weight: float | None = None, target: float = 0.0
+    ) -> StepOutput:
+        """As ``run``, with None also for gradients of zeros."""
+        if weight is None:
+            weight, target = self.objective.weight, self.objective.target
+        output = self.planned.plan.run(self.inputs, batches, weight, target)
+        if self.check is not None:
+            objective = replace(self.objective, weight=weight, target=target)
+            self.check(objective, batches, self.planned, self.tensors, output)
+        return output
+
+    def attached(self, points: Tensor, weight: float, target: float) -> Tensor:
+        """Run the penalty alone; its backward leaves what autograd's does.
+
+        Args:
+            points: ``[N, *D]``.
+            weight: The penalty's factor.
+            target: The norm that costs nothing.
+        """
+        output = self.differentiate({"points": points}, weight, target)
+        assert output.penalty is not None
+        reached = self.planned.reached or [gradient is not None for gradient in output.gradients]
+        tensors = [tensor for tensor, touched in zip(self.tensors, reached) if touched]
+        return attach(output.penalty, tensors, [g for g, touched in zip(output.gradients, reached) if touched])
 
 
 @dataclass

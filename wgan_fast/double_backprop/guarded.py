@@ -54,7 +54,7 @@ class _StaleError(Exception):
 class _Pending(threading.local):
     """The call that this thread is about to make."""
 
-    call: tuple[Any, ...]
+    call: tuple[Any, ...] = ()
     sampled: list[Tensor]
     ready: Callable[["Traced", tuple[Any, ...]], bool]
     traced: "Traced | None" = None
@@ -96,16 +96,15 @@ class GuardedCall:
         # Dynamo counts its traces per code object, and remembers which numbers changed by the code's name.
         self._code = _forward.__code__.replace(co_name=f"_forward_{next(_numbers)}")
         function = types.FunctionType(self._code, _forward.__globals__, _forward.__name__)
+        self._functions: dict[int, types.FunctionType] = {}
         self._call = torch.compile(function, backend=self._trace, fullgraph=True)
 
     def serves(self, critic: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a critic that was never looked at takes a form that another one did."""
         call, _ = _arguments(critic, x, args, kwargs, differentiable=True)
-        given = dict(zip(self._code.co_varnames, call))
         try:
-            entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(self._code)
             with torch.enable_grad():
-                return any(entry.guard_manager.check(given) for entry in entries)
+                return self._matching(call) is not None
         except Exception:
             return False
 
@@ -136,11 +135,11 @@ class GuardedCall:
         if any(_GLOBAL_HOOKS) and not all(map(_only_watches, itertools.chain(*map(dict.values, _GLOBAL_HOOKS)))):
             raise CaptureError("hooks of all modules are registered")
         call, sampled = _arguments(critic, x, args, kwargs, differentiable)
-        pending, before = _pending, vars(_pending).copy()
+        pending = _pending
         pending.call, pending.sampled, pending.ready, pending.traced, pending.fresh = call, sampled, ready, None, False
         try:
             with torch.enable_grad(), _without_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
-                self._run(*call)
+                self._run(call)
         except _StoppedError:
             pass
         except _StaleError:
@@ -154,27 +153,45 @@ class GuardedCall:
             ) from error
         finally:
             traced, inputs, fresh = pending.traced, pending.inputs, pending.fresh
-            vars(pending).clear()
-            vars(pending).update(before)
+            pending.call, pending.inputs = (), ()
         if traced is None:
             raise CaptureError("torch.compile did not trace the critic")
         if traced.error is not None:
             raise traced.error
         return Look(traced, inputs, fresh)
 
-    def _run(self, *call: Any) -> None:
+    def _run(self, call: tuple[Any, ...]) -> None:
+        if self.traces == 0:
+            with _FIRST, _hushed():
+                self._compile(call)
+            return
+        code = self._matching(call)
+        if code is None:
+            self._compile(call)
+            return
+        # What torch.compile would do now, without asking whether it is to.
+        function = self._functions.get(id(code))
+        if function is None:
+            function = self._functions[id(code)] = types.FunctionType(code, _forward.__globals__)
+        function(*call)
+
+    def _compile(self, call: tuple[Any, ...]) -> None:
         try:
-            if self.traces:
-                self._call(*call)
-            else:
-                with _FIRST, _hushed():
-                    self._call(*call)
+            self._call(*call)
         except Exception as error:
             if "RNN" not in str(error):
                 raise
             # Dynamo is told apart: it traces recurrent layers only where it is asked to.
             with torch._dynamo.config.patch(allow_rnn=True):
                 self._call(*call)
+
+    def _matching(self, call: tuple[Any, ...]) -> types.CodeType | None:
+        """Return the code of the form whose guards hold for a call; None where there is none."""
+        given = dict(zip(self._code.co_varnames, call))
+        for entry in torch._C._dynamo.eval_frame._debug_get_cache_entry_list(self._code):
+            if entry.guard_manager.check(given):
+                return entry.code
+        return None
 
     def _trace(self, graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         """Serve as the backend of ``torch.compile``."""
@@ -382,7 +399,7 @@ def _hushed() -> Iterator[None]:
 
 
 def _heard(record: logging.LogRecord) -> bool:
-    return not hasattr(_pending, "call") or record.levelno >= logging.ERROR
+    return not _pending.call or record.levelno >= logging.ERROR
 
 
 @contextmanager
@@ -458,7 +475,7 @@ def _loosely_guarded(output: Any) -> Iterator[tuple[types.CodeType, Any]]:
             try:
                 code = compile(guard.name, "<guard>", "eval")
                 value = eval(code, scope)
-                if value == 0 or isinstance(value, tuple):
+                if isinstance(value, tuple) or (isinstance(value, float) and value == 0):
                     yield code, copy.deepcopy(value)
             except Exception:
                 # Read by means of Dynamo's own.
