@@ -71,7 +71,9 @@ def _with_zeros(penalty: Tensor, before: list[Any], x: Tensor) -> Tensor:
 
     An optimizer tells a gradient of zeros from none: it decays its moments, and the weights.
     """
-    missed = [leaf for leaf in _leaves(before) - _leaves([penalty.grad_fn]) if leaf is not x]
+    reached = _leaves([penalty.grad_fn])
+    # An edge of the graph may carry nothing, as to the bias of a layer norm: small tensors get their zeros anyway.
+    missed = [leaf for leaf in _leaves(before) if leaf is not x and (leaf not in reached or leaf.numel() <= SMALL)]
     return _Zeros.apply(penalty, *missed) if missed else penalty  # type: ignore[no-untyped-call]
 
 
@@ -87,6 +89,10 @@ def _leaves(functions: list[Any]) -> set[Tensor]:
                 seen.add(source)
                 pending.append(source)
     return leaves
+
+
+SMALL = 2**12
+"""Elements of a tensor whose zeros cost nothing to speak of."""
 
 
 class _Zeros(torch.autograd.Function):

@@ -15,7 +15,7 @@ from ..autograd import attach
 from .capture import CaptureError, first_line
 from .cost import by_autograd, of_plan
 from .counting import Cost
-from .guarded import MOST_IN_A_ROW, GuardedCall, Look, Traced
+from .guarded import MOST_IN_A_ROW, GuardedCall, Look, Traced, hushed
 from .plan import Objective, Plan, Schedule, StepOutput
 
 FREE_PLANS = 4
@@ -393,7 +393,7 @@ class FourPassEngine:
         look: Look,
     ) -> Planned:
         traced, inputs = look.traced, look.inputs
-        with _PLANNING:
+        with _PLANNING, hushed():
             plans, key = _plans(traced), (self._options, *traced.key(inputs))
             if key in plans.made:
                 return self._worthwhile(plans.made[key])

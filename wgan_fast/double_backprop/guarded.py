@@ -9,6 +9,7 @@ and whoever asked computes with those.
 import copy
 import itertools
 import logging
+import os
 import threading
 import types
 import warnings
@@ -60,6 +61,7 @@ class _Pending(threading.local):
     traced: "Traced | None" = None
     inputs: tuple[Any, ...] = ()
     fresh: bool = False
+    quiet: int = 0
 
 
 _pending = _Pending()
@@ -143,6 +145,8 @@ class GuardedCall:
         except _StoppedError:
             pass
         except _StaleError:
+            if pending.fresh:
+                raise CaptureError("what its classes hold changes while it is traced") from None
             self._begin()
             return self.look(critic, x, args, kwargs, ready, differentiable)
         except CaptureError:
@@ -162,7 +166,7 @@ class GuardedCall:
 
     def _run(self, call: tuple[Any, ...]) -> None:
         if self.traces == 0:
-            with _FIRST, _hushed():
+            with _FIRST, hushed():
                 self._compile(call)
             return
         code = self._matching(call)
@@ -224,10 +228,11 @@ class Traced:
         self._crossing = 0
         try:
             codes = torch._dynamo.utils.get_traced_code() or []
-            self._methods = list(_methods(_pending.call[0], set(codes)))
             self.asks = any("requires_grad" in (*code.co_names, *code.co_consts) for code in codes)
             output = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
-            _guard_hooks(output.guards)
+            _guard_more(output)
+            classes = _classes(_pending.call[0], output)
+            self._methods = [*_methods(classes, set(codes)), *_attributes(classes, codes)]
             self._values = list(_loosely_guarded(output))
             if output.random_calls:
                 raise CaptureError("the critic draws Python's random numbers")
@@ -383,23 +388,25 @@ _FIRST = threading.RLock()
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """Keep back what PyTorch logs and warns of while it looks at a critic: an error says it where it matters."""
     known = list(logging.root.manager.loggerDict.items())
     loggers = [logger for name, logger in known if name.startswith("torch") and isinstance(logger, logging.Logger)]
     for logger in loggers:
         logger.addFilter(_heard)
+    _pending.quiet += 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        _pending.quiet -= 1
         for logger in loggers:
             logger.removeFilter(_heard)
 
 
 def _heard(record: logging.LogRecord) -> bool:
-    return not _pending.call or record.levelno >= logging.ERROR
+    return not _pending.quiet
 
 
 @contextmanager
@@ -455,12 +462,14 @@ def _only_watches(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.")
 
 
-def _guard_hooks(guards: Any) -> None:
-    """Have Dynamo notice hooks that are added to modules that had none, which it does not by default."""
+def _guard_more(output: Any) -> None:
+    """Have Dynamo notice what it does not by default: new keys of dictionaries, those of a module's hooks included."""
     builder = torch._dynamo.guards.GuardBuilder
-    for guard in list(guards):
-        if guard.create_fn is builder.EMPTY_NN_MODULE_HOOKS_DICT:
-            guards.add(guard.originating_source.make_guard(builder.SEQUENCE_LENGTH))
+    empty = [g.originating_source for g in output.guards if g.create_fn is builder.EMPTY_NN_MODULE_HOOKS_DICT]
+    variables = list(output.side_effects.id_to_variable.values())
+    dictionaries = [variable.source for variable in variables if "Dict" in type(variable).__name__ and variable.source]
+    for source in (*empty, *dictionaries):
+        output.guards.add(source.make_guard(builder.SEQUENCE_LENGTH))
 
 
 def _loosely_guarded(output: Any) -> Iterator[tuple[types.CodeType, Any]]:
@@ -494,7 +503,7 @@ def _is_still(before: Any, now: Any) -> bool:
     return bool(before == now)
 
 
-def _methods(critic: Any, codes: set[types.CodeType]) -> Iterator[tuple[type, str, Any]]:
+def _methods(classes: set[Any], codes: set[types.CodeType]) -> Iterator[tuple[type, str, Any]]:
     """The methods that were traced, by the classes that define them and by those of the critic's own modules."""
     pending, seen = [nn.Module], {nn.Module}
     while pending:
@@ -505,13 +514,34 @@ def _methods(critic: Any, codes: set[types.CodeType]) -> Iterator[tuple[type, st
         for name, method in vars(owner).items():
             if getattr(getattr(method, "fget", method), "__code__", None) in codes:
                 yield owner, name, getattr(owner, name)
-    concrete: set[Any] = set(map(type, critic.modules() if isinstance(critic, nn.Module) else [critic]))
-    for kind in concrete:
-        yield kind, "__call__", kind.__call__
+    for kind in classes:
         for name in {name for base in kind.__mro__[:-2] for name in vars(base)}:
             method = getattr(kind, name, None)
             if name not in vars(kind) and getattr(method, "__code__", None) in codes and name not in vars(nn.Module):
                 yield kind, name, method
+
+
+def _attributes(classes: set[Any], codes: list[types.CodeType]) -> Iterator[tuple[Any, str, Any]]:
+    """What the user's code may read from the classes of what it meets: numbers kept there, inherited methods."""
+    own = [code for code in codes if not code.co_filename.startswith(_TORCH)]
+    names = {"forward", "__call__"}.union(*[code.co_names for code in own])
+    for kind in classes:
+        for name in names:
+            value = getattr(kind, name, None)
+            # Some are made anew whenever they are asked for.
+            if value is not None and value is getattr(kind, name, None):
+                yield kind, name, value
+
+
+def _classes(critic: Any, output: Any) -> set[Any]:
+    """The classes of what the forward meets: the critic's modules, and objects that are held otherwise."""
+    met = [getattr(variable, "value", None) for variable in output.side_effects.id_to_variable.values()]
+    objects = [value for value in met if value is not None and type(value).__module__ != "builtins"]
+    modules = critic.modules() if isinstance(critic, nn.Module) else [critic]
+    return {*map(type, modules), *map(type, objects)}
+
+
+_TORCH = os.path.dirname(torch.__file__)
 
 
 def _modified(side_effects: Any) -> list[Any]:

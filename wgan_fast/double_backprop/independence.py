@@ -45,6 +45,8 @@ def batch_dims(
     dims: Dims = {}
     for node in captured.graph.nodes:
         value = small.get(node, None)
+        if node in calls and _counts_samples(node, small, large):
+            raise CoupledError(f"{where(node)} computes with the number of samples")
         if node.op == "placeholder" and isinstance(value, Tensor) and value.shape != large[node].shape:
             dims[node] = 0
         if node.target is operator.getitem and node.args[0] in dims:
@@ -59,6 +61,37 @@ def batch_dims(
             raise CoupledError(f"{where(node)} is not proven to keep samples apart")
         dims[node] = dim
     return dims
+
+
+def _counts_samples(node: fx.Node, small: Mapping[fx.Node, Any], large: Mapping[fx.Node, Any]) -> bool:
+    """Whether an operator is given a number that grows with the batch, other than as a size."""
+    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    numbers = [source for source in node.all_input_nodes if isinstance(small[source], int | float)]
+    return name not in _SIZED and any(small[source] != large[source] for source in numbers)
+
+
+_SIZED = {
+    "_unsafe_view",
+    "empty",
+    "expand",
+    "narrow",
+    "new_empty",
+    "new_full",
+    "new_ones",
+    "new_zeros",
+    "ones",
+    "rand",
+    "randn",
+    "repeat",
+    "reshape",
+    "slice",
+    "split_with_sizes",
+    "sym_size",
+    "unflatten",
+    "view",
+    "zeros",
+}
+"""Operators that take numbers as sizes alone; where rows mix all the same, the dimensions tell."""
 
 
 def _moved(small: Any, large: Any) -> bool:
