@@ -114,19 +114,20 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *tensors: Tensor) -> Tensor:
-        ctx.gradients, ctx.tensors = gradients, tensors
+        ctx.save_for_backward(*[gradient for gradient in gradients if gradient is not None])
+        ctx.known, ctx.tensors = [gradient is not None for gradient in gradients], tensors
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        gradients = [gradient for gradient in ctx.gradients if gradient is not None]
+        gradients = ctx.saved_tensors
         if all(gradient.dtype == cotangent.dtype for gradient in gradients):
             scaled = iter(torch._foreach_mul(gradients, cotangent) if gradients else ())
         else:
             scaled = iter([gradient * cotangent.to(gradient.dtype) for gradient in gradients])
-        pairs = zip(ctx.tensors, ctx.gradients)
-        return None, None, *[torch.zeros_like(t) if g is None else next(scaled) for t, g in pairs]
+        pairs = zip(ctx.tensors, ctx.known)
+        return None, None, *[next(scaled) if known else t.new_zeros(t.shape) for t, known in pairs]
 
 
 def attach(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:

@@ -467,8 +467,9 @@ def _guard_more(output: Any) -> None:
     builder = torch._dynamo.guards.GuardBuilder
     empty = [g.originating_source for g in output.guards if g.create_fn is builder.EMPTY_NN_MODULE_HOOKS_DICT]
     variables = list(output.side_effects.id_to_variable.values())
-    dictionaries = [variable.source for variable in variables if "Dict" in type(variable).__name__ and variable.source]
-    for source in (*empty, *dictionaries):
+    dictionaries = [variable.source for variable in variables if "Dict" in type(variable).__name__]
+    known = {guard.originating_source for guard in output.guards}
+    for source in (*empty, *[source for source in dictionaries if source in known]):
         output.guards.add(source.make_guard(builder.SEQUENCE_LENGTH))
 
 
