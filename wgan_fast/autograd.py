@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,13 @@ from .checks import check_scores, unconnected
 from .piecewise_linear import PiecewiseLinear
 
 
+@dataclass
+class Piecewise:
+    """Whether a critic was seen to have no activations that a dead pass goes through: then none is looked for."""
+
+    absent: bool = False
+
+
 def penalty_at(
     critic: Callable[[Tensor], Any],
     points: Sequence[Tensor],
@@ -21,6 +29,7 @@ def penalty_at(
     target: float,
     one_sided: bool,
     group_size: int,
+    piecewise: "Piecewise | None" = None,
 ) -> tuple[Tensor, Tensor]:
     """Evaluate the penalty at given points by double backward.
 
@@ -31,6 +40,7 @@ def penalty_at(
         target: The norm that costs nothing.
         one_sided: Whether only norms above it cost.
         group_size: Samples that share one norm.
+        piecewise: What is known of the critic's activations; None for nothing.
 
     Returns:
         The penalty (summed over the sets of points, weight included) and the mean gradient norm, both 0-dim. Its
@@ -42,8 +52,11 @@ def penalty_at(
         with torch.enable_grad():
             x = point.detach().requires_grad_()
             activations = PiecewiseLinear()
-            with nullcontext() if torch.compiler.is_compiling() else activations:
+            plain = torch.compiler.is_compiling() or (piecewise is not None and piecewise.absent)
+            with nullcontext() if plain else activations:
                 scores = critic(x)
+            if piecewise is not None and not plain:
+                piecewise.absent = not activations.used
             scores = check_scores(scores, x, group_size)
             gradient = _input_gradient(scores, x, differentiate)
             norm = reference.gradient_norm(gradient, group_size)

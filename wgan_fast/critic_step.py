@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from .autograd import forget_gradients, leave, penalty_at
+from .autograd import Piecewise, forget_gradients, leave, penalty_at
 from .checks import (
     Engine,
     check_alpha,
@@ -189,7 +189,9 @@ class CriticStep:
                     forwards += [lambda x: self.critic(x, *critic_args, **(critic_kwargs or {}))] * (
                         2 + len(points) - len(forwards)
                     )
-                    result = self._differentiate(penalty, group_size, real, fake, points, accumulate, forwards)
+                    result = self._differentiate(
+                        penalty, group_size, real, fake, points, accumulate, forwards, step.choice.piecewise
+                    )
                     step.confirm()
         self.steps_taken += 1
         return result
@@ -242,6 +244,7 @@ class CriticStep:
         points: list[Tensor],
         accumulate: bool,
         forwards: list[Callable[[Tensor], Any]],
+        piecewise: Piecewise,
     ) -> CriticStepResult:
         """Let autograd do the step, with the critic as it is for real, for fake and for each set of points."""
 
@@ -253,7 +256,11 @@ class CriticStep:
         loss = check_loss(self.loss.critic(real_scores, fake_scores))
         value = norm = None
         if penalty:
-            parts = [penalty_at(forward, [x], **penalty.norm_options) for forward, x in zip(forwards[2:], points)]
+            parts = [
+                penalty_at(forward, [x], **penalty.norm_options, piecewise=piecewise)
+                for forward, x in zip(forwards[2:], points)
+            ], points)
+            ]
             value = sum([part for part, _ in parts[1:]], parts[0][0])
             norm = torch.stack([part for _, part in parts]).mean()
             loss = loss + value

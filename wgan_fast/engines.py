@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .autograd import Piecewise
 from .checked import Check, asked_for, is_due
 from .checks import Engine, check_batch, check_critic_arguments, check_floating, check_scores
 from .double_backprop import CaptureError, ChangedError, FourPassEngine, Objective, Prepared, TooManyPlansError
@@ -39,6 +40,7 @@ class EngineChoice:
         reason: Why autograd runs; None while four passes do.
         four_pass: The engine; None where autograd runs.
         number: What the operator for compiled callers knows this choice by.
+        piecewise: What autograd's steps found out about the critic's activations.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class EngineChoice:
         self.number = next(_numbers)
         _BY_NUMBER[self.number] = self
         self._owner = weakref.ref(lasting(critic))
+        self.piecewise = Piecewise()
         if engine == "autograd":
             self.reason = 'engine="autograd" was asked for'
         elif isinstance(critic, DistributedDataParallel):

@@ -251,7 +251,10 @@ class GradientPenalty:
         step = self._four_passes.prepare(points, args, kwargs, critic)
         if isinstance(step, GivenWay):
             penalty, _ = penalty_at(
-                lambda x: self.critic(x, *args, **(kwargs or {})), [points], **self.config.norm_options
+                lambda x: self.critic(x, *args, **(kwargs or {})),
+                [points],
+                **self.config.norm_options,
+                piecewise=step.choice.piecewise,
             )
             step.confirm()
             return penalty

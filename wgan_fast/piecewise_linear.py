@@ -20,16 +20,19 @@ class PiecewiseLinear(TorchFunctionMode):
 
     Attributes:
         before: What came before them, as nodes of autograd's graph.
+        used: Whether there were any.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.before: list[Any] = []
+        self.used = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace the activations that can be."""
         replace = _REPLACED.get(func)
         if replace is not None and torch.is_grad_enabled() and args and args[0].requires_grad:
+            self.used = True
             if args[0].grad_fn is not None:
                 self.before.append(args[0].grad_fn)
             return replace(*args, **(kwargs or {}))

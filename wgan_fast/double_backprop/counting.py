@@ -26,7 +26,7 @@ class Cost(NamedTuple):
 
     def seconds(self, launch: float) -> float:
         """Estimate the time from what an operator costs the host; only a comparison of two such means anything."""
-        return self.flops / 60e9 + self.bytes / 12e9 + self.launches * launch
+        return self.flops / 40e9 + self.bytes / 8e9 + self.launches * launch
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -223,6 +223,8 @@ class Traced:
         self._numbers: list[int] | None = None
         self._lower: partial[Captured]
         self._captured: dict[Any, Captured] = {}
+        self._methods: list[tuple[Any, str, Any]] = []
+        self._values: list[tuple[types.CodeType, Any]] = []
         self._shared: fx.GraphModule | None = None
         self._outputs: list[int | None] = []
         self._crossing = 0
@@ -536,7 +538,8 @@ def _attributes(classes: set[Any], codes: list[types.CodeType]) -> Iterator[tupl
 
 def _classes(critic: Any, output: Any) -> set[Any]:
     """The classes of what the forward meets: the critic's modules, and objects that are held otherwise."""
-    met = [getattr(variable, "value", None) for variable in output.side_effects.id_to_variable.values()]
+    # Of some it is a property, which raises.
+    met = [vars(variable).get("value") for variable in output.side_effects.id_to_variable.values()]
     objects = [value for value in met if value is not None and type(value).__module__ != "builtins"]
     modules = critic.modules() if isinstance(critic, nn.Module) else [critic]
     return {*map(type, modules), *map(type, objects)}
