@@ -1,8 +1,8 @@
 """The drop-in penalty on every critic of the engine's tests: the engine that it chooses is never slower.
 
 `gradient_penalty`, which takes the engine that costs less by count, and its backward against `wgan_fast.reference`,
-interleaved in one process. The baseline runs twice a round, and its ratio to itself says what is noise. These critics are tiny: what is timed is the cost of a call rather
-than of arithmetic, which is where a drop-in could lose.
+interleaved in one process. The baseline runs twice a round, and its ratio to itself says what is noise. These critics
+are tiny: what is timed is the cost of a call rather than of arithmetic, which is where a drop-in could lose.
 """
 
 import statistics

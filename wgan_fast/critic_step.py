@@ -259,7 +259,6 @@ class CriticStep:
             parts = [
                 penalty_at(forward, [x], **penalty.norm_options, piecewise=piecewise)
                 for forward, x in zip(forwards[2:], points)
-            ], points)
             ]
             value = sum([part for part, _ in parts[1:]], parts[0][0])
             norm = torch.stack([part for _, part in parts]).mean()
