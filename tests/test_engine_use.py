@@ -207,6 +207,7 @@ def test_train_and_eval_are_planned_apart() -> None:
     real, fake = samples()
 
     def penalty(engine):
+        engine = "four_pass" if engine == "auto" else engine
         return gradient_penalty(critic, real, fake, alpha=alpha(), engine=engine)
 
     for training in (True, False, True):
@@ -792,4 +793,32 @@ def test_what_the_proof_does_not_follow_runs_split() -> None:
         return torch.zeros_like(h).index_put((torch.arange(len(h)),), h)
 
     critic, (real, fake) = scaled(scattered), samples()
-    assert_same(critic, lambda engine: gradient_penalty(critic, real, fake, alpha=alpha(), engine=engine))
+    with pytest.warns(RuntimeWarning, match="nothing to join"):
+        gradient_penalty(critic, real, fake)
+
+    def penalty(engine):
+        engine = "four_pass" if engine == "auto" else engine
+        return gradient_penalty(critic, real, fake, alpha=alpha(), engine=engine)
+
+    assert_same(critic, penalty)
+
+
+def test_a_first_call_that_will_be_long_says_so() -> None:
+    layers = [m for _ in range(110) for m in (nn.Linear(3, 3), nn.ReLU())]
+    critic = nn.Sequential(*layers, nn.Linear(3, 1))
+    with pytest.warns(RuntimeWarning, match=r"222 operators, which takes about \d s once") as caught:
+        gradient_penalty(critic, *torch.randn(2, 4, 3))
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradient_penalty(critic, *torch.randn(2, 4, 3))
+
+
+def test_explain_shows_the_cost_of_both_engines() -> None:
+    report = explain(
+        nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(7, 5)
+    )
+    assert report.autograd_units is not None
+    assert report.units <= report.autograd_units
+    assert report.launches < report.autograd_launches
+    assert f"by autograd {report.autograd_units:.2f}" in str(report)

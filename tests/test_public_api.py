@@ -164,3 +164,12 @@ def test_the_examples_in_the_documentation_are_true(name: str) -> None:
 def test_the_functions_of_the_tensor_api_have_examples() -> None:
     for function in ("gradient_penalty", "interpolate", "penalty_from_gradient", "clip_weights_"):
         assert ">>>" in inspect.getdoc(getattr(wgan_fast, function)), function
+
+
+def test_importing_the_package_imports_no_compiler() -> None:
+    heavy = ("torch._dynamo", "sympy", "triton", "matplotlib", "sklearn")
+    code = (
+        f"import sys, torch; known = set(sys.modules); import wgan_fast; print(set({heavy}) & set(sys.modules) - known)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout
+    assert output.strip() == "set()"

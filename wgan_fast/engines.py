@@ -1,8 +1,6 @@
 """Which engine runs a critic: four passes where it can be captured, autograd otherwise, and why."""
 
 import itertools
-import os
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -20,6 +18,7 @@ from .checks import Engine, check_batch, check_critic_arguments, check_floating,
 from .double_backprop import CaptureError, ChangedError, FourPassEngine, Objective, Prepared, TooManyPlansError
 from .double_backprop.engine import lasting, summed
 from .double_backprop.plan import Schedule
+from .errors import users_level
 from .losses import wasserstein
 from .mlp_critic_step import FusedMLP, fused_mlp
 
@@ -122,7 +121,7 @@ class EngineChoice:
         kind = type(error).__name__ if self.reason is None else str(error)
         if kind not in said:
             said.add(kind)
-            warnings.warn(f"wgan_fast differentiates with autograd: {error}", RuntimeWarning, stacklevel=_callers())
+            warnings.warn(f"wgan_fast differentiates with autograd: {error}", RuntimeWarning, stacklevel=users_level())
 
 
 class GivenWay(NamedTuple):
@@ -141,14 +140,6 @@ class GivenWay(NamedTuple):
             self.choice.give_way(self.error)
 
 
-def _callers() -> int:
-    """How many frames up the user's own code is, for a warning raised by the calling function."""
-    package, frame, level = os.path.dirname(__file__), sys._getframe(1), 1
-    while frame.f_back and frame.f_code.co_filename.startswith(package):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
 _SAID: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
 """The reasons that a critic's owner has been warned of."""
 
@@ -159,7 +150,6 @@ _CHOICES: "weakref.WeakKeyDictionary[Any, dict[tuple[bool, int, Engine], EngineC
 _CHOICES = weakref.WeakKeyDictionary()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def penalty_choice(critic: Callable[..., Tensor], one_sided: bool, group_size: int, engine: Engine) -> EngineChoice:
     """Return the choice for a critic's penalty of any weight and target, kept as long as the critic lives.
 
@@ -174,6 +164,10 @@ def penalty_choice(critic: Callable[..., Tensor], one_sided: bool, group_size: i
         objective = Objective(weight=1.0, target=0.0, one_sided=one_sided, at="given", group_size=group_size)
         choice = choices[one_sided, group_size, engine] = EngineChoice(critic, objective, engine)
     return choice
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler: a second that only compilers need.
+penalty_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

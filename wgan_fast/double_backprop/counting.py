@@ -1,12 +1,12 @@
 """Counts operators as they run: matmul and convolution FLOPs, launches, and bytes read and written."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from .optimize import is_view
 
@@ -48,7 +48,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def flops_of(target: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Count the FLOPs of one operator applied to tensors."""
-    count = _FLOPS.get(getattr(target, "overloadpacket", None))
+    count = _flops().get(getattr(target, "overloadpacket", None))
     return 0 if count is None else count(*args, **kwargs, out_val=out)
 
 
@@ -61,5 +61,9 @@ def _addmm_activation_flops(bias: Tensor, a: Tensor, b: Tensor, *args: Any, **kw
     return 2 * a.shape[0] * a.shape[1] * b.shape[1]
 
 
-_FLOPS = {**flop_registry, torch.ops.aten._addmm_activation: _addmm_activation_flops}
-"""What PyTorch counts, and what it leaves out."""
+@cache
+def _flops() -> dict[Any, Any]:
+    """Return what PyTorch counts, and what it leaves out; imported when first needed, since it imports Triton."""
+    from torch.utils.flop_counter import flop_registry
+
+    return {**flop_registry, torch.ops.aten._addmm_activation: _addmm_activation_flops}

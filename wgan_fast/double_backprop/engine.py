@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd import attach
+from ..errors import users_level
 from .capture import CaptureError, first_line
 from .cost import by_autograd, of_plan
 from .counting import Cost
@@ -22,6 +23,8 @@ FREE_PLANS = 4
 """Of one form of a critic, for as many batch shapes and numbers; each further plan must be earned."""
 EARNED_BY = 32
 """Steps that earn one."""
+SECONDS_AN_OPERATOR = 0.015
+"""What planning one takes, on two cores of a server; a first call that will be long says so."""
 
 _RECURRENT = {
     torch.ops.aten.lstm.input,
@@ -137,9 +140,11 @@ class Planned:
         ours, theirs = of_plan(self.plan), self.autograd
         if theirs is None:
             return None
-        if self.plan.coupled and self.plan.curved and len(self.plan.objective.parts()) == 1:
-            return f"four passes have nothing to join: {self.plan.coupled}"
-        if ours.seconds(_LAUNCH) <= 1.05 * theirs.seconds(_LAUNCH_BY_AUTOGRAD):
+        plan = self.plan
+        # Measured: batch norm, minibatch statistics and reshapes that mix rows lose up to a tenth by it.
+        if plan.coupled and plan.captured.dynamic and plan.curved and len(plan.objective.parts()) == 1:
+            return f"four passes have nothing to join: {plan.coupled}"
+        if ours.seconds(_LAUNCH) <= 1.1 * theirs.seconds(_LAUNCH_BY_AUTOGRAD):
             return None
         return (
             f"four passes cost more: {ours.flops:.1e} FLOPs, {ours.launches} operators and {ours.bytes:.1e} bytes "
@@ -398,6 +403,14 @@ class FourPassEngine:
         look: Look,
     ) -> Planned:
         traced, inputs = look.traced, look.inputs
+        operators = len(traced.captured(inputs).calls())
+        if operators * SECONDS_AN_OPERATOR > 3 and not _plans(traced).made:
+            about = operators * SECONDS_AN_OPERATOR
+            warnings.warn(
+                f"wgan_fast plans the critic's {operators} operators, which takes about {about:.0f} s once",
+                RuntimeWarning,
+                stacklevel=users_level(),
+            )
         with _PLANNING, hushed():
             plans, key = _plans(traced), (self._options, *traced.key(inputs))
             if key in plans.made:

@@ -340,6 +340,9 @@ class Traced:
         for node in graph.graph.nodes:
             if any(source in follows for source in node.all_input_nodes):
                 follows.add(node)
+        if not any(_is_tensor(node) for node in kept):
+            # Numbers alone: they need nothing of the tensors.
+            follows.update(node for node in graph.graph.nodes if _is_tensor(node) and node.op != "placeholder")
         for node in kept:
             if node in follows:
                 raise CaptureError(f"its forward keeps what {where(node)} gives, which autograd must compute")
@@ -348,6 +351,11 @@ class Traced:
         crossing = [
             n for n in made if isinstance(n.meta.get("example_value"), Tensor) and any(u in follows for u in n.users)
         ]
+        for node in crossing:
+            if _is_symbolic(node.meta["example_value"]):
+                raise CaptureError(
+                    f"its forward keeps tensors, and {where(node)} makes one of the batch's size beside them"
+                )
         others = [node for node in kept if node not in crossing]
         shared, rest = fx.Graph(), fx.Graph()
         ours: dict[fx.Node, fx.Node] = {}
@@ -564,6 +572,10 @@ def _repeats(change: tuple[Any, Any]) -> bool:
     stored = attributes or getattr(variable, "items", None)
     values = list(stored.values()) if isinstance(stored, dict) else []
     return not values or any(type(value.realize()).__name__ != "TensorVariable" for value in values)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), Tensor)
 
 
 def _is_symbolic(value: Any) -> bool:
