@@ -131,7 +131,9 @@ def gradient_penalty(
     A sample whose gradient is exactly 0 contributes ψ(0) to the value and nothing to the gradients.
 
     Args:
-        critic: Maps ``[N, *D]`` to one score per sample: ``[N]`` or ``[N, 1]`` (``[N // group_size]`` with packing).
+        critic: Maps ``[N, *D]`` to one score per sample: ``[N]`` or ``[N, 1]`` (``[N // group_size]`` with packing). A
+            module, a method, a partial or a function; made anew at every step, it is planned once. Every trainable
+            tensor that its forward reads gets its gradient, further arguments included.
         real: Real samples ``[N, *D]``, floating point.
         fake: Generated samples, of the shape, dtype and device of ``real``.
         weight: w, finite and at least 0.
@@ -145,16 +147,19 @@ def gradient_penalty(
         group_size: Consecutive samples packed into one critic decision: one α and one norm per group.
         critic_args: Further positional arguments of the critic, such as labels.
         critic_kwargs: Keyword arguments of the critic.
-        engine: "autograd" differentiates twice; "four_pass" captures the critic and needs no double backward;
-            "auto" uses "four_pass" where it can.
+        engine: "autograd" differentiates twice; "four_pass" captures the critic and needs no double backward, and
+            raises where it cannot; "auto" takes "four_pass" where it can and costs less; "checked" does too, and
+            compares the first steps of every plan, and then one in a thousand, with autograd.
 
     Returns:
         The penalty, 0-dim, weight included, once differentiable in the critic's parameters.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
-        ValueError: Shapes or devices disagree, a setting is out of range, the batch is empty, or the critic does
-            not return one score per sample. Nothing has been changed then.
+        ValueError: Shapes or devices disagree, a setting is out of range, the batch is empty, the critic does not
+            return one score per sample, or under ``torch.inference_mode()``. Nothing has been changed then.
+        CaptureError: With ``engine="four_pass"``, where the critic cannot be captured.
+        GradientsDifferError: With ``engine="checked"``, where the engine errs.
 
     Source: Gulrajani et al. 2017, arXiv:1704.00028, equation 3.
 
