@@ -344,3 +344,18 @@ def test_further_arguments_may_change_at_every_call(name: str, how: str, use: st
         else:
             seen.append(pair.check(kwargs=lambda v=value: {"a": v}))
     assert all(a != b for a, b in itertools.pairwise(seen))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda critic, h: h * critic.__dict__.get("late", 1.0),
+        lambda critic, h: h * vars(critic).get("late", 1.0),
+        lambda critic, h: h * (critic.late if "late" in critic.__dict__ else 1.0),
+        lambda critic, h: h * getattr(critic, "late", 1.0),
+    ],
+)
+def test_an_attribute_may_come_late(read: Any) -> None:
+    critic = Critic(read)
+    pair = SideBySide("penalty", critic)
+    check_changes(pair, [lambda v=v: setattr(critic, "late", v) for v in (3.0, 0.5)])

@@ -1,4 +1,7 @@
-"""A net under the engine: its steps compared with plain autograd, on a copy of the critic in float64."""
+"""A net under the engine: its steps compared with plain autograd, on copies of the critic, one in float64.
+
+What cannot be copied, a function say, is not compared.
+"""
 
 import copy
 import math
@@ -20,7 +23,7 @@ FIRST_STEPS, ONE_IN = 3, 1000
 
 
 def asked_for() -> bool:
-    """Whether the environment asks for every step to be checked."""
+    """Whether the environment asks for a check of every critic."""
     return os.environ.get("WGAN_FAST_CHECK", "") not in ("", "0")
 
 
@@ -50,16 +53,17 @@ class Check:
     kwargs: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        self.random = torch.get_rng_state()
+        self.random = _random_state()
         self.buffers = _buffers(self.critic)
-        self.memo: dict[int, Any] = {}
-        self.double: nn.Module | None = None
+        self.twins: list[tuple[nn.Module, dict[int, Any]]] = []
         try:
             if isinstance(self.critic, nn.Module):
-                self.double = copy.deepcopy(self.critic, self.memo).double()
+                for _ in range(2):
+                    memo: dict[int, Any] = {}
+                    self.twins.append((copy.deepcopy(self.critic, memo), memo))
+                self.twins[1][0].double()
         except Exception:
-            # Not everything can be copied: then it is differentiated itself, in its own precision.
-            self.double = None
+            self.twins = []
 
     def __call__(
         self,
@@ -74,23 +78,24 @@ class Check:
         Raises:
             GradientsDifferError: They differ by more than roundings explain, at two checks in a row.
         """
-        copies = [self.memo.get(id(tensor)) for tensor in tensors]
-        after = torch.get_rng_state()
+        known = [i for i, t in enumerate(tensors) if self.twins and all(id(t) in memo for _, memo in self.twins)]
+        after, found = _random_state(), []
         try:
-            own = self._differentiate(self.critic, objective, batches, tensors, torch.float32)
-            truth = own
-            if self.double is not None and all(isinstance(twin, Tensor) for twin in copies):
-                try:
-                    truth = self._differentiate(self.double, objective, batches, copies, torch.float64)
-                except RuntimeError:
-                    # A tensor of its own that no module moves stays in float32.
-                    truth = own
+            for (twin, memo), least in zip(self.twins, (torch.float32, torch.float64)):
+                copies = [memo[id(tensors[i])] for i in known]
+                found.append(self._differentiate(twin, objective, batches, copies, least))
+        except Exception:
+            # Autograd cannot, or a tensor of the critic's own stays in float32.
+            return
         finally:
-            torch.set_rng_state(after)
-        error, expected = _distance(output.gradients, truth), _distance(own, truth)
-        epsilon = torch.finfo(batches[next(iter(batches))].dtype).eps
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            epsilon = torch.finfo(torch.bfloat16).eps
+            _set_random_state(after)
+        if not known:
+            return
+        own, truth = found
+        error, expected = _distance([output.gradients[i] for i in known], truth), _distance(own, truth)
+        dtype = next(iter(batches.values())).dtype
+        autocast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+        epsilon = torch.finfo(torch.bfloat16 if autocast else dtype).eps
         if error <= max(10 * expected, epsilon**0.5):
             planned.suspect = False
             return
@@ -118,7 +123,7 @@ class Check:
                 x, args, kwargs = tree_map_only(Tensor, _widened, (x, args, kwargs))
             # Buffers that a forward changes, such as those of spectral norm, are for each batch what they were.
             with _as_before(critic, self.buffers):
-                torch.set_rng_state(self.random)
+                _set_random_state(self.random)
                 return critic(x, *args, **kwargs)
 
         with torch.enable_grad():
@@ -144,6 +149,17 @@ class Check:
             if not wanted or not total.requires_grad:
                 return [None for _ in tensors]
             return list(torch.autograd.grad(total, wanted, allow_unused=True))
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    on_gpus = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_gpus else []
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
 
 
 def _widened(tensor: Tensor) -> Tensor:

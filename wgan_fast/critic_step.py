@@ -198,8 +198,8 @@ class CriticStep:
 
     def _fused(self, step: Prepared, penalty: PenaltyConfig, real: Tensor) -> FusedMLP | str:
         """What the operator for MLPs needs, or why it cannot be taken."""
-        if self.loss.critic is not wasserstein.critic or penalty.at != "interpolates":
-            return "the step is not WGAN-GP's"
+        if self.loss.critic is not wasserstein.critic or penalty.at != "interpolates" or step.check is not None:
+            return "the step is not WGAN-GP's, or is compared with autograd"
         planned = step.planned
         if planned.fused is None:
             planned.fused = fused_mlp(planned.plan.captured, real, group_size=penalty.group_size)

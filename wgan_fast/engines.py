@@ -98,7 +98,8 @@ class EngineChoice:
         try:
             check = None
             if self._checks and is_due(self.four_pass.planned(x, critic_args, critic_kwargs, critic)):
-                check = Check(critic or self.four_pass.critic, critic_args, critic_kwargs or {})
+                checked = self.four_pass.critic if critic is None else critic
+                check = Check(checked, critic_args, critic_kwargs or {})
             prepared = self.four_pass.prepare(x, critic_args, critic_kwargs, critic)
             prepared.check = check
             return prepared
@@ -162,7 +163,7 @@ def penalty_choice(critic: Callable[..., Tensor], one_sided: bool, group_size: i
     choice = choices.get((one_sided, group_size, engine))
     if choice is None:
         objective = Objective(weight=1.0, target=0.0, one_sided=one_sided, at="given", group_size=group_size)
-        choice = choices[one_sided, group_size, engine] = EngineChoice(critic, objective, engine)
+        choice = choices.setdefault((one_sided, group_size, engine), EngineChoice(critic, objective, engine))
     return choice
 
 

@@ -88,7 +88,9 @@ def where(node: fx.Node) -> str:
         if line.strip().startswith('File "') and not line.strip().removeprefix('File "').startswith(_NOT_THE_CRITIC)
     ]
     source = " ".join(line.strip() for line in trace[frames[-1] : frames[-1] + 2]) if frames else ""
-    return f"{node.target}" + (f" at {source}" if source else "")
+    target = node.target
+    name = target if isinstance(target, str | torch._ops.OpOverload) else getattr(target, "__name__", target)
+    return f"{name}" + (f" at {source}" if source else "")
 
 
 def first_line(error: BaseException) -> str:

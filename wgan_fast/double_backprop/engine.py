@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..autograd import attach
 from ..errors import users_level
-from .capture import CaptureError, first_line
+from .capture import Captured, CaptureError, first_line
 from .cost import by_autograd, of_plan
 from .counting import Cost
 from .guarded import MOST_IN_A_ROW, GuardedCall, Look, Traced, hushed
@@ -101,7 +101,9 @@ def lasting(critic: Callable[..., Any]) -> Any:
     while isinstance(critic, partial):
         critic = critic.func
     function = getattr(critic, "__func__", critic)
-    return getattr(function, "__code__", function if isinstance(function, nn.Module) else type(critic))
+    owner = getattr(function, "__code__", function)
+    # An object that is called has its own, if it can be told from others after its end.
+    return owner if getattr(type(owner), "__weakrefoffset__", 0) else type(owner)
 
 
 def _known(critic: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Critic:
@@ -220,14 +222,6 @@ class Prepared:
         return attach(output.penalty, tensors, [g for g, touched in zip(output.gradients, reached) if touched])
 
 
-@dataclass
-class _Plans:
-    """Of one form of a critic, by the engine's options and whatever may change without a new trace."""
-
-    made: dict[tuple[Any, ...], Planned] = field(default_factory=dict)
-    runs: int = 0
-
-
 def summed(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> dict[int, Tensor]:
     """Return the gradient of every tensor by its id; one that came to be tied is there more than once."""
     found: dict[int, Tensor] = {}
@@ -258,7 +252,10 @@ class FourPassEngine:
         cheaper_only: bool = False,
     ) -> None:
         # Weakly: engines are kept for as long as the critic lives, and must not keep it alive.
-        self._critic = weakref.ref(critic)
+        try:
+            self._critic: Callable[[], Any] = weakref.ref(critic)
+        except TypeError:
+            self._critic = lambda: critic
         self.objective, self.schedule, self.compile = objective, schedule, compile
         self._options = (objective.form(), schedule, compile)
         self._cheaper_only = cheaper_only
@@ -341,7 +338,9 @@ class FourPassEngine:
 
         def ready(traced: Traced, inputs: tuple[Any, ...]) -> bool:
             nonlocal found
-            found = _plans(traced).made.get((self._options, *traced.key(inputs)))
+            found = traced.plans.made.get((self._options, *traced.key(inputs)))
+            if found is not None and self._cheaper_only and found.dearer:
+                found = None
             return found is not None
 
         known = _known(critic, x, args, kwargs or {})
@@ -365,7 +364,6 @@ class FourPassEngine:
             look = self._look(critic, x, args, kwargs, ready)
         if found is None:
             raise CaptureError("what its forward reads changes while it is planned")
-        self._worthwhile(found)
         traced, inputs = look.traced, look.inputs
         if traced.repeats and (batches := len(self.objective.parts())) > 1:
             looks = [look]
@@ -378,7 +376,7 @@ class FourPassEngine:
                 raise ChangedError(
                     "its forward computes something else at every call, with what it changes itself", looks
                 )
-        _plans(traced).runs += 1
+        traced.plans.runs += 1
         self.plans.setdefault((id(traced), *traced.key(inputs)), found.plan)
         return Prepared(self.objective, found, inputs)
 
@@ -403,34 +401,47 @@ class FourPassEngine:
         look: Look,
     ) -> Planned:
         traced, inputs = look.traced, look.inputs
-        operators = len(traced.captured(inputs).calls())
-        if operators * SECONDS_AN_OPERATOR > 3 and not _plans(traced).made:
-            about = operators * SECONDS_AN_OPERATOR
-            warnings.warn(
-                f"wgan_fast plans the critic's {operators} operators, which takes about {about:.0f} s once",
-                RuntimeWarning,
-                stacklevel=users_level(),
-            )
-        with _PLANNING, hushed():
-            plans, key = _plans(traced), (self._options, *traced.key(inputs))
+        plans, key = traced.plans, (self._options, *traced.key(inputs))
+        with _PLANNING:
             if key in plans.made:
                 return self._worthwhile(plans.made[key])
-            captured = traced.captured(inputs)
-            if self._cheaper_only and any(node.target in _RECURRENT for node in captured.calls()):
-                raise CaptureError("recurrent layers cost less by autograd: each of the four passes runs them anew")
             mine = sum(key[0] == self._options for key in plans.made)
             if mine >= FREE_PLANS + plans.runs // EARNED_BY:
                 raise TooManyPlansError(
                     f"the critic was planned {mine} times for {plans.runs} steps: a batch size, or a number that its "
                     "forward reads, keeps changing"
                 )
-            if self.objective.loss and traced.asks:
-                self._ask(critic, x, args, kwargs, look)
-            plan = Plan(captured, self.objective.form(), inputs, schedule=self.schedule, in_place=not self.compile)
-            if self.compile:
-                plan.compiled = _Compiled(plan.graph)
-            plans.made[key] = planned = Planned(plan, *by_autograd(plan, inputs))
+            with hushed():
+                captured = traced.captured(inputs)
+            operators = captured.calls()
+            if self._cheaper_only and any(node.target in _RECURRENT for node in operators):
+                raise CaptureError("recurrent layers cost less by autograd: each of the four passes runs them anew")
+            if (seconds := len(operators) * SECONDS_AN_OPERATOR) > 3 and not plans.made:
+                warnings.warn(
+                    f"wgan_fast plans the critic's {len(operators)} operators, which takes about {seconds:.0f} s once",
+                    RuntimeWarning,
+                    stacklevel=users_level(),
+                )
+            with hushed():
+                planned = plans.made[key] = self._make(critic, x, args, kwargs, look, captured)
             return self._worthwhile(planned)
+
+    def _make(
+        self,
+        critic: Callable[..., Any],
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None,
+        look: Look,
+        captured: Captured,
+    ) -> Planned:
+        if self.objective.loss and look.traced.asks:
+            self._ask(critic, x, args, kwargs, look)
+        form = self.objective.form()
+        plan = Plan(captured, form, look.inputs, schedule=self.schedule, in_place=not self.compile)
+        if self.compile:
+            plan.compiled = _Compiled(plan.graph)
+        return Planned(plan, *by_autograd(plan, look.inputs))
 
     def _worthwhile(self, planned: Planned) -> Planned:
         if self._cheaper_only and planned.dearer:
@@ -444,12 +455,6 @@ class FourPassEngine:
         other = self._look(critic, x, args, kwargs, lambda traced, inputs: False, differentiable=False)
         if str(other.traced.captured(other.inputs).graph) != str(look.traced.captured(look.inputs).graph):
             raise CaptureError("its forward asks whether its input requires a gradient, and goes another way then")
-
-
-def _plans(traced: Traced) -> _Plans:
-    if traced.plans is None:
-        traced.plans = _Plans()
-    return traced.plans  # type: ignore[no-any-return]
 
 
 class _Compiled:

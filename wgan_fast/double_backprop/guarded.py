@@ -15,9 +15,11 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as modules
@@ -49,7 +51,7 @@ class _StoppedError(Exception):
 
 
 class _StaleError(Exception):
-    """A method that the forward calls has been replaced on its class, which is not guarded."""
+    """What the forward reads without a guard has changed: what a class holds, say."""
 
 
 class _Pending(threading.local):
@@ -146,18 +148,22 @@ class GuardedCall:
             pass
         except _StaleError:
             if pending.fresh:
-                raise CaptureError("what its classes hold changes while it is traced") from None
+                raise CaptureError("what it reads changes while it is traced") from None
             self._begin()
             return self.look(critic, x, args, kwargs, ready, differentiable)
         except CaptureError:
             raise
         except Exception as error:
+            if type(error).__name__ == "FailOnRecompileLimitHit":
+                raise CaptureError(
+                    f"its forward has taken {self.traces} forms: what it reads, a number or an object, keeps changing"
+                ) from error
             raise CaptureError(
                 f"torch.compile could not capture the critic{_at(error)}: {first_line(error)[:300]}"
             ) from error
         finally:
             traced, inputs, fresh = pending.traced, pending.inputs, pending.fresh
-            pending.call, pending.inputs = (), ()
+            pending.call, pending.inputs, pending.sampled, pending.traced = (), (), [], None
         if traced is None:
             raise CaptureError("torch.compile did not trace the critic")
         if traced.error is not None:
@@ -171,7 +177,8 @@ class GuardedCall:
             return
         code = self._matching(call)
         if code is None:
-            self._compile(call)
+            with hushed():
+                self._compile(call)
             return
         # What torch.compile would do now, without asking whether it is to.
         function = self._functions.get(id(code))
@@ -204,6 +211,19 @@ class GuardedCall:
         return Traced(graph, examples)
 
 
+@dataclass
+class Plans:
+    """What was made of one form.
+
+    Attributes:
+        made: By the engine's options, and by whatever may change without a new trace.
+        runs: The steps that were run with them.
+    """
+
+    made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    runs: int = 0
+
+
 class Traced:
     """One form of a forward.
 
@@ -212,13 +232,13 @@ class Traced:
         error: Why it cannot run in four passes, or what is wrong with it.
         repeats: Whether the forward changes what is not a tensor (counts its calls, say), which is done once a batch.
         asks: Whether the forward may ask if its input requires a gradient.
-        plans: What was made of it; None for nothing yet.
+        plans: What was made of it.
     """
 
     def __init__(self, graph: fx.GraphModule, examples: list[Any]) -> None:
         self.graph = graph
         self.error: Exception | None = None
-        self.plans: Any = None
+        self.plans = Plans()
         self._changing: list[int] = []
         self._numbers: list[int] | None = None
         self._lower: partial[Captured]
@@ -228,8 +248,13 @@ class Traced:
         self._shared: fx.GraphModule | None = None
         self._outputs: list[int | None] = []
         self._crossing = 0
+        self._crossed: list[Tensor] = []
         try:
             codes = torch._dynamo.utils.get_traced_code() or []
+            own = [code for code in codes if not code.co_filename.startswith(_TORCH)]
+            if any({"__dict__", "vars"} & {*code.co_names, *map(str, code.co_consts)} for code in own):
+                # Dynamo does not guard what is not in there.
+                raise CaptureError("its forward reads an object's __dict__")
             self.asks = any("requires_grad" in (*code.co_names, *code.co_consts) for code in codes)
             output = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
             _guard_more(output)
@@ -393,6 +418,7 @@ class Traced:
         )
 
 
+_HUSHED = threading.RLock()
 _FIRST = threading.RLock()
 """One thread traces a critic that was never traced: others then find what it made."""
 
@@ -400,6 +426,11 @@ _FIRST = threading.RLock()
 @contextmanager
 def hushed() -> Iterator[None]:
     """Keep back what PyTorch logs and warns of while it looks at a critic: an error says it where it matters."""
+    with _HUSHED:
+        yield from _hush()
+
+
+def _hush() -> Iterator[None]:
     known = list(logging.root.manager.loggerDict.items())
     loggers = [logger for name, logger in known if name.startswith("torch") and isinstance(logger, logging.Logger)]
     for logger in loggers:
@@ -586,7 +617,7 @@ def _is_symbolic(value: Any) -> bool:
 
 def _draws_numpy(node: fx.Node) -> bool:
     name = getattr(getattr(node.target, "f", None), "__name__", "")
-    return type(node.target).__name__ == "numpy_to_tensor_wrapper" and hasattr(__import__("numpy").random, name)
+    return type(node.target).__name__ == "numpy_to_tensor_wrapper" and hasattr(numpy.random, name)
 
 
 def _written_input(node: fx.Node) -> fx.Node | None:
