@@ -251,7 +251,7 @@ class Traced:
         self._crossed: list[Tensor] = []
         try:
             codes = torch._dynamo.utils.get_traced_code() or []
-            own = [code for code in codes if not code.co_filename.startswith(_TORCH)]
+            own = [code for code in codes if _is_users(code)]
             if any({"__dict__", "vars"} & {*code.co_names, *map(str, code.co_consts)} for code in own):
                 # Dynamo does not guard what is not in there.
                 raise CaptureError("its forward reads an object's __dict__")
@@ -585,7 +585,13 @@ def _classes(critic: Any, output: Any) -> set[Any]:
     return {*map(type, modules), *map(type, objects)}
 
 
-_TORCH = os.path.dirname(torch.__file__)
+def _is_users(code: types.CodeType) -> bool:
+    """Whether code is neither PyTorch's nor Python's own."""
+    file = code.co_filename
+    return not file.startswith(("<", _TORCH)) and ("site-packages" in file or not file.startswith(_PYTHON))
+
+
+_TORCH, _PYTHON = os.path.dirname(torch.__file__), os.path.dirname(os.__file__)
 
 
 def _modified(side_effects: Any) -> list[Any]:
