@@ -793,14 +793,8 @@ def test_what_the_proof_does_not_follow_runs_split() -> None:
         return torch.zeros_like(h).index_put((torch.arange(len(h)),), h)
 
     critic, (real, fake) = scaled(scattered), samples()
-    with pytest.warns(RuntimeWarning, match="nothing to join"):
-        gradient_penalty(critic, real, fake)
-
-    def penalty(engine):
-        engine = "four_pass" if engine == "auto" else engine
-        return gradient_penalty(critic, real, fake, alpha=alpha(), engine=engine)
-
-    assert_same(critic, penalty)
+    assert explain(critic, real).schedule == "split"
+    assert_same(critic, lambda engine: gradient_penalty(critic, real, fake, alpha=alpha(), engine=engine))
 
 
 def test_a_first_call_that_will_be_long_says_so() -> None:

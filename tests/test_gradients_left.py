@@ -275,6 +275,15 @@ def test_gradients_are_none_and_zero_where_autograd_leaves_them(name: str, use: 
     pair.check()
 
 
+@pytest.mark.usefixtures("replaced_however_small")
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", NONES)
+def test_autograds_gradients_are_none_and_zero_without_the_dead_pass(name: str, use: str) -> None:
+    pair = SideBySide(use, NONES[name](), engine="autograd")
+    pair.check()
+    pair.check()
+
+
 @pytest.mark.parametrize("at", ["real", "fake", "both"])
 @pytest.mark.parametrize("name", ["ReLU", "tanh, then ReLU", "parts of every kind"])
 def test_gradients_are_none_and_zero_at_samples_too(name: str, at: str) -> None:

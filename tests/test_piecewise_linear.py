@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wgan_fast import gradient_penalty, reference
 from wgan_fast.piecewise_linear import PiecewiseLinear
 
+pytestmark = pytest.mark.usefixtures("replaced_however_small")
+
 
 class Products(TorchDispatchMode):
     """Counts multiply-adds of matrix products and of convolutions' calls."""
@@ -96,6 +98,17 @@ def test_no_product_is_computed_for_a_second_derivative_that_is_zero(way):
     plain = count(lambda: reference.gradient_penalty(critic, [x])[0])
     assert ours == 11
     assert plain > ours
+
+
+def test_small_activations_stay_pytorchs_own(monkeypatch):
+    monkeypatch.undo()
+    critic = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 1))
+    with PiecewiseLinear() as small:
+        critic(torch.randn(4, 512))
+    with PiecewiseLinear() as large:
+        critic(torch.randn(8, 512))
+    assert small.used and not small.before
+    assert large.used and large.before
 
 
 def test_extreme_values_behave_as_in_relu():

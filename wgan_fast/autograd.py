@@ -1,6 +1,6 @@
 """The autograd engine: the penalty by double backward, without the dead pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ class Piecewise:
 
 def penalty_at(
     critic: Callable[[Tensor], Any],
-    points: Sequence[Tensor],
+    points: Tensor,
     *,
     weight: float,
     target: float,
@@ -35,7 +35,7 @@ def penalty_at(
 
     Args:
         critic: Maps ``[N, *D]`` to one score per sample or group.
-        points: Sets of points ``[N, *D]``.
+        points: ``[N, *D]``.
         weight: w.
         target: The norm that costs nothing.
         one_sided: Whether only norms above it cost.
@@ -43,29 +43,32 @@ def penalty_at(
         piecewise: What is known of the critic's activations; None for nothing.
 
     Returns:
-        The penalty (summed over the sets of points, weight included) and the mean gradient norm, both 0-dim. Its
+        The penalty (weight included) and the mean gradient norm, both 0-dim; once differentiable. The penalty's
         backward leaves None and zeros where that of the usual recipe leaves them.
     """
-    differentiate = torch.is_grad_enabled()
-    penalties, norms = [], []
-    for point in points:
-        with torch.enable_grad():
-            x = point.detach().requires_grad_()
-            activations = PiecewiseLinear()
-            plain = torch.compiler.is_compiling() or (piecewise is not None and piecewise.absent)
-            with nullcontext() if plain else activations:
-                scores = critic(x)
-            if piecewise is not None and not plain:
-                piecewise.absent = not activations.used
-            scores = check_scores(scores, x, group_size)
-            gradient = _input_gradient(scores, x, differentiate)
-            norm = reference.gradient_norm(gradient, group_size)
-            penalty = reference.penalty_from_norm(norm, weight=weight, target=target, one_sided=one_sided)
-            if differentiate and activations.before and penalty.requires_grad:
+    differentiate, compiled = torch.is_grad_enabled(), torch.compiler.is_compiling()
+    with torch.enable_grad():
+        x = points.detach().requires_grad_()
+        activations = PiecewiseLinear()
+        plain = compiled or (piecewise is not None and piecewise.absent)
+        with nullcontext() if plain else activations:
+            scores = critic(x)
+        if piecewise is not None and not plain:
+            piecewise.absent = not activations.used
+        scores = check_scores(scores, x, group_size)
+        gradient = _input_gradient(scores, x, differentiate)
+        if compiled:
+            norms = reference.gradient_norm(gradient, group_size)
+            penalty = reference.penalty_from_norm(norms, weight=weight, target=target, one_sided=one_sided)
+            return penalty, norms.detach().mean()
+        penalty, norm, _, seed = torch.ops.wgan_fast.gradient_norm_penalty(
+            gradient.detach(), weight, target, one_sided, group_size
+        )
+        if differentiate:
+            penalty = attach(penalty, [gradient], [seed])
+            if activations.before and penalty.requires_grad:
                 penalty = _with_zeros(penalty, activations.before, x)
-            penalties.append(penalty)
-            norms.append(norm.detach().mean())
-    return sum(penalties[1:], penalties[0]), torch.stack(norms).mean()
+    return penalty, norm
 
 
 def _input_gradient(scores: Tensor, x: Tensor, create_graph: bool) -> Tensor:
@@ -84,24 +87,28 @@ def _with_zeros(penalty: Tensor, before: list[Any], x: Tensor) -> Tensor:
 
     An optimizer tells a gradient of zeros from none: it decays its moments, and the weights.
     """
-    reached = _leaves([penalty.grad_fn])
+    leaves = {leaf for leaf in _leaves(before) if leaf is not x}
     # An edge of the graph may carry nothing, as to the bias of a layer norm: small tensors get their zeros anyway.
-    missed = [leaf for leaf in _leaves(before) if leaf is not x and (leaf not in reached or leaf.numel() <= SMALL)]
+    sought = {leaf for leaf in leaves if leaf.numel() > SMALL}
+    for leaf in _leaves([penalty.grad_fn]) if sought else ():
+        sought.discard(leaf)
+        if not sought:
+            break
+    missed = [leaf for leaf in leaves if leaf.numel() <= SMALL or leaf in sought]
     return _Zeros.apply(penalty, *missed) if missed else penalty  # type: ignore[no-untyped-call]
 
 
-def _leaves(functions: list[Any]) -> set[Tensor]:
-    """The tensors in which a graph ends."""
-    leaves, pending, seen = set(), list(functions), set(functions)
+def _leaves(functions: list[Any]) -> Iterator[Tensor]:
+    """The tensors in which a graph ends, some of them more than once."""
+    pending, seen = list(functions), set(functions)
     while pending:
         function = pending.pop()
         if (leaf := getattr(function, "variable", None)) is not None:
-            leaves.add(leaf)
+            yield leaf
         for source, _ in function.next_functions:
             if source is not None and source not in seen:
                 seen.add(source)
                 pending.append(source)
-    return leaves
 
 
 SMALL = 2**12

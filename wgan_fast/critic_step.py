@@ -257,7 +257,7 @@ class CriticStep:
         value = norm = None
         if penalty:
             parts = [
-                penalty_at(forward, [x], **penalty.norm_options, piecewise=piecewise)
+                penalty_at(forward, x, **penalty.norm_options, piecewise=piecewise)
                 for forward, x in zip(forwards[2:], points)
             ]
             value = sum([part for part, _ in parts[1:]], parts[0][0])

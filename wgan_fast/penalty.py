@@ -11,8 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import ops as ops  # registers the operators
 from . import reference
-from .autograd import attach
-from .autograd import penalty_at as penalty_at
+from .autograd import attach, penalty_at
 from .checks import (
     Engine,
     check_alpha,
@@ -257,7 +256,7 @@ class GradientPenalty:
         if isinstance(step, GivenWay):
             penalty, _ = penalty_at(
                 lambda x: self.critic(x, *args, **(kwargs or {})),
-                [points],
+                points,
                 **self.config.norm_options,
                 piecewise=step.choice.piecewise,
             )

@@ -16,11 +16,11 @@ aten = torch.ops.aten
 
 
 class PiecewiseLinear(TorchFunctionMode):
-    """While active, differentiable ReLUs and leaky ReLUs have no second derivative instead of one that is zero.
+    """While active, large differentiable ReLUs and leaky ReLUs have no second derivative instead of one that is zero.
 
     Attributes:
         before: What came before them, as nodes of autograd's graph.
-        used: Whether there were any.
+        used: Whether there were any, large or not.
     """
 
     def __init__(self) -> None:
@@ -31,8 +31,10 @@ class PiecewiseLinear(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace the activations that can be."""
         replace = _REPLACED.get(func)
-        if replace is not None and torch.is_grad_enabled() and args and args[0].requires_grad:
+        if replace is not None and args and args[0].requires_grad and _replaceable():
             self.used = True
+            if not _is_large(args[0]):
+                return func(*args, **(kwargs or {}))
             if args[0].grad_fn is not None:
                 self.before.append(args[0].grad_fn)
             return replace(*args, **(kwargs or {}))
@@ -42,20 +44,18 @@ class PiecewiseLinear(TorchFunctionMode):
 class _Activation(torch.autograd.Function):
     """x where x > 0, else slope · x."""
 
-    generate_vmap_rule = True
-
+    # With a separate setup_context, as torch.func asks for it, a call takes 30 us longer.
     @staticmethod
-    def forward(x: Tensor, slope: float, inplace: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, slope: float, inplace: bool) -> Tensor:
         if slope == 0:
-            return x.relu_() if inplace else x.relu()
-        return aten.leaky_relu_(x, slope) if inplace else aten.leaky_relu(x, slope)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
-        x, ctx.slope, inplace = inputs
+            y = x.relu_() if inplace else x.relu()
+        else:
+            y = aten.leaky_relu_(x, slope) if inplace else aten.leaky_relu(x, slope)
         if inplace:
             ctx.mark_dirty(x)
-        ctx.save_for_backward(output)
+        ctx.slope = slope
+        ctx.save_for_backward(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
@@ -66,23 +66,32 @@ class _Activation(torch.autograd.Function):
 class _Slope(torch.autograd.Function):
     """The activation's derivative times a vector: linear in the vector, and constant in all else."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(vector: Tensor, y: Tensor, slope: float) -> Tensor:
+    def forward(ctx: Any, vector: Tensor, y: Tensor, slope: float) -> Tensor:
+        ctx.slope = slope
+        ctx.save_for_backward(y)
         if slope == 0:
             return aten.threshold_backward(vector, y, 0)  # type: ignore[no-any-return]
         return aten.leaky_relu_backward(vector, y, slope, True)  # type: ignore[no-any-return]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        _, y, ctx.slope = inputs
-        ctx.save_for_backward(y)
-
-    @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         (y,) = ctx.saved_tensors
         return _Slope.apply(cotangent, y, ctx.slope), None, None  # type: ignore[no-untyped-call]
+
+
+LARGE = 2**21
+"""Elements of an activation times features (or channels) of a sample, about half the FLOPs of the layer before it.
+Measured on MLPs 32 to 512 wide: an activation here takes 50 us longer than PyTorch's own, and is worth it from there
+on (1.06 at 2^22, 0.95 at 2^20)."""
+
+
+def _is_large(x: Tensor) -> bool:
+    return x.dim() > 1 and x.numel() * x.shape[1] >= LARGE
+
+
+def _replaceable() -> bool:
+    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Tensor:

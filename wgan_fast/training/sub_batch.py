@@ -103,7 +103,7 @@ class SubBatchCriticStep:
         with torch.enable_grad(), autocast:
             step = self._four_passes.prepare(points, (), None)
             if isinstance(step, GivenWay):
-                penalty, norm = penalty_at(self._loss.critic, [points], **self._penalty.norm_options)
+                penalty, norm = penalty_at(self._loss.critic, points, **self._penalty.norm_options)
                 penalty.backward()  # type: ignore[no-untyped-call]
                 step.confirm()
                 return penalty.detach(), norm

@@ -81,8 +81,9 @@ class Convolution(Affine):
 
     def forward(self, call: Call) -> Output:
         """Run the layer, on a CPU over channels-last memory: oneDNN's kernels for it are up to twice as fast."""
-        bias = call.slot("bias")
-        call.operands = [x if i == bias else _channels_last(x) for i, x in enumerate(call.operands)]
+        if _goes_along_channels(call):
+            bias = call.slot("bias")
+            call.operands = [x if i == bias else _channels_last(x) for i, x in enumerate(call.operands)]
         return super().forward(call)
 
     def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
@@ -109,7 +110,8 @@ class Convolution(Affine):
 
     def apply(self, call: Call, x: Tensor) -> Tensor:
         """The convolution of x without a bias."""
-        x = _channels_last(x)
+        if _goes_along_channels(call):
+            x = _channels_last(x)
         return aten.convolution(x, call.tensor("weight"), None, *self._settings(call))  # type: ignore[no-any-return]
 
     def _geometry(self, call: Call) -> dict[str, Any]:
@@ -130,12 +132,17 @@ class Convolution(Affine):
         ]  # fmt: skip
 
 
+def _goes_along_channels(call: Call) -> bool:
+    """Whether a convolution is to run channels-last: what stands beside it goes along channels in vectors of 8."""
+    weight = call.tensor("weight")
+    assert weight is not None
+    return weight.device.type == "cpu" and max(weight.shape[:2]) >= 8
+
+
 def _channels_last(x: Tensor) -> Tensor:
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     # Whether memory is channels-last cannot be told from one channel; its stride says what PyTorch takes it for.
-    if layout is None or x.device.type != "cpu" or x.stride(1) == 1:
-        return x
-    return x.clone(memory_format=layout)
+    return x if layout is None or x.stride(1) == 1 else x.clone(memory_format=layout)
 
 
 @register("scaled_dot_product_attention")
