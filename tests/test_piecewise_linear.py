@@ -107,8 +107,10 @@ def test_small_activations_stay_pytorchs_own(monkeypatch):
         critic(torch.randn(4, 512))
     with PiecewiseLinear() as large:
         critic(torch.randn(8, 512))
-    assert small.used and not small.before
-    assert large.used and large.before
+    assert small.used
+    assert not small.before
+    assert large.used
+    assert large.before
 
 
 def test_extreme_values_behave_as_in_relu():
