@@ -1,7 +1,6 @@
 """What a step costs, counted: in four passes, and by autograd, which is asked without data what it would do."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..autograd import penalty_at
 from .counting import Cost, Counter, tensor_bytes
-from .optimize import is_view
 from .plan import Plan
+from .stand_ins import is_view
 
 
 def of_plan(plan: Plan) -> Cost:
@@ -33,33 +32,30 @@ def by_autograd(plan: Plan, inputs: Sequence[Any]) -> tuple[Cost | None, list[bo
     Returns:
         What that costs, and for each trainable input whether it leaves a gradient; None for both where autograd fails.
     """
-    mode = FakeTensorMode()
-    ways: list[tuple[Callable[[Tensor], Tensor], AbstractContextManager[Any]]] = [
-        (lambda tensor: mode.from_tensor(tensor, static_shapes=True), mode)
+    fake = FakeTensorMode()
+    values = [
+        fake.from_tensor(value.detach(), static_shapes=True).requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor)
+        else value
+        for value in inputs
     ]
-    if not plan.autocasts:
-        # Ten times as fast as stand-ins, which know their device, and what autocast does there.
-        ways.insert(0, (_on_meta, nullcontext()))
-    for stand_in, context in ways:
-        values = [
-            stand_in(value.detach()).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
-            for value in inputs
-        ]
-        try:
-            with context, torch.enable_grad(), plan.autocast(), Counter() as counter:
-                left = _differentiate(plan, values)
-            return counter.cost, left
-        except Exception:
-            continue
-    return None, None
+    total, reached = Cost(0, 0, 0), [False for _ in plan.trainable]
+    try:
+        for term, times in _terms(plan, values):
+            with fake, torch.enable_grad(), plan.autocast(), Counter(fake) as counter:
+                left = _differentiate(term(), [values[i] for i in plan.trainable])
+            total = Cost(*[sum_ + times * part for sum_, part in zip(total, counter.cost)])
+            reached = [one or other for one, other in zip(reached, left)]
+    except Exception:
+        return None, None
+    return total, reached
 
 
-def _on_meta(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+def _terms(plan: Plan, values: list[Any]) -> Iterator[tuple[Callable[[], Tensor], int]]:
+    """The terms of a plan's objective on tensors without data, and how often autograd takes a step like that of each.
 
-
-def _differentiate(plan: Plan, values: list[Any]) -> list[bool]:
-    """Take the step on tensors without data; returns which of the trainable ones have a gradient."""
+    The two batches of the loss cost the same, so one is gone through, in the place of both.
+    """
     captured, objective = plan.captured, plan.objective
     position = captured.inputs.index(captured.x)
     x = values[position].detach()
@@ -69,16 +65,22 @@ def _differentiate(plan: Plan, values: list[Any]) -> list[bool]:
         given = (*values[:position], samples, *values[position + 1 :])
         return captured.functions.forward(*given)  # type: ignore[no-any-return]
 
-    terms: list[Tensor] = []
+    def loss() -> Tensor:
+        assert objective.loss is not None
+        wide = scores(x)
+        wide = wide if wide.dtype == torch.float64 else wide.float()
+        return objective.loss(wide, wide)
+
     if objective.loss:
-        wide = [s if s.dtype == torch.float64 else s.float() for s in (scores(x), scores(x))]
-        terms.append(objective.loss(*wide))
-    if objective.weight is not None:
+        yield loss, 2
+    if objective.points():
         options = ("weight", "target", "one_sided", "group_size")
         settings = {name: getattr(objective, name) for name in options}
-        terms += [penalty_at(scores, x, **settings)[0] for _ in objective.points()]
-    total = sum(terms[1:], terms[0])
-    trainable = [values[i] for i in plan.trainable]
+        yield lambda: penalty_at(scores, x, **settings)[0], len(objective.points())
+
+
+def _differentiate(total: Tensor, trainable: list[Tensor]) -> list[bool]:
+    """Return which of the trainable tensors have a gradient."""
     if not trainable or not total.requires_grad:
         return [False for _ in trainable]
     return [gradient is not None for gradient in torch.autograd.grad(total, trainable, allow_unused=True)]

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .optimize import is_view
+from .stand_ins import evaluate, is_view
 
 
 class Cost(NamedTuple):
@@ -30,15 +31,20 @@ class Cost(NamedTuple):
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what runs under it, in this thread alone, which ``FlopCounterMode`` does not."""
+    """Counts what runs under it, in this thread alone, which ``FlopCounterMode`` does not.
 
-    def __init__(self) -> None:
+    Args:
+        fake: The mode of the stand-ins that it runs on.
+    """
+
+    def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._fake = fake
         self.cost = Cost(0, 0, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run and count ``func``."""
-        out = func(*args, **(kwargs or {}))
+        out = evaluate(self._fake, func, args, kwargs or {})
         if func.namespace != "prim" and not is_view(func) and func is not torch.ops.aten.detach.default:
             flops, launches, moved = self.cost
             touched = tensor_bytes((args, kwargs, out))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from .record import Recorder
+from .stand_ins import gives_view
 
 aten = torch.ops.aten
 
@@ -286,18 +287,4 @@ def _readers(node: fx.Node) -> set[fx.Node]:
 def _returns_view(node: fx.Node) -> bool:
     if getattr(node.target, "_schema", None) is None:
         return node.op != "output"
-    return _gives_view(node.target)
-
-
-def _gives_view(target: Any) -> bool:
-    return any(result.alias_info is not None for result in target._schema.returns) or target in (
-        aten.reshape.default, aten._reshape_alias.default, aten._unsafe_view.default,
-    )  # fmt: skip
-
-
-def is_view(target: Any) -> bool:
-    """Whether an operator only looks at memory differently."""
-    if target is operator.getitem:
-        return True
-    schema = getattr(target, "_schema", None)
-    return schema is not None and not schema.is_mutable and _gives_view(target)
+    return gives_view(node.target)

@@ -162,7 +162,9 @@ class Rows(Run):
         if call.op is not whole.op:
             # The rule chose another form of the operator.
             call.op, call.args, call.kwargs = whole.op, whole.args, whole.kwargs
-        call.operands = [self.take(source, x) for source, x in zip(self._run.operands(node), whole.operands)]
+        for i, (source, x) in enumerate(zip(self._run.operands(node), whole.operands)):
+            if x is not self._run.values[source]:  # laid out otherwise by the rule
+                call.operands[i] = self.take(source, x)
         call.output = self.values[node]
         call.saved = {name: self.take(node, tensor) for name, tensor in whole.saved.items()}
         return call

@@ -14,7 +14,7 @@ from ..checks import check_loss, check_scores, unconnected
 from .capture import Captured, CaptureError, first_line, raised_at
 from .counting import Counter, flops_of
 from .independence import CoupledError, Dims, batch_dims
-from .optimize import finish, is_view, save_memory
+from .optimize import finish, save_memory
 from .passes import (
     Block,
     Cotangents,
@@ -27,6 +27,7 @@ from .passes import (
     shared_gradients,
 )
 from .record import Recorder
+from .stand_ins import is_view
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Schedule = Literal["auto", "batched", "split"]
@@ -284,7 +285,7 @@ class Plan:
 
     def units(self, flops: int | None = None) -> float:
         """Return FLOPs, by default those of the step, in critic forwards over one batch."""
-        with Counter() as forward:
+        with Counter(self._stand_ins[self.captured.x].fake_mode) as forward:
             self._rehearse(1)
         return float((self.flops() if flops is None else flops) / max(forward.cost.flops, 1))
 

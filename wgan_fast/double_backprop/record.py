@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from .stand_ins import evaluate
+
 _ALIASES = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
 """Operators that return their argument: what they return is the argument's node."""
 
@@ -103,14 +105,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` on the fake tensors and record it."""
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return evaluate(self.fake, func, args, kwargs)
         if func in _REDUCTIONS and kwargs.get("dtype") == args[0].dtype:
             kwargs = {name: value for name, value in kwargs.items() if name != "dtype"}
         if func in _ALIASES or (func in _RESHAPES and list(args[0].shape) == list(args[1])):
-            out = func(*args, **kwargs)
+            out = evaluate(self.fake, func, args, kwargs)
             self._bind(out, self.node(args[0]))
             return out
         node_args, node_kwargs = tree_map_only(Tensor, self.node, (args, kwargs))
-        out = func(*args, **kwargs)
+        out = evaluate(self.fake, func, args, kwargs)
         leaves, _ = tree_flatten(out)
         if not any(isinstance(leaf, Tensor) for leaf in leaves):
             return out
