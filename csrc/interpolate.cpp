@@ -124,7 +124,7 @@ Tensor arranged(const Tensor& batch, const Tensor& like) {
 void prepare(Tensor& real, Tensor& fake, Tensor& alpha) {
   for (const auto* tensor : {&real, &fake, &alpha})
     STD_TORCH_CHECK(tensor->dim() > 0 && tensor->numel() > 0, "expected batches that are not empty");
-  STD_TORCH_CHECK(real.sizes() == fake.sizes(), "expected real and fake of one shape");
+  STD_TORCH_CHECK(real.sizes().equals(fake.sizes()), "expected real and fake of one shape");
   STD_TORCH_CHECK(real.sizes()[0] % alpha.numel() == 0, "expected one alpha per group of samples");
   STD_TORCH_CHECK(alpha.scalar_type() == ScalarType::Double || alpha.scalar_type() == ScalarType::Float,
                   "expected alpha in float32 or float64");
@@ -146,7 +146,7 @@ void interpolate_into(Tensor out, Tensor real, Tensor fake, Tensor alpha, double
   prepare(real, fake, alpha);
   STD_TORCH_CHECK(out.dim() == real.dim() &&
                       (out.numel() == real.numel() || out.numel() == 3 * real.numel()) &&
-                      out.sizes().slice(1) == real.sizes().slice(1),
+                      out.sizes().slice(1).equals(real.sizes().slice(1)),
                   "expected room for the interpolates or for the whole batch");
   const bool aside = !has_dense_samples(out) || !same_layout(out, real) || clash(out, real) ||
                      clash(out, fake) || clash(out, alpha);

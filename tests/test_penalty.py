@@ -489,6 +489,110 @@ def test_a_grad_scaler_scales_the_penalty_gradients() -> None:
         assert torch.equal(unscaled[name], expected[name]), name
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.r, self.b = nn.GRU(3, 8, batch_first=True), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.b(self.r(x)[0][:, -1])
+        return scores
+
+
+@pytest.mark.parametrize("critic", [Recurrent, lambda: nn.Sequential(nn.Flatten(), nn.Linear(15, 4), nn.Tanh())])
+def test_autograds_penalty_may_be_differentiated_twice(critic: Callable[[], nn.Module]) -> None:
+    made = critic() if critic is Recurrent else nn.Sequential(critic(), nn.Linear(4, 1))
+    made = made.double()
+    x, alpha = torch.randn(4, 5, 3).double(), torch.ones(4).double()
+
+    def second(penalty: Tensor) -> Tensor:
+        weight = next(made.parameters())
+        (first,) = torch.autograd.grad(penalty, weight, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), weight)[0]
+
+    ours = second(gradient_penalty(made, x, x, alpha=alpha, engine="autograd"))
+    torch.testing.assert_close(ours, second(reference.gradient_penalty(made, [x])[0]), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["autograd", "four_pass"])
+def test_a_loss_may_be_scaled_past_the_range_of_the_samples(engine: str) -> None:
+    class Raised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.body(x.float())
+            return scores
+
+    critic, x, scale = Raised(), torch.randn(1024, 3).half(), 65536.0
+    plain = copy.deepcopy(critic)
+    (gradient_penalty(critic, x, x, engine=engine) * scale).backward()  # type: ignore[arg-type, no-untyped-call]
+    reference.gradient_penalty(plain, [x.float()])[0].backward()  # type: ignore[no-untyped-call]
+    slack = 2e-2  # the input gradient, and in four passes its cotangent, have the precision of the samples
+    for ours, theirs in zip(critic.parameters(), plain.parameters()):
+        if theirs.grad is not None:
+            expected = theirs.grad * scale
+            torch.testing.assert_close(ours.grad, expected, rtol=slack, atol=slack * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd", "four_pass"])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_penalty_that_reaches_no_parameter_has_a_backward(engine: str, trainable: bool) -> None:
+    bias = nn.Parameter(torch.zeros(()))
+    frozen = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).requires_grad_(False)
+
+    def distant(x: Tensor) -> Tensor:
+        return x.square().sum(1) + bias
+
+    penalty = gradient_penalty(distant if trainable else frozen, *torch.randn(2, 6, 4), engine=engine)  # type: ignore[arg-type]
+    penalty.backward()  # type: ignore[no-untyped-call]
+    assert bias.grad is None
+    assert all(p.grad is None for p in frozen.parameters())
+
+
+def test_autograds_gradients_may_be_batched() -> None:
+    critic, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(6, 4)
+    penalty = gradient_penalty(critic, x, x, engine="autograd")
+    weight = critic[0].weight
+    batched = torch.autograd.grad(penalty, weight, torch.arange(5.0), is_grads_batched=True, retain_graph=True)[0]
+    (single,) = torch.autograd.grad(penalty, weight)
+    torch.testing.assert_close(batched, torch.arange(5.0)[:, None, None] * single)
+
+
+@pytest.mark.usefixtures("replaced_however_small")
+def test_a_compiled_part_of_the_critic_keeps_its_activations() -> None:
+    body = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
+    compiled, x = torch.compile(body, backend="eager"), torch.randn(8, 8)
+    gradient_penalty(lambda x: compiled(x), x, x, engine="autograd").backward()  # type: ignore[no-untyped-call]
+    found = [p.grad for p in body.parameters()]
+    body.zero_grad()
+    reference.gradient_penalty(body, [x])[0].backward()  # type: ignore[no-untyped-call]
+    for ours, parameter in zip(found, body.parameters()):
+        torch.testing.assert_close(ours, parameter.grad)
+
+
+def test_the_default_dtype_may_change_between_plans() -> None:
+    class Masked(nn.Module):
+        def __init__(self, n: int) -> None:
+            super().__init__()
+            self.a, self.w = nn.Linear(3, n), nn.Parameter(torch.randn(n, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.a(x))
+            # An integer times a number is of the default dtype.
+            return ((h > 0).long() * 0.5) @ self.w * h.sum(1, keepdim=True)
+
+    try:
+        for n, dtype in ((5, torch.float32), (6, torch.float64)):
+            torch.set_default_dtype(dtype)
+            critic, x = Masked(n), torch.randn(8, 3)
+            ours = gradient_penalty(critic, x, x, engine="four_pass")
+            torch.testing.assert_close(ours, reference.gradient_penalty(critic, [x])[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("batch", [1, 3, 63])
 @pytest.mark.parametrize("at", AT)
 def test_any_batch_size(batch: int, at: str) -> None:

@@ -57,3 +57,27 @@ def test_a_memory_format_that_is_asked_for_is_given():
             x = torch.empty(2, 3, 4, 5).contiguous(memory_format=layout)
             made = stand_ins.evaluate(mode, clone, (x,), {"memory_format": torch.contiguous_format})
         assert made.stride() == (60, 20, 5, 1)
+
+
+def test_what_was_learned_holds_for_its_layout_and_default_dtype_alone():
+    mode = stand_ins.FakeTensorMode()
+    x, mask = torch.empty(2, 3, 4, 5), torch.empty(2, 3, dtype=torch.int64)
+    one_channel = torch.empty(280).as_strided((2, 1, 4, 5), (20, 7, 5, 1))
+    column = torch.empty(40).as_strided((4, 1), (1, 9))
+    calls = [
+        (torch.ops.aten.mvlgamma.default, (x, 2)),
+        (torch.ops.aten.mvlgamma.default, (x.contiguous(memory_format=torch.channels_last), 2)),
+        (torch.ops.aten.mul.Scalar, (one_channel, 2.0)),
+        (torch.ops.aten.mul.Scalar, (column, 2.0)),
+        (torch.ops.aten.mul.Scalar, (x[:, :1].contiguous(memory_format=torch.channels_last), 2.0)),
+        (torch.ops.aten.mul.Tensor, (mask, 0.5)),
+    ]
+    try:
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            for func, args in [*calls, *reversed(calls)]:
+                with mode:
+                    args = [mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args]
+                    assert looks(stand_ins.evaluate(mode, func, args, {})) == looks(func(*args)), func
+    finally:
+        torch.set_default_dtype(torch.float32)

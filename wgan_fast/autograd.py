@@ -43,8 +43,8 @@ def penalty_at(
         piecewise: What is known of the critic's activations; None for nothing.
 
     Returns:
-        The penalty (weight included) and the mean gradient norm, both 0-dim; once differentiable. The penalty's
-        backward leaves None and zeros where that of the usual recipe leaves them.
+        The penalty (weight included) and the mean gradient norm, both 0-dim. The penalty's backward leaves None and
+        zeros where that of the usual recipe leaves them.
     """
     differentiate, compiled = torch.is_grad_enabled(), torch.compiler.is_compiling()
     with torch.enable_grad():
@@ -57,18 +57,45 @@ def penalty_at(
             piecewise.absent = not activations.used
         scores = check_scores(scores, x, group_size)
         gradient = _input_gradient(scores, x, differentiate)
-        if compiled:
-            norms = reference.gradient_norm(gradient, group_size)
-            penalty = reference.penalty_from_norm(norms, weight=weight, target=target, one_sided=one_sided)
-            return penalty, norms.detach().mean()
-        penalty, norm, _, seed = torch.ops.wgan_fast.gradient_norm_penalty(
-            gradient.detach(), weight, target, one_sided, group_size
-        )
-        if differentiate:
-            penalty = attach(penalty, [gradient], [seed])
-            if activations.before and penalty.requires_grad:
-                penalty = _with_zeros(penalty, activations.before, x)
-    return penalty, norm
+        settings: dict[str, Any] = {
+            "weight": weight, "target": target, "one_sided": one_sided, "group_size": group_size
+        }  # fmt: skip
+        # A lower precision would round the operator's derivative before the caller scales the loss.
+        if compiled or gradient.dtype not in (torch.float32, torch.float64):
+            penalty, norm = _plain_penalty(gradient, **settings)
+        else:
+            penalty, norm = _Penalty.apply(gradient, settings)  # type: ignore[no-untyped-call]
+        if differentiate and activations.before and penalty.requires_grad:
+            penalty = _with_zeros(penalty, activations.before, x)
+    return (penalty if differentiate else penalty.detach()), norm
+
+
+def _plain_penalty(
+    gradient: Tensor, *, weight: float, target: float, one_sided: bool, group_size: int
+) -> tuple[Tensor, Tensor]:
+    norms = reference.gradient_norm(gradient, group_size)
+    penalty = reference.penalty_from_norm(norms, weight=weight, target=target, one_sided=one_sided)
+    return penalty, norms.detach().mean()
+
+
+class _Penalty(torch.autograd.Function):
+    """The penalty at an input gradient and the mean norm, by one operator; differentiated twice, the plain form's."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        penalty, norm, _, seed = torch.ops.wgan_fast.gradient_norm_penalty(gradient, **settings)
+        ctx.mark_non_differentiable(norm)
+        ctx.save_for_backward(gradient, seed)
+        ctx.settings = settings
+        return penalty, norm
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor, _: Any) -> Any:
+        gradient, seed = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            penalty, _ = _plain_penalty(gradient, **ctx.settings)
+            (seed,) = torch.autograd.grad(penalty, gradient, create_graph=True)
+        return cotangent * seed, None
 
 
 def _input_gradient(scores: Tensor, x: Tensor, create_graph: bool) -> Tensor:
@@ -135,7 +162,7 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*[gradient for gradient in gradients if gradient is not None])
-        ctx.known, ctx.tensors = [gradient is not None for gradient in gradients], tensors
+        ctx.unknown = [tensor if gradient is None else None for tensor, gradient in zip(tensors, gradients)]
         return value.clone()
 
     @staticmethod
@@ -145,18 +172,21 @@ class _Attached(torch.autograd.Function):
         if all(gradient.dtype == cotangent.dtype for gradient in gradients):
             scaled = iter(torch._foreach_mul(gradients, cotangent) if gradients else ())
         else:
-            scaled = iter([gradient * cotangent.to(gradient.dtype) for gradient in gradients])
-        pairs = zip(ctx.tensors, ctx.known)
-        return None, None, *[next(scaled) if known else t.new_zeros(t.shape) for t, known in pairs]
+            # A scaled loss's cotangent may be past what a lower precision holds.
+            scaled = iter([(gradient.to(cotangent.dtype) * cotangent).to(gradient.dtype) for gradient in gradients])
+        return None, None, *[next(scaled) if t is None else t.new_zeros(t.shape) for t in ctx.unknown]
 
 
 def attach(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
     """Return ``value`` such that its ``.backward()`` gives ``tensors`` their ``gradients``, scaled from above.
 
-    Once differentiable: the gradients themselves are constants, and zeros where they are None.
+    Once differentiable: the gradients themselves are constants, and zeros where they are None. Without tensors the
+    result can be differentiated all the same, as that of autograd, whose graph ends in the samples.
     """
-    if not tensors or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return value
+    if not tensors:
+        tensors, gradients = [value.new_zeros((), requires_grad=True)], [None]
     return _Attached.apply(value, list(gradients), *tensors)  # type: ignore[no-any-return,no-untyped-call]
 
 

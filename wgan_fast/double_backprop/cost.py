@@ -1,6 +1,6 @@
 """What a step costs, counted: in four passes, and by autograd, which is asked without data what it would do."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,23 +39,16 @@ def by_autograd(plan: Plan, inputs: Sequence[Any]) -> tuple[Cost | None, list[bo
         else value
         for value in inputs
     ]
-    total, reached = Cost(0, 0, 0), [False for _ in plan.trainable]
     try:
-        for term, times in _terms(plan, values):
-            with fake, torch.enable_grad(), plan.autocast(), Counter(fake) as counter:
-                left = _differentiate(term(), [values[i] for i in plan.trainable])
-            total = Cost(*[sum_ + times * part for sum_, part in zip(total, counter.cost)])
-            reached = [one or other for one, other in zip(reached, left)]
+        with fake, torch.enable_grad(), plan.autocast(), Counter(fake) as counter:
+            left = _differentiate(plan, values)
+        return counter.cost, left
     except Exception:
         return None, None
-    return total, reached
 
 
-def _terms(plan: Plan, values: list[Any]) -> Iterator[tuple[Callable[[], Tensor], int]]:
-    """The terms of a plan's objective on tensors without data, and how often autograd takes a step like that of each.
-
-    The two batches of the loss cost the same, so one is gone through, in the place of both.
-    """
+def _differentiate(plan: Plan, values: list[Any]) -> list[bool]:
+    """Take the step on tensors without data; returns which of the trainable ones have a gradient."""
     captured, objective = plan.captured, plan.objective
     position = captured.inputs.index(captured.x)
     x = values[position].detach()
@@ -65,22 +58,15 @@ def _terms(plan: Plan, values: list[Any]) -> Iterator[tuple[Callable[[], Tensor]
         given = (*values[:position], samples, *values[position + 1 :])
         return captured.functions.forward(*given)  # type: ignore[no-any-return]
 
-    def loss() -> Tensor:
-        assert objective.loss is not None
-        wide = scores(x)
-        wide = wide if wide.dtype == torch.float64 else wide.float()
-        return objective.loss(wide, wide)
-
+    terms: list[Tensor] = []
     if objective.loss:
-        yield loss, 2
-    if objective.points():
-        options = ("weight", "target", "one_sided", "group_size")
-        settings = {name: getattr(objective, name) for name in options}
-        yield lambda: penalty_at(scores, x, **settings)[0], len(objective.points())
-
-
-def _differentiate(total: Tensor, trainable: list[Tensor]) -> list[bool]:
-    """Return which of the trainable tensors have a gradient."""
+        wide = [s if s.dtype == torch.float64 else s.float() for s in (scores(x), scores(x))]
+        terms.append(objective.loss(*wide))
+    options = ("weight", "target", "one_sided", "group_size")
+    settings = {name: getattr(objective, name) for name in options}
+    terms += [penalty_at(scores, x, **settings)[0] for _ in objective.points()]
+    total = sum(terms[1:], terms[0])
+    trainable = [values[i] for i in plan.trainable]
     if not trainable or not total.requires_grad:
         return [False for _ in trainable]
     return [gradient is not None for gradient in torch.autograd.grad(total, trainable, allow_unused=True)]

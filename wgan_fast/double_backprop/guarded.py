@@ -186,7 +186,7 @@ class GuardedCall:
         function(*call)
 
     def _compile(self, call: tuple[Any, ...]) -> None:
-        with hushed(), _without_statistics():
+        with hushed(), _without_statistics(), torch._dynamo.config.patch(_NO_SHORTCUTS):
             try:
                 self._call(*call)
             except Exception as error:
@@ -418,6 +418,13 @@ class Traced:
         )
 
 
+_NO_SHORTCUTS = {
+    "use_recursive_dict_tags_for_guards": False,
+    "skip_guards_on_constant_func_defaults": False,
+    "skip_tensor_guards_with_matching_dict_tags": False,
+}
+"""Guards that PyTorch 2.11 leaves out: on what a closure holds, on defaults, on whether a parameter is frozen."""
+
 _HUSHED = threading.RLock()
 _FIRST = threading.RLock()
 """One thread traces a critic that was never traced: others then find what it made."""
@@ -457,13 +464,14 @@ def _without_statistics() -> Iterator[None]:
         (torch._dynamo.guards, "profile_guard_manager", _no_latency),
         (torch._dynamo.symbolic_convert, "get_funcname", _no_name),
     )
-    kept = [getattr(module, name) for module, name, _ in unused]
-    for module, name, stand_in in unused:
+    known = [(module, name, stand_in) for module, name, stand_in in unused if hasattr(module, name)]
+    kept = [getattr(module, name) for module, name, _ in known]
+    for module, name, stand_in in known:
         setattr(module, name, stand_in)
     try:
         yield
     finally:
-        for (module, name, _), function in zip(unused, kept):
+        for (module, name, _), function in zip(known, kept):
             setattr(module, name, function)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from .capture import Captured, where
 from .rules.base import Call
+from .stand_ins import is_elementwise
 
 aten = torch.ops.aten
 
@@ -125,7 +126,7 @@ def _propagate(
     op: Any, call: Call, given: list[int | None], shapes: list[torch.Size], out: Tensor, changed: int
 ) -> int | None:
     name = op._schema.name.removeprefix("aten::")
-    if torch.Tag.pointwise in op.tags or name in _POINTWISE:
+    if is_elementwise(op) or name in _POINTWISE:
         aligned = {out.dim() - len(shape) + dim for dim, shape in zip(given, shapes) if dim is not None}
         return aligned.pop() if len(aligned) == 1 else None
     if name == "einsum":

@@ -10,31 +10,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import make_channels_last_strides_for, make_contiguous_strides_for
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 
-_UNTAGGED = aten.leaky_relu_backward.default
-"""Elementwise, without the tag that says so."""
+_UNTAGGED = {aten.leaky_relu.default, aten.leaky_relu_.default, aten.leaky_relu_backward.default}
+"""Elementwise, without the tag that says so in every version of PyTorch."""
 
-_PLAIN = {aten.mm.default, aten.bmm.default, aten.addmm.default}
-"""What gives the same on every device."""
+_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default}
+"""Operators that, like views, are asked on the meta device: what they give lies in memory alike on every device."""
 
 _DTYPES: dict[Hashable, torch.dtype] = {}
-"""What an elementwise operator gives, by operator, dtype and the kinds of its other arguments."""
+"""What an elementwise operator gives, by operator, dtype, layout, default dtype and the kinds of its arguments."""
 
 
 def evaluate(mode: FakeTensorMode, func: Any, args: Any, kwargs: Any) -> Any:
     """Call an ATen operator on stand-ins of ``mode``; returns what ``mode`` itself would, as stand-ins."""
     if func is torch.ops.prim.device.default:
         return args[0].fake_device
-    if (is_view(func) or func in _PLAIN) and isinstance(args[0], FakeTensor):
+    if (is_view(func) or func in _PRODUCTS) and isinstance(args[0], FakeTensor):
         device = args[0].fake_device
         with in_kernel_invocation_manager(mode):
             out = func(*args, **kwargs)
         return tree_map_only(Tensor, lambda made: FakeTensor(mode, made, device), out)
-    if (torch.Tag.pointwise in func.tags and not func._schema.is_mutable) or func is _UNTAGGED:
+    if is_elementwise(func) and not func._schema.is_mutable:
         return _elementwise(mode, func, args, kwargs)
     return func(*args, **kwargs)
 
@@ -48,7 +49,7 @@ def _elementwise(mode: FakeTensorMode, func: Any, args: Any, kwargs: Any) -> Any
     if not (isinstance(like, FakeTensor) and _is_dense(like) and all(_lies_alike(other, like) for other in operands)):
         return func(*args, **kwargs)
     kinds = [type(leaf) if isinstance(leaf, Tensor | int | float) else leaf for leaf in leaves]
-    key = (func, like.dtype, *kinds)
+    key = (func, like.dtype, like.is_contiguous(), torch.get_default_dtype(), *kinds)
     dtype = _DTYPES.get(key)
     if dtype is None:
         out = func(*args, **kwargs)
@@ -61,8 +62,10 @@ def _elementwise(mode: FakeTensorMode, func: Any, args: Any, kwargs: Any) -> Any
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim(), torch.contiguous_format)
-    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=last)
+    """Whether memory is filled in the order of one of PyTorch's formats, dimensions of size 1 included."""
+    if tensor.is_contiguous():
+        return tensor.stride() == make_contiguous_strides_for(tensor.shape)
+    return tensor.dim() in (4, 5) and tensor.stride() == make_channels_last_strides_for(tensor.shape)
 
 
 def _lies_alike(tensor: Tensor, like: FakeTensor, dtype: torch.dtype | None = None) -> bool:
@@ -76,6 +79,11 @@ def _lies_alike(tensor: Tensor, like: FakeTensor, dtype: torch.dtype | None = No
     sizes = zip(reversed(tensor.shape), reversed(like.shape))
     narrower = tensor.dim() <= like.dim() and all(size in (1, full) for size, full in sizes)
     return narrower and tensor.is_contiguous() and like.is_contiguous()
+
+
+def is_elementwise(target: Any) -> bool:
+    """Whether an element of what an operator returns depends on one element of each argument."""
+    return torch.Tag.pointwise in target.tags or target in _UNTAGGED
 
 
 def gives_view(target: Any) -> bool:
