@@ -10,7 +10,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
 # one that sleeps at once wakes up 60 microseconds late for every operator.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: help demo test test-slow check bench bench-kernels report kernel-check wheel-test cuda-compile gpu sanitize clean
+.PHONY: help demo test test-slow test-oldest check bench bench-kernels report kernel-check wheel-test cuda-compile gpu sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -44,6 +44,26 @@ test: $(VENV)/integrations  ## The tests that take seconds each
 
 test-slow: $(VENV)/package  ## The exhaustive tests
 	$(BIN)/python -m pytest -m slow
+
+# The oldest versions that pyproject.toml allows. Torch 2.11 brings 5 GB of CUDA libraries, without which it does not import.
+OLDEST := .venv-oldest
+OLDEST_TESTS := $(patsubst %,tests/test_%.py,clipping optim norm_ops interpolate kernel_operators kernels mlp_step penalty \
+	critic_step engine_exactness engine_rules engine_use engine_counts gradients_left state structure stand_ins \
+	giving_way piecewise_linear checkpoint training resume speed_options)
+
+$(OLDEST)/environment: constraints.txt constraints-oldest.txt pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	grep -Ev '^(torch|triton|setuptools)=' constraints.txt | cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet -c $(OLDEST)/constraints.txt torch triton setuptools wheel ninja
+	touch $@
+
+$(OLDEST)/package: $(OLDEST)/environment setup.py $(SOURCES) $(shell find wgan_fast kernels -name '*.py')
+	TORCH_CUDA_ARCH_LIST=9.0 WGAN_FAST_REQUIRE_EXT=1 $(OLDEST)/bin/pip install --quiet -c $(OLDEST)/constraints.txt \
+		--no-build-isolation '.[train,data,bench,dev]'
+	touch $@
+
+test-oldest: $(OLDEST)/package  ## Operators, engine and training on the oldest supported torch and Triton
+	$(OLDEST)/bin/python -P -m pytest -m 'not slow' $(OLDEST_TESTS)
 
 check: $(VENV)/package  ## Lint, formatting, types
 	$(BIN)/ruff check
@@ -102,6 +122,6 @@ sanitize: $(VENV)/package  ## The compiled operators' tests on a CPU under Addre
 		$(BIN)/python -P -m pytest --capture=sys -m 'not slow' -k 'not compile' $(OPERATOR_TESTS)
 
 clean:  ## Remove everything that the targets made, except runs/
-	rm -rf $(VENV) build dist *.egg-info wgan_fast/_C.*.so wgan_fast/_build.json
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info wgan_fast/_C.*.so wgan_fast/_build.json
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -355,7 +355,8 @@ def mlp_critic_step(
     mlp_critic_step_weights_kernel[(sides * sides, layers + 1, count)](
         x, a, delta, parts, N, D, H, packed.numel(), share, **settings, BLOCK_R=32, BLOCK=_BLOCK, num_warps=4
     )
-    gradients = parts.sum(0).split([math.prod(shape) for shape in shapes])
+    # Copied, in one launch: what an operator returns must not share memory.
+    gradients = torch._foreach_mul(parts.sum(0).split([math.prod(shape) for shape in shapes]), 1.0)
     return (
         figures.sum(0),
         norm,

@@ -313,8 +313,8 @@ def second_order(
     )  # fmt: skip
     if parts is None:
         return None
-    scale, shift = parts.sum(0)
-    return scale, shift
+    # Not views of one sum: what an operator returns must not share memory.
+    return parts[:, 0].sum(0), parts[:, 1].sum(0)
 
 
 def _specialisation(

@@ -134,3 +134,20 @@ def test_it_works_inside_functional_transforms():
     with PiecewiseLinear():
         found = gradients()
     torch.testing.assert_close(found, gradients())
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, lambda *sizes: nn.RNN(*sizes, nonlinearity="relu")])
+def test_recurrent_layers_off_the_cpu_run_without_cudnn(kind, monkeypatch):
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(torch.backends.cudnn.enabled)
+            return func(*args, **(kwargs or {}))
+
+    layer, x = kind(3, 4).to("meta"), torch.empty(5, 2, 3, device="meta")
+    with PiecewiseLinear() as mode, Watch():
+        layer(x)
+    assert mode.used
+    assert seen.count(False) > 5
+    assert torch.backends.cudnn.enabled

@@ -1,5 +1,6 @@
 """Which engine runs a critic: four passes where it can be captured, autograd otherwise, and why."""
 
+import ctypes
 import itertools
 import warnings
 import weakref
@@ -154,8 +155,7 @@ _CHOICES = weakref.WeakKeyDictionary()
 def penalty_choice(critic: Callable[..., Tensor], one_sided: bool, group_size: int, engine: Engine) -> EngineChoice:
     """Return the choice for a critic's penalty of any weight and target, kept as long as the critic lives.
 
-    Of a ``DistributedDataParallel`` it is the choice for the module within: the caller's own backward reduces. A
-    compiler calls this as it traces, instead of looking into it, so its arguments are plain.
+    Of a ``DistributedDataParallel`` it is the choice for the module within: the caller's own backward reduces.
     """
     if isinstance(critic, DistributedDataParallel):
         critic = critic.module
@@ -167,8 +167,20 @@ def penalty_choice(critic: Callable[..., Tensor], one_sided: bool, group_size: i
     return choice
 
 
+def traced_choice(identity: int, one_sided: bool, group_size: int, engine: Engine) -> EngineChoice:
+    """As ``penalty_choice``, for a compiler, which calls this as it traces instead of looking into it.
+
+    Args:
+        identity: The critic's ``id``: PyTorch 2.11 takes constants alone here. Dynamo guards it.
+        one_sided: As there.
+        group_size: As there.
+        engine: As there.
+    """
+    return penalty_choice(ctypes.cast(identity, ctypes.py_object).value, one_sided, group_size, engine)
+
+
 # What torch.compiler.assume_constant_result does, which imports the compiler: a second that only compilers need.
-penalty_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
+traced_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from .checks import (
     check_matches,
     check_samples,
 )
-from .engines import EngineChoice, GivenWay, penalty_choice
+from .engines import EngineChoice, GivenWay, penalty_choice, traced_choice
 from .precision import accumulation_dtype
 from .samples import settled
 
@@ -215,8 +215,10 @@ class GradientPenalty:
 
     @property
     def _four_passes(self) -> EngineChoice:
-        choice: EngineChoice = penalty_choice(self.critic, self.config.one_sided, self.config.group_size, self._engine)
-        return choice
+        settings = self.config.one_sided, self.config.group_size, self._engine
+        if torch.compiler.is_compiling():
+            return traced_choice(id(self.critic), *settings)
+        return penalty_choice(self.critic, *settings)
 
     def __call__(
         self,

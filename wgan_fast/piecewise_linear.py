@@ -18,9 +18,11 @@ aten = torch.ops.aten
 class PiecewiseLinear(TorchFunctionMode):
     """While active, large differentiable ReLUs and leaky ReLUs have no second derivative instead of one that is zero.
 
+    Recurrent layers, which cuDNN cannot differentiate twice, are PyTorch's own meanwhile.
+
     Attributes:
-        before: What came before them, as nodes of autograd's graph.
-        used: Whether there were any, large or not.
+        before: What came before the activations, as nodes of autograd's graph.
+        used: Whether anything was met that is replaced, be it too small.
     """
 
     def __init__(self) -> None:
@@ -38,6 +40,10 @@ class PiecewiseLinear(TorchFunctionMode):
             if args[0].grad_fn is not None:
                 self.before.append(args[0].grad_fn)
             return replace(*args, **(kwargs or {}))
+        if func in _RECURRENT and args[0].device.type != "cpu":
+            self.used = True
+            with torch.backends.cudnn.flags(enabled=False):
+                return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -119,3 +125,5 @@ _REPLACED: dict[Any, Callable[..., Tensor]] = {
     Tensor.relu_: _relu_,
     F.leaky_relu: _leaky_relu,
 }
+
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}

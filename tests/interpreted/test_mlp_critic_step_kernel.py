@@ -47,6 +47,7 @@ def test_float64_equals_autograd(N, D, H, layers, slope, penalty, rows, monkeypa
     figures, norms, gradients = kernels.mlp_critic_step(
         real, fake, alpha, parameters, slope, precision="fp32", **options
     )
+    assert len({g.untyped_storage().data_ptr() for g in (figures, norms, *gradients)}) == 2 + len(gradients)
     gradient = torch.cat([g.flatten() for g in gradients])
     expected = truth(made, real, fake, alpha, **options)
     torch.testing.assert_close(figures[:3], expected[0], rtol=1e-10, atol=1e-12)

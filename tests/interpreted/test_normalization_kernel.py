@@ -83,6 +83,7 @@ def test_a_program_sums_over_the_samples_that_it_takes(monkeypatch: pytest.Monke
     shares = kernel.second_order(
         x, mean, rstd, None, 2, last=False, tangent=t, cotangent=delta, beta=beta, out=out, shares=True
     )
+    assert len({part.untyped_storage().data_ptr() for part in (out, *shares)}) == 3
     expected = plain.second_order(t, delta, beta, x, mean, rstd, None, 2)
     torch.testing.assert_close((out, *shares), expected, rtol=1e-10, atol=1e-12)
 

@@ -19,32 +19,34 @@ class Recurrent(Rule):
 
     def forward(self, call: Call) -> Output:
         """As the generic rule."""
-        with _without_onednn():
+        with _without_fused_layers():
             return super().forward(call)
 
     def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
         """As the generic rule."""
-        with _without_onednn():
+        with _without_fused_layers():
             return super().vjp(call, cotangent, wanted)
 
     def jvp(self, call: Call, tangents: Sequence[Tensor | None]) -> Output:
         """As the generic rule."""
-        with _without_onednn():
+        with _without_fused_layers():
             return super().jvp(call, tangents)
 
     def second(
         self, call: Call, tangents: Sequence[Tensor | None], cotangent: Output, wanted: Sequence[int]
     ) -> Derivatives:
         """As the generic rule."""
-        with _without_onednn():
+        with _without_fused_layers():
             return super().second(call, tangents, cotangent, wanted)
 
 
 @contextmanager
-def _without_onednn() -> Iterator[None]:
+def _without_fused_layers() -> Iterator[None]:
+    """Have PyTorch take its own layers: those of oneDNN and cuDNN cannot be differentiated twice."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
     finally:
         torch.backends.mkldnn.enabled = before
