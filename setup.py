@@ -33,6 +33,7 @@ PACKAGES = [
     "wgan_fast.double_backprop",
     "wgan_fast.double_backprop.rules",
     "wgan_fast.kernels",
+    "wgan_fast.ops",
     "wgan_fast.training",
 ]
 

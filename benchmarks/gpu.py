@@ -21,8 +21,9 @@ import torch
 from test_kernel_speed import differentiated, expression
 from torch import Tensor, nn
 
-from wgan_fast import CriticStep, build_info, clip_weights_, explain, interpolate, normalization, reference
+from wgan_fast import CriticStep, build_info, clip_weights_, explain, interpolate, reference
 from wgan_fast.bench import results, run, workloads
+from wgan_fast.ops import normalization
 from wgan_fast.optim import ClippedRMSprop
 
 HERE = Path(__file__).parent

@@ -1,6 +1,6 @@
-"""Interpolates x̂ = αx + (1−α)x̃ on a GPU: one read of real and fake, one write, α given or drawn on the way.
+"""Interpolates x̂ = αx + (1−α)x̃ on a GPU: one read of real and fake, one write.
 
-``reference.interpolate`` is the plain form and ``philox.uniform`` the draw.
+``reference.interpolate`` is the plain form.
 """
 
 import torch
@@ -19,15 +19,13 @@ _TILE_BYTES = 8192
 def interpolate_fwd_kernel(
     p_real,  # [N, D]
     p_fake,  # [N, D]
-    p_alpha,  # [N // group_size], read, or written where it is drawn
-    p_state,  # [3]: seed, offset, programs that are done
+    p_alpha,  # [N // group_size]
     p_out,  # [N, D], or [3N, D] for the whole batch
     N,
     D,
     group_size,
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
-    DRAW: tl.constexpr,
     BATCH: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -43,13 +41,7 @@ def interpolate_fwd_kernel(
     m_n = o_n < N
     group = o_n // group_size
 
-    if DRAW:
-        seed = tl.load(p_state)
-        offset = tl.load(p_state + 1)
-        b_alpha = tl.rand(seed, offset + group)
-        tl.store(p_alpha + group, b_alpha.to(p_alpha.dtype.element_ty), mask=m_n & (i_d == 0))
-    else:
-        b_alpha = tl.load(p_alpha + group, mask=m_n, other=0)
+    b_alpha = tl.load(p_alpha + group, mask=m_n, other=0)
     b_alpha = b_alpha.to(COMPUTE)[:, None]  # [BLOCK_N, 1]
 
     o = o_n[:, None] * D + o_d[None, :]  # [BLOCK_N, BLOCK_D]
@@ -72,15 +64,6 @@ def interpolate_fwd_kernel(
     else:
         tl.store(p_out + o, b_mixed.to(p_out.dtype.element_ty), mask=m)
 
-    if DRAW:
-        # The last program to get here advances the state, when every other has read it: the next launch, or the
-        # next replay of a graph that holds this one, draws anew.
-        tl.debug_barrier()
-        done = tl.atomic_add(p_state + 2, 1)
-        if done == tl.num_programs(0) - 1:
-            tl.store(p_state + 1, offset + N // group_size)
-            tl.store(p_state + 2, 0)
-
 
 def interpolate(
     real: Tensor,
@@ -90,40 +73,34 @@ def interpolate(
     *,
     scale: float = 1.0,
     shift: float = 0.0,
-    state: Tensor | None = None,
 ) -> None:
     """Write x̂ = α(scale·x + shift) + (1−α)x̃, computed in the dtype of ``alpha``.
 
     Args:
         real: x ``[N, *D]``, uint8 or floating point; each sample dense in memory, one after another.
         fake: x̃ ``[N, *D]``, floating point, with the strides of ``real``.
-        alpha: α ``[N // group_size]``, float32 or float64: read, or written where ``state`` is given.
+        alpha: α ``[N // group_size]``, float32 or float64.
         out: x̂ ``[N, *D]``, or [x; x̃; x̂] ``[3N, *D]``, floating point, laid out as ``real``.
         scale: Factor of x, such as 1/127.5 for 8-bit images.
         shift: Summand of x, such as -1.
-        state: ``[3]`` int64 on the device: seed, offset, and a counter that is 0 between launches. α is then
-            ``philox.uniform(seed, offset, N // group_size)``, and the offset advances by as much.
     """
     N = real.shape[0]
     D = real.numel() // N
     tile = _TILE_BYTES // max(real.element_size(), fake.element_size())
     BLOCK_D = min(triton.next_power_of_2(D), tile)
     BLOCK_N = tile // BLOCK_D
-    if state is None:
-        alpha = alpha.contiguous()
+    alpha = alpha.contiguous()
     grid = (triton.cdiv(N, BLOCK_N) * triton.cdiv(D, BLOCK_D),)
     interpolate_fwd_kernel[grid](
         real,
         fake,
         alpha,
-        alpha if state is None else state,
         out,
         N,
         D,
         N // alpha.shape[0],
         SCALE=scale,
         SHIFT=shift,
-        DRAW=state is not None,
         BATCH=out.shape[0] != N,
         COMPUTE=tl.float64 if alpha.dtype == torch.float64 else tl.float32,
         BLOCK_N=BLOCK_N,
@@ -132,7 +109,7 @@ def interpolate(
 
 
 def _specialisation(
-    name: str, real: str, fake: str, D: str, block: tuple[int, int], *, draw: bool = False, batch: bool = False
+    name: str, real: str, fake: str, D: str, block: tuple[int, int], *, batch: bool = False
 ) -> Specialisation:
     return Specialisation(
         name,
@@ -141,7 +118,6 @@ def _specialisation(
             "p_real": f"*{real}",
             "p_fake": f"*{fake}",
             "p_alpha": "*fp32",
-            "p_state": "*i64" if draw else "*fp32",
             "p_out": f"*{fake}",
             "N": "i32",
             **({} if D == "1" else {"D": D}),
@@ -151,7 +127,6 @@ def _specialisation(
             "group_size": 1,
             "SCALE": 1 / 127.5 if real == "u8" else 1.0,
             "SHIFT": -1.0 if real == "u8" else 0.0,
-            "DRAW": draw,
             "BATCH": batch,
             "COMPUTE": tl.float32,
             "BLOCK_N": block[0],
@@ -165,5 +140,5 @@ SPECIALISATIONS = [
     _specialisation("bfloat16", "bf16", "bf16", "i32:16", (1, 4096)),
     _specialisation("float32, narrow", "fp32", "fp32", "i32", (1024, 2)),
     _specialisation("float32, one column", "fp32", "fp32", "1", (2048, 1)),
-    _specialisation("uint8 and bfloat16, whole batch, drawn", "u8", "bf16", "i32:16", (1, 4096), draw=True, batch=True),
+    _specialisation("uint8 and bfloat16, whole batch", "u8", "bf16", "i32:16", (1, 4096), batch=True),
 ]

@@ -15,7 +15,7 @@ BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: t
 # What the dispatcher runs here, and what it runs where the extension is missing or has no kernel for the device.
 IMPLEMENTATIONS = [
     pytest.param(torch.ops.wgan_fast.clip_weights_.default, id="operator"),
-    pytest.param(ops._clip_weights_foreach_, id="foreach"),
+    pytest.param(ops.clip_weights_, id="foreach"),
 ]
 
 

@@ -11,7 +11,7 @@ from textbook import assert_equal_gradients, gradients_left_in, random_pair
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wgan_fast import CriticStep, CriticStepResult, PenaltyConfig, explain, mlp_critic_step, models, reference
+from wgan_fast import CriticStep, CriticStepResult, PenaltyConfig, explain, fused_mlp, models, reference
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -75,7 +75,7 @@ class Calls(TorchDispatchMode):
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the step take the operator where its plain form runs."""
-    monkeypatch.setattr(mlp_critic_step, "RUNS_ON", {("cpu", torch.float64)})
+    monkeypatch.setattr(fused_mlp, "RUNS_ON", {("cpu", torch.float64)})
 
 
 def pair_of_steps(critic: nn.Module, **options: Any) -> tuple[CriticStep, CriticStep]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wgan_fast import normalization
+from wgan_fast.ops import normalization
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 NAMES = ["vjp", "jvp", "parameters", "second_order"]

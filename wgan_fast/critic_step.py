@@ -21,11 +21,11 @@ from .checks import (
 )
 from .double_backprop import Objective, Prepared, StepOutput
 from .engines import EngineChoice
+from .fused_mlp import FusedMLP, fused_mlp
 from .losses import AdversarialLoss, get_loss, wasserstein
-from .mlp_critic_step import FusedMLP, fused_mlp
+from .ops.samples import settled
 from .penalty import PenaltyConfig, draw, mixed
 from .precision import accumulation_dtype
-from .samples import settled
 
 Precision = Literal["fp32", "bf16"]
 Schedule = Literal["auto", "batched", "split"]

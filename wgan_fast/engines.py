@@ -5,8 +5,7 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,11 +16,11 @@ from .autograd import Piecewise
 from .checked import Check, asked_for, is_due
 from .checks import Engine, check_batch, check_critic_arguments, check_floating, check_scores
 from .double_backprop import CaptureError, ChangedError, FourPassEngine, Objective, Prepared, TooManyPlansError
-from .double_backprop.engine import lasting, summed
+from .double_backprop.engine import lasting
 from .double_backprop.plan import Schedule
 from .errors import users_level
+from .fused_mlp import FusedMLP, fused_mlp
 from .losses import wasserstein
-from .mlp_critic_step import FusedMLP, fused_mlp
 
 
 class EngineChoice:
@@ -302,52 +301,6 @@ def check_runs(
             buffer.data.copy_(before)
 
 
-def run_by_number(
-    number: int,
-    weight: float,
-    target: float,
-    points: Tensor,
-    parameters: list[Tensor],
-    buffers: list[Tensor],
-    critic_args: list[Tensor],
-    critic_kwargs: list[Tensor],
-    names: list[str],
-    autocast: torch.dtype | None,
-) -> list[Tensor]:
-    """The penalty, every parameter's gradient and the updated buffers, for the operator that compiled callers run.
-
-    The critic is planned when the operator first runs, outside the compiler: a new batch size makes a new plan, and
-    no new compilation.
-    """
-    four_pass = _BY_NUMBER[number].four_pass
-    if four_pass is None:
-        raise CaptureError("the critic cannot run in four passes, and torch.compile cannot differentiate twice")
-    critic, device = four_pass.critic, points.device.type
-    assert isinstance(critic, nn.Module)
-    # Inside an operator the dispatcher has switched autograd off for this thread, and looking at the critic needs it.
-    with _outside_operators(), torch.enable_grad(), torch.autocast(device, autocast, enabled=autocast is not None):
-        prepared = four_pass.prepare(points, tuple(critic_args), dict(zip(names, critic_kwargs)))
-        buffers = [buffer.clone() for buffer in buffers]
-        given = dict(zip(map(id, [*critic.parameters(), *critic.buffers()]), [*parameters, *buffers]))
-        trainable = {id(tensor) for tensor in prepared.tensors}
-        if not trainable <= set(map(id, critic.parameters())):
-            raise CaptureError(
-                "under torch.compile the penalty's gradients go to the critic's own parameters alone, and its forward "
-                "reads other tensors that require gradients"
-            )
-        inputs = tuple(given.get(id(value), value) for value in prepared.inputs)
-        output = replace(prepared, inputs=inputs).run({"points": points}, weight, target)
-    gradients = summed(prepared.tensors, output.gradients)
-    assert output.penalty is not None
-    found = [gradients.get(id(parameter)) for parameter in critic.parameters()]
-    filled = [torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(parameters, found)]
-    return [output.penalty, *filled, *buffers]
-
-
-_OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-"""Which of the dispatcher's keys are on and off outside of any operator."""
-
-
-def _outside_operators() -> AbstractContextManager[Any]:
-    """Undo, inside an operator, that the dispatcher passes by autograd and tracing in this thread."""
-    return torch._C._ForceDispatchKeyGuard(*_OUTSIDE)
+def choice_by_number(number: int) -> EngineChoice:
+    """Return the choice that compiled callers know by a number."""
+    return _BY_NUMBER[number]

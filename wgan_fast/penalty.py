@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from . import compiled_callers as compiled_callers  # likewise
 from . import ops as ops  # registers the operators
 from . import reference
 from .autograd import attach, penalty_at
@@ -25,8 +26,8 @@ from .checks import (
     check_samples,
 )
 from .engines import EngineChoice, GivenWay, penalty_choice, traced_choice
+from .ops.samples import settled
 from .precision import accumulation_dtype
-from .samples import settled
 
 At = Literal["interpolates", "real", "fake", "both", "perturbed"]
 

@@ -6,7 +6,8 @@ from torch import nn
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from wgan_fast.kernels import mlp_critic_step as kernels
 
-from wgan_fast import CriticStep, mlp_critic_step, ops, reference
+from wgan_fast import CriticStep, fused_mlp, reference
+from wgan_fast.ops.registry import launch_on
 
 
 def critic(D: int, H: int, layers: int, slope: float) -> nn.Sequential:
@@ -80,7 +81,7 @@ ROUNDOFF = {"fp32": 2.0**-24, "tf32": 2.0**-24, "bf16": 2.0**-9}
 @pytest.mark.parametrize(("N", "D", "H", "layers"), [(37, 3, 20, 2), (64, 32, 32, 3)])
 @pytest.mark.parametrize("precision", ROUNDOFF)
 def test_the_operator_keeps_the_precision_that_it_is_told(precision, N, D, H, layers):
-    ops._register_mlp_critic_step("CPU")
+    launch_on("CPU", "mlp_critic_step")
     made = critic(D, H, layers, 0.2)
     real, fake = torch.randn(2, N, D, dtype=torch.float64).unbind()
     alpha = torch.rand(N, dtype=torch.float64)
@@ -102,8 +103,8 @@ def test_the_operator_keeps_the_precision_that_it_is_told(precision, N, D, H, la
 
 @pytest.mark.filterwarnings("ignore:.*overrid")
 def test_a_critic_step_runs_the_kernels(monkeypatch):
-    ops._register_mlp_critic_step("CPU")
-    monkeypatch.setattr(mlp_critic_step, "RUNS_ON", {("cpu", torch.float64)})
+    launch_on("CPU", "mlp_critic_step")
+    monkeypatch.setattr(fused_mlp, "RUNS_ON", {("cpu", torch.float64)})
     launched = []
     monkeypatch.setattr(
         kernels,

@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 from wgan_fast.kernels import normalization as kernel
 
-from wgan_fast import normalization as plain
-from wgan_fast import ops
+from wgan_fast.ops import normalization as plain
+from wgan_fast.ops.registry import launch_on
 
 # One tile and several, layer norm, one channel per group, several groups; channels last or not, affine or not.
 CASES = [
@@ -90,7 +90,7 @@ def test_a_program_sums_over_the_samples_that_it_takes(monkeypatch: pytest.Monke
 
 @pytest.mark.filterwarnings("ignore:.*overrid")
 def test_the_operators_hand_every_layout_to_the_kernels() -> None:
-    ops._register_norm_kernels("CPU")
+    launch_on("CPU", *[f"norm_{name}" for name in ("forward", "vjp", "jvp", "parameters", "second_order")])
     run = torch.ops.wgan_fast
     x, delta, t, _ = operands((2, 6, 5, 3), torch.float64, last=True)
     delta, t = delta.contiguous(), torch.stack([t, t], 1)[:, 1]

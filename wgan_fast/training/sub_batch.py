@@ -11,8 +11,8 @@ from ..checks import Engine
 from ..critic_step import CriticStep, CriticStepResult, Precision
 from ..double_backprop import Objective
 from ..engines import EngineChoice, GivenWay
+from ..ops.samples import empty
 from ..penalty import PenaltyConfig, penalty_points
-from ..samples import empty
 
 
 class SubBatchCriticStep:

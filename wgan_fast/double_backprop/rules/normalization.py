@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...normalization import curvature, jacobian
+from ...ops.normalization import curvature, jacobian
 from ...precision import accumulation_dtype
 from .base import Call, Derivatives, Output, Rule, register
 

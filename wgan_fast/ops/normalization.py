@@ -1,4 +1,4 @@
-"""Derivatives of a normalisation in plain PyTorch: what the operators ``wgan_fast::norm_*`` compute.
+"""``wgan_fast::norm_*``: a normalisation over groups of channels, and what the four passes ask of it.
 
 y = γ n(x) + β with n(x) = (x − μ) r, r = 1/√(σ² + ε), over the elements that share statistics. The Jacobian J of n is
 symmetric, J u = r (u − ⟨u⟩ − n ⟨u n⟩) with means over those elements, so one function serves VJP and JVP. For
@@ -10,12 +10,17 @@ Samples have their statistics to themselves and their channels in groups: x is `
 ``[N, groups]``, γ and β are ``[C]``. A layer norm over M elements is the case ``[N, M]`` with one group.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .precision import accumulation_dtype
+from ..precision import accumulation_dtype
+from .registry import kernels, operator
 
 aten = torch.ops.aten
+
+_STATISTICS = "Tensor x, Tensor mean, Tensor rstd"
 
 
 def jacobian(u: Tensor, n: Tensor, r: Tensor, dims: list[int]) -> Tensor:
@@ -37,6 +42,80 @@ def curvature(t: Tensor, u: Tensor, n: Tensor, r: Tensor, dims: list[int]) -> Te
     return -r * (n * (u * jt).mean(dims, keepdim=True) + un * jt + tn * ju)
 
 
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+def _shares(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(x.dtype)
+    return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
+
+
+def _fake_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty(x.shape[0], groups, dtype=accumulation_dtype(x.dtype))
+    return _like(x), statistics, torch.empty_like(statistics)
+
+
+def _fake_linear(vector: Tensor, x: Tensor, *_: object) -> Tensor:
+    return _like(x)
+
+
+def _fake_parameters(cotangent: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _shares(x)
+
+
+def _fake_second_order(
+    tangent: Tensor, cotangent: Tensor, beta: Tensor | None, x: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(x), *_shares(x)
+
+
+def _launch_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = _fake_forward(x, weight, bias, groups, eps)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        x, last = x.contiguous(memory_format=memory_format(x)), is_channels_last(x)
+        kernels("normalization").forward(x, weight, bias, groups, eps, *made, last=last)
+    return made
+
+
+def _launch(
+    x: Tensor, *statistics: Any, out: bool = True, shares: bool = False, **given: Tensor | None
+) -> tuple[Any, Any]:
+    form = memory_format(x)
+    vectors = {name: v.contiguous(memory_format=form) for name, v in given.items() if v is not None}
+    made = _like(x) if out else None
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        x, last = x.contiguous(memory_format=form), is_channels_last(x)
+        second_order = kernels("normalization").second_order
+        return made, second_order(x, *statistics, last=last, **vectors, out=made, shares=shares)
+
+
+def _launch_vjp(cotangent: Tensor, *arguments: Any) -> Any:
+    return _launch(*arguments, beta=cotangent)[0]
+
+
+def _launch_jvp(tangent: Tensor, *arguments: Any) -> Any:
+    return _launch(*arguments, tangent=tangent)[0]
+
+
+def _launch_parameters(cotangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> Any:
+    return _launch(x, mean, rstd, None, groups, beta=cotangent, out=False, shares=True)[1]
+
+
+def _launch_second_order(tangent: Tensor, cotangent: Tensor, beta: Tensor | None, *arguments: Any) -> Any:
+    made, shares = _launch(*arguments, tangent=tangent, cotangent=cotangent, beta=beta, shares=True)
+    return made, *shares
+
+
+@operator(
+    "norm_forward(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_forward,
+    launch=_launch_forward,
+)
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,18 +129,33 @@ def forward(
     return out.contiguous(memory_format=memory_format(x)), mean, rstd
 
 
+@operator(
+    f"norm_vjp(Tensor cotangent, {_STATISTICS}, Tensor? weight, int groups) -> Tensor",
+    fake=_fake_linear,
+    launch=_launch_vjp,
+)
 def vjp(cotangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, groups: int) -> Tensor:
     """Return J γδ ``[N, C, *]``."""
     view = _Groups(x, mean, rstd, weight, groups)
     return view.whole(jacobian(view.split(cotangent) * view.weight, view.n, view.r, view.dims))
 
 
+@operator(
+    f"norm_jvp(Tensor tangent, {_STATISTICS}, Tensor? weight, int groups) -> Tensor",
+    fake=_fake_linear,
+    launch=_launch_jvp,
+)
 def jvp(tangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, groups: int) -> Tensor:
     """Return γ J t ``[N, C, *]``."""
     view = _Groups(x, mean, rstd, weight, groups)
     return view.whole(view.weight * jacobian(view.split(tangent), view.n, view.r, view.dims))
 
 
+@operator(
+    f"norm_parameters(Tensor cotangent, {_STATISTICS}, int groups) -> (Tensor, Tensor)",
+    fake=_fake_parameters,
+    launch=_launch_parameters,
+)
 def parameters(cotangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Return Σ n δ and Σ δ, each ``[C]``."""
     view = _Groups(x, mean, rstd, None, groups)
@@ -69,6 +163,12 @@ def parameters(cotangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, groups:
     return view.per_channel(delta * view.n), view.per_channel(delta)
 
 
+@operator(
+    f"norm_second_order(Tensor tangent, Tensor cotangent, Tensor? beta, {_STATISTICS}, Tensor? weight, int groups) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_fake_second_order,
+    launch=_launch_second_order,
+)
 def second_order(
     tangent: Tensor,
     cotangent: Tensor,

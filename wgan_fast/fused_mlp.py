@@ -1,4 +1,4 @@
-"""A critic step of a narrow MLP as one operator: which critics it takes, and its plain form in four passes."""
+"""Which critics ``wgan_fast::mlp_critic_step`` takes: narrow MLPs, on a GPU."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -6,11 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn.functional import leaky_relu
 
 from .double_backprop.capture import Captured
-from .double_backprop.passes import penalty_seed
-from .reference import interpolate
 
 aten = torch.ops.aten
 
@@ -102,57 +99,3 @@ def fused_mlp(captured: Captured, samples: Tensor, *, group_size: int = 1) -> Fu
     if any(p.meta["val"].dtype != samples.dtype or p.meta["val"].device != samples.device for p in parameters):
         return "its parameters are of another dtype, or on another device, than the samples"
     return FusedMLP([captured.inputs.index(p) for p in parameters], slopes.pop())
-
-
-def four_passes(
-    real: Tensor,
-    fake: Tensor,
-    alpha: Tensor,
-    parameters: list[Tensor],
-    negative_slope: float,
-    weight: float,
-    target: float,
-    one_sided: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Run the step on plain tensors.
-
-    Args:
-        real: x ``[N, D]``.
-        fake: x̃ ``[N, D]``.
-        alpha: α ``[N]``.
-        parameters: Weight and bias of every linear layer.
-        negative_slope: Of the activation between them.
-        weight: The penalty's.
-        target: The norm that costs nothing.
-        one_sided: Whether only norms above it cost.
-        precision: For the kernels; products are taken in the dtype of ``real`` here.
-
-    Returns:
-        ``[4]``: mean scores of real and fake, penalty, mean norm; the norms ``[N]``; the gradient of every parameter
-        of the Wasserstein loss and the penalty.
-    """
-    N = real.shape[0]
-    weights, biases = parameters[::2], parameters[1::2]
-    activations = [torch.cat([real, fake, interpolate(real, fake, alpha)])]
-    for W, b in zip(weights[:-1], biases[:-1]):
-        activations.append(leaky_relu(activations[-1] @ W.T + b, negative_slope))
-    scores = activations[-1] @ weights[-1].T + biases[-1]
-    slopes = [torch.full_like(a, negative_slope).masked_fill_(a > 0, 1) for a in activations[1:]]
-
-    unit = torch.ones_like(scores[:N])
-    delta = torch.cat([-unit / N, unit / N, unit])
-    deltas = [delta]
-    for W, slope in zip(reversed(weights[1:]), reversed(slopes)):
-        deltas.insert(0, deltas[0] @ W * slope)
-    gradient = deltas[0][2 * N :] @ weights[0]
-    v, penalty, norm = penalty_seed(gradient, weight=weight, target=target, one_sided=one_sided, group_size=1)
-
-    tangents = [v]
-    for W, slope in zip(weights[:-1], slopes):
-        tangents.append(tangents[-1] @ W.T * slope[2 * N :])
-    gradients = []
-    for delta, a, t in zip(deltas, activations, tangents):
-        gradients += [delta.T @ torch.cat([a[: 2 * N], t]), delta[: 2 * N].sum(0)]
-    figures = torch.stack([scores[:N].mean(), scores[N : 2 * N].mean(), penalty, norm])
-    return figures, torch.linalg.vector_norm(gradient, dim=1), gradients
