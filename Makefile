@@ -63,7 +63,7 @@ $(OLDEST)/package: $(OLDEST)/environment setup.py $(SOURCES) $(shell find wgan_f
 	touch $@
 
 test-oldest: $(OLDEST)/package  ## Operators, engine and training on the oldest supported torch and Triton
-	$(OLDEST)/bin/python -P -m pytest -m 'not slow' $(OLDEST_TESTS)
+	PYTHONSAFEPATH=1 $(OLDEST)/bin/python -m pytest -m 'not slow' $(OLDEST_TESTS)
 
 check: $(VENV)/package  ## Lint, formatting, types
 	$(BIN)/ruff check
