@@ -53,7 +53,7 @@ OLDEST_TESTS := $(patsubst %,tests/test_%.py,clipping optim norm_ops interpolate
 
 $(OLDEST)/environment: constraints.txt constraints-oldest.txt pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
-	grep -Ev '^(torch|triton|setuptools)=' constraints.txt | cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
+	grep -Ev '^(numpy|setuptools|torch|triton)=' constraints.txt | cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/pip install --quiet -c $(OLDEST)/constraints.txt torch triton setuptools wheel ninja
 	touch $@
 

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,14 @@ def test_float64_equals_autograd(N, D, H, layers, slope, penalty, rows, monkeypa
     torch.testing.assert_close(gradient, expected[2], rtol=1e-10, atol=1e-12)
 
 
+@pytest.fixture(scope="module")
+def _launched_on_a_cpu() -> None:
+    """Once: some versions of PyTorch refuse a second registration, others warn of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        launch_on("CPU", "mlp_critic_step")
+
+
 @pytest.fixture
 def _dots_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Widen what is multiplied: the interpreter would multiply the bit patterns of bfloat16 as integers."""
@@ -76,12 +86,10 @@ ROUNDOFF = {"fp32": 2.0**-24, "tf32": 2.0**-24, "bf16": 2.0**-9}
 
 
 # Widths and batches that 16 divides and that it does not.
-@pytest.mark.filterwarnings("ignore:.*overrid")
-@pytest.mark.usefixtures("_dots_of_bfloat16")
+@pytest.mark.usefixtures("_launched_on_a_cpu", "_dots_of_bfloat16")
 @pytest.mark.parametrize(("N", "D", "H", "layers"), [(37, 3, 20, 2), (64, 32, 32, 3)])
 @pytest.mark.parametrize("precision", ROUNDOFF)
 def test_the_operator_keeps_the_precision_that_it_is_told(precision, N, D, H, layers):
-    launch_on("CPU", "mlp_critic_step")
     made = critic(D, H, layers, 0.2)
     real, fake = torch.randn(2, N, D, dtype=torch.float64).unbind()
     alpha = torch.rand(N, dtype=torch.float64)
@@ -101,9 +109,8 @@ def test_the_operator_keeps_the_precision_that_it_is_told(precision, N, D, H, la
     assert all(g.shape == p.shape and g.is_contiguous() for g, p in zip(gradients, given[1]))
 
 
-@pytest.mark.filterwarnings("ignore:.*overrid")
+@pytest.mark.usefixtures("_launched_on_a_cpu")
 def test_a_critic_step_runs_the_kernels(monkeypatch):
-    launch_on("CPU", "mlp_critic_step")
     monkeypatch.setattr(fused_mlp, "RUNS_ON", {("cpu", torch.float64)})
     launched = []
     monkeypatch.setattr(
