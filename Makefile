@@ -10,7 +10,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
 # one that sleeps at once wakes up 60 microseconds late for every operator.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: help demo test test-slow test-oldest check bench bench-kernels report kernel-check wheel-test cuda-compile gpu sanitize clean
+.PHONY: help demo test test-slow test-oldest oldest-headers check bench bench-kernels report kernel-check wheel-test cuda-compile gpu sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -64,6 +64,21 @@ $(OLDEST)/package: $(OLDEST)/environment setup.py $(SOURCES) $(shell find wgan_f
 
 test-oldest: $(OLDEST)/package  ## Operators, engine and training on the oldest supported torch and Triton
 	PYTHONSAFEPATH=1 $(OLDEST)/bin/python -m pytest -m 'not slow' $(OLDEST_TESTS)
+
+# The headers alone: to import that torch takes its CUDA libraries.
+OLDEST_TORCH := build/oldest/torch/include
+OLDEST_ABI := $(shell sed -n 's/.*"WGAN_FAST_TORCH_ABI", "\(.*\)".*/\1/p' setup.py)
+
+$(OLDEST_TORCH)/torch/headeronly/version.h: constraints-oldest.txt $(VENV)/environment
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/oldest -c constraints-oldest.txt torch
+	touch $@
+
+oldest-headers: $(OLDEST_TORCH)/torch/headeronly/version.h  ## csrc/ against the headers of the oldest supported torch
+	for source in csrc/*.cpp; do \
+		$(CXX) -std=c++20 -fsyntax-only -DWGAN_FAST_TORCH_ABI=$(OLDEST_ABI) -DWGAN_FAST_FLAGS='""' \
+			-I$(OLDEST_TORCH) -I$(OLDEST_TORCH)/torch/csrc/api/include \
+			$$($(BIN)/python -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))') $$source || exit 1; \
+	done
 
 check: $(VENV)/package  ## Lint, formatting, types
 	$(BIN)/ruff check
