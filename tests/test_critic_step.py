@@ -9,7 +9,7 @@ from bad_arguments import CRITIC_ERRORS, SAMPLE_ERRORS, Row, assert_says, rows
 from textbook import CASES, CRITIC_LOSSES, Case, assert_equal_gradients, distance, gradients, random_pair
 from torch import Tensor, nn
 
-from wgan_fast import CriticStep, CriticStepResult, PenaltyConfig, losses, models, reference
+from wgan_fast import CriticStep, CriticStepResult, GradientPenalty, PenaltyConfig, losses, models, reference
 
 PENALTIES = {
     "wgan_gp": PenaltyConfig.wgan_gp(),
@@ -456,3 +456,56 @@ def test_packing_is_that_of_the_penalty() -> None:
     critic, (real, fake) = case.critic(), case.samples()
     with pytest.raises(ValueError, match=r"critic.*\[15\].*\[5, 1\]"):
         CriticStep(critic, engine="autograd")(real, fake)
+
+
+class Labelled(nn.Module):
+    """Packs samples in groups, and takes a label for each."""
+
+    def __init__(self, group: int) -> None:
+        super().__init__()
+        self.group, self.labels = group, nn.Embedding(3, 4)
+        self.body = nn.Sequential(nn.Linear(9 * group, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        scores: Tensor = self.body(torch.cat([x, self.labels(labels)], 1).reshape(len(x) // self.group, -1))
+        return scores
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd", "four_pass"])
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("at", ["interpolates", "both"])
+def test_a_penalty_on_part_of_the_batch_is_that_of_those_samples(at: Any, group: int, engine: Any) -> None:
+    critic = Labelled(group).double()
+    real, fake = torch.randn(2, 12, 5, dtype=torch.float64).unbind()
+    alpha, labels = torch.rand(12 // group, dtype=torch.float64).repeat_interleave(group), torch.arange(12) % 3
+    config = PenaltyConfig(at=at, group_size=group, samples=4)
+    kept = torch.tensor([0, 3, 6, 9] if group == 1 else [0, 1, 6, 7])
+    points = [reference.interpolate(real, fake, alpha)] if at == "interpolates" else [real, fake]
+    penalty, norm = reference.gradient_penalty(
+        critic, [x[kept] for x in points], critic_args=(labels[kept],), group_size=group
+    )
+    loss = critic(fake, labels).mean() - critic(real, labels).mean()
+    parameters = list(critic.parameters())
+    expected = torch.autograd.grad(loss + penalty, parameters, retain_graph=True)
+    step = CriticStep(critic, penalty=config, engine=engine)
+    for _ in range(2):
+        result = step(real, fake, alpha, critic_args=(labels,))
+        torch.testing.assert_close(result.loss, (loss + penalty).detach())
+        torch.testing.assert_close((result.penalty, result.gradient_norm), (penalty.detach(), norm.detach()))
+        torch.testing.assert_close(tuple(p.grad for p in parameters), expected, rtol=1e-10, atol=1e-12)
+    critic.zero_grad()
+    alone = GradientPenalty(critic, config, engine=engine)(real, fake, alpha, critic_args=(labels,))
+    alone.backward()  # type: ignore[no-untyped-call]
+    expected = torch.autograd.grad(penalty, parameters, allow_unused=True)
+    torch.testing.assert_close(alone, penalty)
+    for parameter, gradient in zip(parameters, expected):
+        if gradient is not None:
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_a_config_and_options_exclude_each_other() -> None:
+    critic = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="config says what is penalised"):
+        GradientPenalty(critic, PenaltyConfig.r1(), weight=3.0)
+    with pytest.raises(TypeError, match="config must be a PenaltyConfig or None, got float"):
+        GradientPenalty(critic, 10.0)  # type: ignore[arg-type]

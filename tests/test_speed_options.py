@@ -12,15 +12,15 @@ from PIL import Image
 from runs import TINY, assert_same_run, metrics_of, read_checkpoint, same_bits
 from torch import Tensor, nn
 
-from wgan_fast import PenaltyConfig
+from wgan_fast import CriticStep, GradientPenalty, PenaltyConfig
 from wgan_fast.cli import main
 from wgan_fast.data import load_data
 from wgan_fast.errors import InputError
 from wgan_fast.models import build
+from wgan_fast.penalty import thinned
 from wgan_fast.training import TrainConfig, Trainer
 from wgan_fast.training.graphed import WARM_UP, GraphedCalls, StaticInputs
 from wgan_fast.training.iteration import keeps_samples_apart
-from wgan_fast.training.sub_batch import SubBatchCriticStep
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
@@ -425,18 +425,16 @@ def test_penalty_on_a_part_is_that_of_evenly_spread_points(tmp_path, method, eve
             assert (parameter.grad - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
-def on_a_third(penalty: PenaltyConfig) -> SubBatchCriticStep:
-    how = {"engine": "autograd", "compile": False, "precision": "fp32"}
-    return SubBatchCriticStep(networks()[1], loss="wasserstein", penalty=penalty, stride=3, **how)
+def on_a_third(**penalty) -> CriticStep:
+    return CriticStep(networks()[1], penalty=PenaltyConfig(samples=2, **penalty), engine="autograd")
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_thinned_samples_keep_their_layout(memory_format):
-    step = on_a_third(PenaltyConfig())
     samples = torch.randn(6, 3, 7, 7).contiguous(memory_format=memory_format)
-    thinned = step._thinned(samples)
-    assert torch.equal(thinned, samples[[0, 3]])
-    assert thinned.is_contiguous(memory_format=memory_format)
+    kept = thinned(PenaltyConfig(samples=2), samples, 6)
+    assert torch.equal(kept, samples[[0, 3]])
+    assert kept.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize(
@@ -453,28 +451,29 @@ def test_part_of_the_batch_that_there_is_not_is_refused(tmp_path, settings, mess
 
 
 @pytest.mark.parametrize(
-    ("penalty", "message"),
-    [
-        (PenaltyConfig(at="both"), 'penalty must be at one set of points, got at="both"'),
-        (PenaltyConfig(group_size=3), "penalty must have a group_size of 1, got 3"),
-    ],
+    "use",
+    [lambda critic, config: CriticStep(critic, penalty=config), lambda critic, config: GradientPenalty(critic, config)],
 )
-def test_penalty_of_which_there_is_no_part_is_refused(penalty, message):
-    with pytest.raises(ValueError, match=message):
-        on_a_third(penalty)
+def test_a_part_that_does_not_divide_the_batch_is_refused(use):
+    critic = networks()[1]
+    with pytest.raises(ValueError, match=r"samples must divide the batch of 6, got 4"):
+        use(critic, PenaltyConfig(samples=4))(*torch.randn(2, 6, 3, 7, 7, dtype=torch.float64))
+    assert all(parameter.grad is None for parameter in critic.parameters())
+    with pytest.raises(ValueError, match="samples must be a multiple of the group_size of 3, got 2"):
+        PenaltyConfig(samples=2, group_size=3)
 
 
 @pytest.mark.parametrize("taken", [0, 1])
 @pytest.mark.parametrize("shape", [(), (2,), (5,), (7,)])
 def test_alpha_of_another_length_is_refused_and_changes_nothing(shape, taken):
     """Also one as long as the part, and at a step without a penalty."""
-    step = on_a_third(PenaltyConfig(every=2))
+    step = on_a_third(every=2)
     step.steps_taken = taken
     real, fake = torch.randn(2, 6, 3, 7, 7, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"alpha must have one value per sample, shape \[6\], got"):
         step(real, fake, torch.rand(shape, dtype=torch.float64))
     assert step.steps_taken == taken
-    assert all(parameter.grad is None for parameter in step._loss.critic.parameters())
+    assert all(parameter.grad is None for parameter in step.critic.parameters())
 
 
 # Static inputs and graphs

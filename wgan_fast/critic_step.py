@@ -24,7 +24,7 @@ from .engines import EngineChoice
 from .fused_mlp import FusedMLP, fused_mlp
 from .losses import AdversarialLoss, get_loss, wasserstein
 from .ops.samples import settled
-from .penalty import PenaltyConfig, draw, mixed
+from .penalty import PenaltyConfig, draw, mixed, thinned
 from .precision import accumulation_dtype
 
 Precision = Literal["fp32", "bf16"]
@@ -115,7 +115,7 @@ class CriticStep:
             precision=precision,
             schedule=schedule,
         )
-        self._choices: dict[PenaltyConfig | None, EngineChoice] = {}
+        self._choices: dict[tuple[PenaltyConfig | None, bool], EngineChoice] = {}
         self.steps_taken = 0
         """Calls so far; decides which steps carry a lazy penalty, so set it when resuming."""
 
@@ -164,6 +164,7 @@ class CriticStep:
         check_critic_arguments(critic_args, critic_kwargs)
         check_gradients_allowed("a critic step")
         penalty = self._penalty_now()
+        part = penalty if penalty and penalty.samples not in (None, real.shape[0]) else None
         group_size = self.penalty.group_size if self.penalty else 1
         check_samples(real, fake, group_size)
         real, fake = settled(real), settled(fake)
@@ -173,6 +174,9 @@ class CriticStep:
             check_alpha(alpha, real, group_size)
 
         with torch.enable_grad(), self._autocast(real.device.type):
+            apart: list[Tensor] = []
+            if part:
+                apart, penalty = mixed(part, real, fake, alpha, noise), None
             step = self._four_passes(penalty).prepare(real, critic_args, critic_kwargs)
             if penalty and isinstance(step, Prepared) and isinstance(mlp := self._fused(step, penalty, real), FusedMLP):
                 output = self._one_operator(mlp, step, penalty, real, fake, alpha)
@@ -193,8 +197,35 @@ class CriticStep:
                         penalty, group_size, real, fake, points, accumulate, forwards, step.choice.piecewise
                     )
                     step.confirm()
+            if part:
+                further = thinned(part, (critic_args, critic_kwargs or {}), real.shape[0])
+                parts = [self._penalise(part, x, *further) for x in apart]
+                value = torch.stack([value for value, _ in parts]).sum()
+                norm = torch.stack([norm for _, norm in parts]).mean()
+                result = result._replace(loss=result.loss + value, penalty=value, gradient_norm=norm)
         self.steps_taken += 1
         return result
+
+    def _penalise(
+        self, penalty: PenaltyConfig, points: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Add the gradients of a penalty on part of the batch; returns it and the mean gradient norm."""
+        step = self._four_passes(penalty, alone=True).prepare(points, args, kwargs)
+        if isinstance(step, Prepared):
+            output = step.run({"points": points})
+            assert output.penalty is not None
+            assert output.gradient_norm is not None
+            leave(step.tensors, output.gradients)
+            return output.penalty, output.gradient_norm
+        value, norm = penalty_at(
+            lambda x: self.critic(x, *args, **kwargs),
+            points,
+            **penalty.norm_options,
+            piecewise=step.choice.piecewise,
+        )
+        value.backward()  # type: ignore[no-untyped-call]
+        step.confirm()
+        return value.detach(), norm
 
     def _fused(self, step: Prepared, penalty: PenaltyConfig, real: Tensor) -> FusedMLP | str:
         """What the operator for MLPs needs, or why it cannot be taken."""
@@ -271,24 +302,19 @@ class CriticStep:
         loss.backward()  # type: ignore[no-untyped-call]
         return _result(loss, value, real_scores.mean(), fake_scores.mean(), norm)
 
-    def _four_passes(self, penalty: PenaltyConfig | None) -> EngineChoice:
-        if penalty not in self._choices:
+    def _four_passes(self, penalty: PenaltyConfig | None, alone: bool = False) -> EngineChoice:
+        """Return the choice for the loss and a penalty, or for the penalty alone."""
+        if (penalty, alone) not in self._choices:
             # A step without the penalty still sees the groups that the penalty packs.
             group_size = self.penalty.group_size if self.penalty else 1
             objective = Objective(self.loss.critic, weight=None, group_size=group_size)
             if penalty:
-                objective = Objective(
-                    self.loss.critic,
-                    weight=penalty.weight,
-                    target=penalty.target,
-                    one_sided=penalty.one_sided,
-                    at=penalty.at if penalty.at in ("real", "fake", "both") else "given",
-                    group_size=penalty.group_size,
-                )
-            self._choices[penalty] = EngineChoice(
+                at = penalty.at if penalty.at in ("real", "fake", "both") and not alone else "given"
+                objective = Objective(None if alone else self.loss.critic, at=at, **penalty.norm_options)
+            self._choices[penalty, alone] = EngineChoice(
                 self.critic, objective, self.engine, schedule=self.schedule, compile=self.compile
             )
-        return self._choices[penalty]
+        return self._choices[penalty, alone]
 
     def _penalty_now(self) -> PenaltyConfig | None:
         if self.penalty is None or self.penalty.every == 1:

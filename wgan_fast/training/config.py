@@ -253,7 +253,7 @@ class TrainConfig:
         if penalty is None or self.penalty_weight == 0:
             return None
         weight = penalty.weight if self.penalty_weight is None else self.penalty_weight
-        return dataclasses.replace(penalty, weight=weight, every=self.penalty_every)
+        return dataclasses.replace(penalty, weight=weight, every=self.penalty_every, samples=self.penalty_samples)
 
     def resolved(self, sample_shape: tuple[int, ...]) -> Self:
         """Return this configuration with the method's default wherever a setting is None.

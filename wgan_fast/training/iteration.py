@@ -1,6 +1,7 @@
 """One iteration of training: the critic's steps, the generator's step, and the moving average."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,6 @@ from .config import TrainConfig
 from .distributed import Replicas
 from .graphed import GraphedCalls
 from .randomness import PROCESS, TRAINING, seed_everything, stream_seed
-from .sub_batch import SubBatchCriticStep
 
 AHEAD_BYTES = 4 * 2**20
 """On a CPU the samples of several critic steps are generated in one forward only where no activation of it exceeds
@@ -85,7 +85,7 @@ class Iteration:
         self.device, self.dtype = first.device, first.dtype
         self.noise_dtype = self._trained["generator"][0].dtype
         self.ema = _averaged(generator) if config.ema else None
-        self.critic_step = make_critic_step(critic, config)
+        self.critic_step = make_critic_step(critic, config, replicas.world)
         self._generator_loss = get_loss(config.recipe.loss).generator
         self.optimizers = {
             "critic": make_optimizer(self._trained["critic"], config, config.learning_rate, config.clip),
@@ -276,13 +276,19 @@ def trainable(name: str, network: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
-def make_critic_step(critic: nn.Module, config: TrainConfig) -> CriticStep | SubBatchCriticStep:
-    """Build the critic's step as the resolved configuration says."""
-    penalty, stride = config.penalty, (config.batch_size or 0) // (config.penalty_samples or config.batch_size or 1)
-    how: dict[str, Any] = {"engine": config.engine, "compile": config.compile, "precision": config.precision}
-    if penalty is None or stride == 1:
-        return CriticStep(critic, loss=config.recipe.loss, penalty=penalty, **how)
-    return SubBatchCriticStep(critic, loss=config.recipe.loss, penalty=penalty, stride=stride, **how)
+def make_critic_step(critic: nn.Module, config: TrainConfig, world: int) -> CriticStep:
+    """Build the critic's step as the resolved configuration says, for one of ``world`` processes."""
+    penalty = config.penalty
+    if penalty and penalty.samples:
+        penalty = dataclasses.replace(penalty, samples=penalty.samples // world)
+    return CriticStep(
+        critic,
+        loss=config.recipe.loss,
+        penalty=penalty,
+        engine=config.engine,
+        compile=config.compile,
+        precision=config.precision,
+    )
 
 
 def make_optimizer(
