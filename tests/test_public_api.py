@@ -43,7 +43,7 @@ SIGNATURES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]]
     ),
     "GradientPenalty": (
         GradientPenalty,
-        {"critic": REQUIRED},
+        {"critic": REQUIRED, "config": None},
         {**PENALTY_OPTIONS, "at": "interpolates", **CALL_OPTIONS},
     ),
     "GradientPenalty()": (
@@ -70,7 +70,7 @@ SIGNATURES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]]
     ),
     "PenaltyConfig": (
         PenaltyConfig,
-        {**PENALTY_OPTIONS, "at": "interpolates", "group_size": 1, "every": 1},
+        {**PENALTY_OPTIONS, "at": "interpolates", "group_size": 1, "every": 1, "samples": None},
         {},
     ),
     "PenaltyConfig.wgan_gp": (PenaltyConfig.wgan_gp, {"weight": 10.0}, {}),
@@ -120,7 +120,7 @@ def test_the_result_of_a_step_has_the_promised_fields() -> None:
 
 
 def test_a_config_has_the_promised_fields_and_no_others() -> None:
-    fields = ["weight", "target", "one_sided", "at", "group_size", "every"]
+    fields = ["weight", "target", "one_sided", "at", "group_size", "every", "samples"]
     assert [field.name for field in dataclasses.fields(PenaltyConfig)] == fields
 
 

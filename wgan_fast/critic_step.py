@@ -164,9 +164,9 @@ class CriticStep:
         check_critic_arguments(critic_args, critic_kwargs)
         check_gradients_allowed("a critic step")
         penalty = self._penalty_now()
-        part = penalty if penalty and penalty.samples not in (None, real.shape[0]) else None
         group_size = self.penalty.group_size if self.penalty else 1
         check_samples(real, fake, group_size)
+        part = penalty if penalty and penalty.samples not in (None, real.shape[0]) else None
         real, fake = settled(real), settled(fake)
         if penalty:
             alpha, noise = draw(penalty, real, alpha)
