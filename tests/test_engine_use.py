@@ -17,6 +17,7 @@ import torch
 from test_critic_step import PENALTIES, assert_equal_figures, points_of
 from textbook import CASES, CRITIC_LOSSES, LAYOUTS, Case, assert_equal_gradients, distance, gradients_left_in
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -797,6 +798,44 @@ def test_what_the_proof_does_not_follow_runs_split() -> None:
 
     critic, (real, fake) = scaled(scattered), samples()
     assert explain(critic, real).schedule == "split"
+    assert_same(critic, lambda engine: gradient_penalty(critic, real, fake, alpha=alpha(), engine=engine))
+
+
+class Encoder(nn.Module):
+    """Sequences of 5 through a transformer's layer, features or samples first."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.embed, self.last, self.batch_first = nn.Linear(3, 8), nn.Linear(8, 1), batch_first
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        h = self.layer(h) if self.batch_first else self.layer(h.transpose(0, 1)).transpose(0, 1)
+        scores: Tensor = self.last(h.mean(1))
+        return scores
+
+
+def flattened(h: Tensor, layer: nn.Linear) -> Tensor:
+    """Samples between positions, flattened for a layer whose output is kept flat as well."""
+    T, N, _ = h.shape
+    flat = layer(h.reshape(T * N, -1))
+    return flat.view(T, N, -1) * flat.sum(1).view(T, N, 1).tanh()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_transformers_layer_runs_batched(batch_first: bool) -> None:
+    critic, (real, fake) = Encoder(batch_first).double(), torch.randn(2, 4, 5, 3, dtype=torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert explain(critic, real).schedule == "batched"
+        share = torch.full((4,), 0.3, dtype=torch.float64)
+        assert_same(critic, lambda engine: gradient_penalty(critic, real, fake, alpha=share, engine=engine))
+
+
+def test_a_flattened_layer_that_is_read_flat_is_exact() -> None:
+    critic, layer = scaled(), nn.Linear(8, 8).double()
+    critic.layer, critic.middle = layer, lambda h: flattened(torch.stack([h, h.sin()]), layer).sum(0)
+    real, fake = samples()
     assert_same(critic, lambda engine: gradient_penalty(critic, real, fake, alpha=alpha(), engine=engine))
 
 

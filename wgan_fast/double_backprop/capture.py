@@ -19,6 +19,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .record import functional_form
 
+aten = torch.ops.aten
+
+_RESHAPES = {aten.reshape.default, aten.view.default, aten._unsafe_view.default}
+
 STOPS_GRADIENT = "stops_gradient"
 """Key in ``node.meta``: autograd does not see this node."""
 
@@ -154,7 +158,43 @@ def lower(
             env[old] = captured.graph.call_function(torch.ops.aten.sym_size.int, (captured.x, 0))
             env[old].meta["val"] = value
     captured.graph.output(_plain(lowered, captured, env))
+    _keep_rows_apart(captured.graph)
     return captured
+
+
+def _keep_rows_apart(graph: fx.Graph) -> None:
+    """Take linear layers on tensors as they are where a forward flattens them first and unflattens what comes out.
+
+    ``[T, N, E] → [T·N, E] → linear → [T, N, F]``, as in multi-head attention, loses track of the samples in between.
+    """
+    for linear in list(graph.nodes):
+        users = list(linear.users)
+        if linear.target is not aten.linear.default or len(users) != 1:
+            continue
+        flat, unflat = linear.args[0], users[0]
+        if flat.target not in _RESHAPES or unflat.target not in _RESHAPES or flat.meta["val"].dim() != 2:
+            continue
+        whole, leading, features = flat.args[0], unflat.meta["val"].shape[:-1], flat.meta["val"].shape[-1]
+        sizes = unflat.args[1][:-1]
+        known = all(size < linear for size in sizes if isinstance(size, fx.Node)) and isinstance(features, int)
+        shape = [*whole.meta["val"].shape[: len(leading)], linear.meta["val"].shape[-1]]
+        if not known or _expressions(shape) != _expressions(unflat.meta["val"].shape):
+            continue
+        with graph.inserting_before(linear):
+            rows = graph.call_function(aten.reshape.default, (whole, [*sizes, features]))
+        with whole.meta["val"].fake_mode:
+            rows.meta = {**flat.meta, "val": whole.meta["val"].reshape(*leading, features)}
+        linear.args = (rows, *linear.args[1:])
+        linear.meta["val"] = unflat.meta["val"]
+        unflat.replace_all_uses_with(linear)
+        graph.erase_node(unflat)
+        if not flat.users:
+            graph.erase_node(flat)
+
+
+def _expressions(sizes: Sequence[Any]) -> list[Any]:
+    """Sizes that can be compared without deciding anything about them."""
+    return [size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes]
 
 
 def _short_name(placeholder: fx.Node) -> str:
