@@ -203,8 +203,9 @@ Tensor gradient_norm_penalty_backward(Tensor gradient, Tensor norm, Tensor cotan
   STD_TORCH_CHECK(
       norm.is_contiguous() && norm.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
       "expected the norms that gradient_norm_penalty returned");
-  STD_TORCH_CHECK(cotangent.sizes().equals(gradient.sizes()) && cotangent.scalar_type() == gradient.scalar_type(),
-                  "expected a cotangent like the gradient");
+  STD_TORCH_CHECK(
+      cotangent.sizes().equals(gradient.sizes()) && cotangent.scalar_type() == gradient.scalar_type(),
+      "expected a cotangent like the gradient");
   gradient = dense(gradient);
   if (!has_dense_samples(cotangent) || !same_layout(cotangent, gradient)) {
     Tensor copy = empty_samples(gradient, gradient.sizes()[0], gradient.scalar_type());
