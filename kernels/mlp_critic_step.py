@@ -5,7 +5,7 @@ of a layer at a time: what it holds does not grow with the width, and one compil
 writes down for the second, activations or tangents and cotangents, is also what it reads itself in the next layer, from
 the cache. All gradients of the weights at once would not fit on chip beside them: at width 128 one takes 64 KiB of
 registers, a quarter of a multiprocessor's. So the second kernel is one product over all rows for each layer, in parts
-of the rows that are summed in a fixed order. ``wgan_fast.mlp_critic_step`` has the plain form.
+of the rows that are summed in a fixed order. ``wgan_fast.ops.mlp_critic_step`` has the plain form.
 
 Parameters and their gradients are one vector: weight ``[H, D]``, bias ``[H]``, then ``[H, H]`` and ``[H]`` for every
 further hidden layer, then ``[1, H]`` and ``[1]``. D and H are filled up with zeros to multiples of 16, which tensor

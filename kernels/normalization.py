@@ -1,8 +1,8 @@
 """Normalisation over groups of channels on a GPU: the forward, and all that the four passes ask of it, in one kernel.
 
 A program takes one group of one sample, or of several samples one after another. It reads its operands twice, once for
-the sums over the group and once for the result; the second read finds them in a cache. ``wgan_fast.normalization`` has
-the formulas and the plain form.
+the sums over the group and once for the result; the second read finds them in a cache. The formulas and the plain form
+are in ``wgan_fast.ops.normalization``.
 """
 
 import torch

@@ -509,3 +509,30 @@ def test_a_config_and_options_exclude_each_other() -> None:
         GradientPenalty(critic, PenaltyConfig.r1(), weight=3.0)
     with pytest.raises(TypeError, match="config must be a PenaltyConfig or None, got float"):
         GradientPenalty(critic, 10.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd", "four_pass"])
+def test_a_penalty_on_part_of_the_batch_that_fails_touches_no_gradient(engine: Any) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) != 12:
+                raise ValueError("12 samples, please")
+            scores: Tensor = self.layer(x)
+            return scores
+
+    step = CriticStep(Whole(), penalty=PenaltyConfig(samples=4), engine=engine)
+    with pytest.raises((ValueError, RuntimeError)):
+        step(*torch.randn(2, 12, 5))
+    assert all(parameter.grad is None for parameter in step.critic.parameters())
+    assert step.steps_taken == 0
+
+
+def test_the_part_is_checked_at_steps_without_a_penalty_too() -> None:
+    step = CriticStep(nn.Linear(5, 1), penalty=PenaltyConfig(samples=5, every=2))
+    step.steps_taken = 1
+    with pytest.raises(ValueError, match="samples must divide the batch of 12, got 5"):
+        step(*torch.randn(2, 12, 5))

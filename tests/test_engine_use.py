@@ -839,6 +839,45 @@ def test_a_flattened_layer_that_is_read_flat_is_exact() -> None:
     assert_same(critic, lambda engine: gradient_penalty(critic, real, fake, alpha=alpha(), engine=engine))
 
 
+class Flattening(nn.Module):
+    """A layer over flattened samples of 3 positions, part of it constant, or after a write to what it flattened."""
+
+    def __init__(self, constant: str = "", written: bool = False) -> None:
+        super().__init__()
+        self.constant, self.written = constant, written
+        self.layer, self.last = nn.Linear(4, 4), nn.Linear(4, 1)
+        self.register_buffer("bank", torch.randn(4, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = self.bank.transpose(0, 1) if self.written else x
+        with torch.set_grad_enabled(self.constant != "flat"):
+            flat = whole.reshape(-1, 4)
+        if self.written:
+            with torch.no_grad():
+                self.bank.mul_(0.5)
+        with torch.set_grad_enabled(self.constant != "layer"):
+            rows = self.layer(flat)
+        with torch.set_grad_enabled(self.constant != "unflat"):
+            rows = rows.reshape(whole.shape[0], whole.shape[1], 4)
+        if self.written:
+            return torch.einsum("nte,tfe->nf", x, rows).tanh().sum(1)
+        scores: Tensor = self.last(torch.tanh(rows * x)).mean((1, 2))
+        return scores
+
+
+@pytest.mark.parametrize("constant", ["", "flat", "layer", "unflat"])
+@pytest.mark.parametrize("written", [False, True])
+def test_a_flattened_layer_keeps_what_is_constant_and_when_it_was_read(constant: str, written: bool) -> None:
+    critic, x = Flattening(constant, written).double(), torch.randn(6, 3, 4, dtype=torch.float64)
+    plain = copy.deepcopy(critic)
+    for _ in range(3):
+        ours = gradient_penalty(critic, x, x, engine="four_pass")
+        theirs, _ = reference.gradient_penalty(plain, [x])
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        if theirs.requires_grad and not (written and constant):
+            assert_equal_gradients(gradients_of(ours, critic), gradients_of(theirs, plain))
+
+
 def test_a_first_call_that_will_be_long_says_so() -> None:
     layers = [m for _ in range(110) for m in (nn.Linear(3, 3), nn.ReLU())]
     critic = nn.Sequential(*layers, nn.Linear(3, 1))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -24,7 +25,7 @@ from .engines import EngineChoice
 from .fused_mlp import FusedMLP, fused_mlp
 from .losses import AdversarialLoss, get_loss, wasserstein
 from .ops.samples import settled
-from .penalty import PenaltyConfig, draw, mixed, thinned
+from .penalty import PenaltyConfig, check_part, draw, mixed, thinned
 from .precision import accumulation_dtype
 
 Precision = Literal["fp32", "bf16"]
@@ -166,6 +167,8 @@ class CriticStep:
         penalty = self._penalty_now()
         group_size = self.penalty.group_size if self.penalty else 1
         check_samples(real, fake, group_size)
+        if self.penalty:
+            check_part(self.penalty, real.shape[0])
         part = penalty if penalty and penalty.samples not in (None, real.shape[0]) else None
         real, fake = settled(real), settled(fake)
         if penalty:
@@ -174,9 +177,11 @@ class CriticStep:
             check_alpha(alpha, real, group_size)
 
         with torch.enable_grad(), self._autocast(real.device.type):
-            apart: list[Tensor] = []
+            apart: list[_Part] = []
             if part:
-                apart, penalty = mixed(part, real, fake, alpha, noise), None
+                further = thinned(part, (critic_args, critic_kwargs or {}), real.shape[0])
+                apart = [self._apart(part, x, *further) for x in mixed(part, real, fake, alpha, noise)]
+                penalty = None
             step = self._four_passes(penalty).prepare(real, critic_args, critic_kwargs)
             if penalty and isinstance(step, Prepared) and isinstance(mlp := self._fused(step, penalty, real), FusedMLP):
                 output = self._one_operator(mlp, step, penalty, real, fake, alpha)
@@ -197,35 +202,33 @@ class CriticStep:
                         penalty, group_size, real, fake, points, accumulate, forwards, step.choice.piecewise
                     )
                     step.confirm()
-            if part:
-                further = thinned(part, (critic_args, critic_kwargs or {}), real.shape[0])
-                parts = [self._penalise(part, x, *further) for x in apart]
-                value = torch.stack([value for value, _ in parts]).sum()
-                norm = torch.stack([norm for _, norm in parts]).mean()
+            if apart:
+                for each in apart:
+                    each.leave()
+                value = torch.stack([each.penalty for each in apart]).sum()
+                norm = torch.stack([each.gradient_norm for each in apart]).mean()
                 result = result._replace(loss=result.loss + value, penalty=value, gradient_norm=norm)
         self.steps_taken += 1
         return result
 
-    def _penalise(
+    def _apart(
         self, penalty: PenaltyConfig, points: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """Add the gradients of a penalty on part of the batch; returns it and the mean gradient norm."""
+    ) -> "_Part":
+        """Compute a penalty on part of the batch; no gradient is touched."""
         step = self._four_passes(penalty, alone=True).prepare(points, args, kwargs)
         if isinstance(step, Prepared):
             output = step.run({"points": points})
             assert output.penalty is not None
             assert output.gradient_norm is not None
-            leave(step.tensors, output.gradients)
-            return output.penalty, output.gradient_norm
+            return _Part(output.penalty, output.gradient_norm, partial(leave, step.tensors, output.gradients))
         value, norm = penalty_at(
             lambda x: self.critic(x, *args, **kwargs),
             points,
             **penalty.norm_options,
             piecewise=step.choice.piecewise,
         )
-        value.backward()  # type: ignore[no-untyped-call]
         step.confirm()
-        return value.detach(), norm
+        return _Part(value.detach(), norm, value.backward if value.requires_grad else lambda: None)
 
     def _fused(self, step: Prepared, penalty: PenaltyConfig, real: Tensor) -> FusedMLP | str:
         """What the operator for MLPs needs, or why it cannot be taken."""
@@ -327,6 +330,14 @@ class CriticStep:
         if self.precision == "bf16":
             return torch.autocast(device_type, torch.bfloat16)
         return nullcontext()
+
+
+class _Part(NamedTuple):
+    """A penalty on part of a batch, its mean gradient norm, and what leaves its gradients."""
+
+    penalty: Tensor
+    gradient_norm: Tensor
+    leave: Callable[[], None]
 
 
 _UNREACHED = (

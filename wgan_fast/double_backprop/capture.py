@@ -4,12 +4,15 @@ What the graph says is made plain on the way: in-place operators on activations 
 under ``no_grad`` are marked, and numbers that a trace made inputs become tensors.
 """
 
+import itertools
+import operator
 import os
 import re
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -176,11 +179,14 @@ def _keep_rows_apart(graph: fx.Graph) -> None:
             continue
         whole, leading, features = flat.args[0], unflat.meta["val"].shape[:-1], flat.meta["val"].shape[-1]
         sizes = unflat.args[1][:-1]
-        known = all(size < linear for size in sizes if isinstance(size, fx.Node)) and isinstance(features, int)
+        known = all(size < flat for size in sizes if isinstance(size, fx.Node)) and isinstance(features, int)
+        marks = {node.meta.get(STOPS_GRADIENT, False) for node in (flat, linear, unflat)}
         shape = [*whole.meta["val"].shape[: len(leading)], linear.meta["val"].shape[-1]]
-        if not known or _expressions(shape) != _expressions(unflat.meta["val"].shape):
+        # What may be a copy of memory that is written to later must stay one.
+        written = any(_writes(node) for node in itertools.dropwhile(partial(operator.is_not, flat), graph.nodes))
+        if written or not known or len(marks) > 1 or _expressions(shape) != _expressions(unflat.meta["val"].shape):
             continue
-        with graph.inserting_before(linear):
+        with graph.inserting_before(flat):
             rows = graph.call_function(aten.reshape.default, (whole, [*sizes, features]))
         with whole.meta["val"].fake_mode:
             rows.meta = {**flat.meta, "val": whole.meta["val"].reshape(*leading, features)}
@@ -190,6 +196,11 @@ def _keep_rows_apart(graph: fx.Graph) -> None:
         graph.erase_node(unflat)
         if not flat.users:
             graph.erase_node(flat)
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
 
 
 def _expressions(sizes: Sequence[Any]) -> list[Any]:

@@ -1,6 +1,6 @@
 """Normalisation: statistics per sample and group of channels, or per channel of the batch.
 
-The formulas are those of ``wgan_fast.normalization``; per sample they run as the operators ``wgan_fast::norm_*``.
+The formulas are those of ``wgan_fast.ops.normalization``; per sample they run as the operators ``wgan_fast::norm_*``.
 """
 
 import math
