@@ -79,7 +79,10 @@ def _plain_penalty(
 
 
 class _Penalty(torch.autograd.Function):
-    """The penalty at an input gradient and the mean norm, by one operator; differentiated twice, the plain form's."""
+    """The penalty at an input gradient and the mean norm, by one operator; differentiated twice, the plain form's.
+
+    ``penalty_from_gradient`` has another function, which torch.func can transform; a call of that takes 25 us longer.
+    """
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:

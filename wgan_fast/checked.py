@@ -138,10 +138,7 @@ class Check:
                 value, _ = reference.gradient_penalty(
                     forward,
                     points,  # type: ignore[arg-type]
-                    weight=objective.weight,
-                    target=objective.target,
-                    one_sided=objective.one_sided,
-                    group_size=objective.group_size,
+                    **objective.norm_options,
                 )
                 terms.append(value)
             total = sum(terms[1:], terms[0])

@@ -47,7 +47,7 @@ def run_by_number(
     names: list[str],
     autocast: torch.dtype | None,
 ) -> list[Tensor]:
-    """The penalty, every parameter's gradient and the updated buffers, for the operator that compiled callers run.
+    """Return the penalty, every parameter's gradient and the updated buffers.
 
     The critic is planned when the operator first runs, outside the compiler: a new batch size makes a new plan, and
     no new compilation.

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from . import compiled_callers as compiled_callers  # registers the operators, as the next
+from . import compiled_callers as compiled_callers  # registers the operator that compiled callers run
 from . import ops as ops
 from . import reference
 from .autograd import attach, penalty_at
@@ -88,8 +88,7 @@ class PenaltyConfig:
     @property
     def norm_options(self) -> dict[str, Any]:
         """What of it says how a gradient's norm is penalised, as keyword arguments."""
-        names = ("weight", "target", "one_sided", "group_size")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("weight", "target", "one_sided", "group_size")}
 
     @classmethod
     def wgan_gp(cls, weight: float = 10.0) -> Self:

@@ -62,9 +62,7 @@ def _differentiate(plan: Plan, values: list[Any]) -> list[bool]:
     if objective.loss:
         wide = [s if s.dtype == torch.float64 else s.float() for s in (scores(x), scores(x))]
         terms.append(objective.loss(*wide))
-    options = ("weight", "target", "one_sided", "group_size")
-    settings = {name: getattr(objective, name) for name in options}
-    terms += [penalty_at(scores, x, **settings)[0] for _ in objective.points()]
+    terms += [penalty_at(scores, x, **objective.norm_options)[0] for _ in objective.points()]
     total = sum(terms[1:], terms[0])
     trainable = [values[i] for i in plan.trainable]
     if not trainable or not total.requires_grad:

@@ -65,6 +65,11 @@ class Objective:
         losses = ["real", "fake"] if self.loss else []
         return losses + [f"{name} points" for name in self.points()]
 
+    @property
+    def norm_options(self) -> dict[str, Any]:
+        """What of it says how a gradient's norm is penalised, as keyword arguments."""
+        return {name: getattr(self, name) for name in ("weight", "target", "one_sided", "group_size")}
+
     def form(self) -> "Objective":
         """The same with the numbers left out that a plan takes at every step."""
         return self if self.weight is None else replace(self, weight=1.0, target=0.0)

@@ -27,7 +27,7 @@ _DTYPES: dict[Hashable, torch.dtype] = {}
 
 
 def evaluate(mode: FakeTensorMode, func: Any, args: Any, kwargs: Any) -> Any:
-    """Call an ATen operator on stand-ins of ``mode``; returns what ``mode`` itself would, as stand-ins."""
+    """Call an ATen operator on stand-ins of ``mode``; returns the stand-ins that ``mode`` itself would."""
     if func is torch.ops.prim.device.default:
         return args[0].fake_device
     if (is_view(func) or func in _PRODUCTS) and isinstance(args[0], FakeTensor):
