@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .backends import switched_off
+
 aten = torch.ops.aten
 
 
@@ -42,7 +44,7 @@ class PiecewiseLinear(TorchFunctionMode):
             return replace(*args, **(kwargs or {}))
         if func in _RECURRENT and args[0].device.type != "cpu":
             self.used = True
-            with torch.backends.cudnn.flags(enabled=False):
+            with switched_off(torch.backends.cudnn):
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

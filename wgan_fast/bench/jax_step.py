@@ -28,20 +28,28 @@ class _Run:
         import jax
 
         self._jax, self._workload = jax, workload
-        asarray = jax.numpy.asarray
-        self._parameters = [asarray(p.detach().numpy()) for p in workload.critic.parameters()]
+        self._on_cpu = workload.real.device.type == "cpu"
+        self._device = jax.devices("cpu" if self._on_cpu else "gpu")[0]
+        self._parameters = [self._given(parameter) for parameter in workload.critic.parameters()]
         # Arguments, not constants: what a jitted function closes over is folded into it.
-        self._batch = asarray(workload.real.numpy()), asarray(workload.fake.numpy())
-        self._key = jax.random.key(0)
+        self._batch = self._given(workload.real), self._given(workload.fake)
+        self._key = jax.device_put(jax.random.key(0), self._device)
         self._jitted = cache(self._jit)
         self._jitted(_mode(workload))
         self.latest: list[Array] = []
 
     def __call__(self, alpha: Tensor | None) -> None:
-        given = None if alpha is None else self._jax.numpy.asarray(alpha.numpy())
+        given = None if alpha is None else self._given(alpha)
         gradient = self._jitted(_mode(self._workload))
-        result = gradient(self._parameters, *self._batch, given, self._key)
-        self.latest, self._key = self._jax.block_until_ready(result)  # type: ignore[no-untyped-call,unused-ignore]
+        wait = self._jax.block_until_ready
+        if not self._on_cpu:
+            wait(self.latest)  # of the step before: the host may run one step ahead, as it may with PyTorch
+        self.latest, self._key = gradient(self._parameters, *self._batch, given, self._key)
+        if self._on_cpu or alpha is not None:
+            wait(self.latest)
+
+    def _given(self, tensor: Tensor) -> Array:
+        return self._jax.device_put(tensor.detach().cpu().numpy(), self._device)
 
     def _jit(self, mode: tuple[bool, ...]) -> Callable[..., Any]:
         """The gradient for one state of the critic's dropout, as ``_mode`` tells it."""
@@ -82,15 +90,15 @@ def in_jax(workload: Workload) -> Step:
     """Translate a workload into JAX.
 
     Raises:
-        Skipped: JAX is not installed, the workload is not on the CPU, or the critic has an operator that is not
-            translated here.
+        Skipped: JAX is not installed or does not see the workload's kind of device, or the critic has an operator
+            that is not translated here.
     """
-    if workload.real.device.type != "cpu":
-        raise Skipped("only compared on the CPU")
     try:
         run = _Run(workload)
     except ImportError:
         raise Skipped("JAX is not installed: pip install 'wgan_fast[jax]'") from None
+    except RuntimeError as error:
+        raise Skipped(f"JAX sees no such device: {str(error).splitlines()[0]}") from error
     return _JaxStep(run, workload.critic)
 
 

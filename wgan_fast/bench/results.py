@@ -28,9 +28,9 @@ class Ratio(NamedTuple):
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Describe what is being measured on."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "wgan_fast": _version("wgan_fast")}
-    if _version("jax"):
-        versions["jax"] = _version("jax")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "wgan_fast": version("wgan_fast")}
+    if version("jax"):
+        versions["jax"] = version("jax")
     described: dict[str, Any] = {"device": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "flags": _cpu_flags()}
     if device.type == "cuda":
         described["device"] = torch.cuda.get_device_name(device)
@@ -43,7 +43,8 @@ def slug(described: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{name} {described['threads']} threads").strip("-")
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The installed version of a package; "" without one."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

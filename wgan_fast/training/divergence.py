@@ -57,7 +57,7 @@ class LossWatch:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
+            copied.record(torch.cuda.current_stream(losses[0].device))  # not the current device's
         self._pending.append(_Pending(step, values, copied))
         return self._check(leave=0 if copied is None else 1)
 

@@ -83,6 +83,8 @@ class GraphedCalls:
         self._function, self._device = function, device
         self._inputs: StaticInputs | None = None
         self._stream = _stream(device)
+        # One for all: only one graph runs at a time, and none needs what another left but its result.
+        self._pool = torch.cuda.graph_pool_handle() if self._stream else None
         self.clear()
 
     def clear(self) -> None:
@@ -128,7 +130,7 @@ class GraphedCalls:
         graph = torch.cuda.CUDAGraph()
         try:
             # Threads that pin memory for the data may call CUDA meanwhile.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = self._function(static)
         except RuntimeError as error:
             raise InputError(

@@ -4,12 +4,12 @@ oneDNN's own layers, which PyTorch prefers for float32 on a CPU, keep a workspac
 no double backward.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ...backends import switched_off
 from .base import Call, Derivatives, Output, Rule, register
 
 
@@ -19,34 +19,22 @@ class Recurrent(Rule):
 
     def forward(self, call: Call) -> Output:
         """As the generic rule."""
-        with _without_fused_layers():
+        with switched_off(torch.backends.mkldnn, torch.backends.cudnn):
             return super().forward(call)
 
     def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
         """As the generic rule."""
-        with _without_fused_layers():
+        with switched_off(torch.backends.mkldnn, torch.backends.cudnn):
             return super().vjp(call, cotangent, wanted)
 
     def jvp(self, call: Call, tangents: Sequence[Tensor | None]) -> Output:
         """As the generic rule."""
-        with _without_fused_layers():
+        with switched_off(torch.backends.mkldnn, torch.backends.cudnn):
             return super().jvp(call, tangents)
 
     def second(
         self, call: Call, tangents: Sequence[Tensor | None], cotangent: Output, wanted: Sequence[int]
     ) -> Derivatives:
         """As the generic rule."""
-        with _without_fused_layers():
+        with switched_off(torch.backends.mkldnn, torch.backends.cudnn):
             return super().second(call, tangents, cotangent, wanted)
-
-
-@contextmanager
-def _without_fused_layers() -> Iterator[None]:
-    """Have PyTorch take its own layers: those of oneDNN and cuDNN cannot be differentiated twice."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-    try:
-        with torch.backends.cudnn.flags(enabled=False):
-            yield
-    finally:
-        torch.backends.mkldnn.enabled = before

@@ -1,58 +1,31 @@
-"""Everything that only a machine with a GPU can tell: the tests there, every kernel's bandwidth, the critic step.
+"""Part 4: every kernel against eager PyTorch, torch.compile and the bandwidth of a copy; the fused MLP step."""
 
-`make gpu` installs the package and runs it; one results file, named after the device, holds what was measured.
-Without a GPU the same steps run at small sizes on the CPU, and the file says so. Needs no network.
-"""
-
-import argparse
 import copy
 import dataclasses
 import functools
 import itertools
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from session import Found, Session, arithmetic, device_milliseconds, graphed, medians
 from test_kernel_speed import differentiated, expression
 from torch import Tensor, nn
 
-from wgan_fast import CriticStep, build_info, clip_weights_, explain, interpolate, reference
-from wgan_fast.bench import results, run, workloads
+from wgan_fast import CriticStep, clip_weights_, explain, interpolate, reference
 from wgan_fast.ops import normalization
 from wgan_fast.optim import ClippedRMSprop
 
-HERE = Path(__file__).parent
-TESTS = [
-    "clipping",
-    "optim",
-    "interpolate",
-    "kernel_operators",
-    "norm_ops",
-    "penalty_from_gradient",
-    "mlp_step",
-    "critic_step",
-]
-TEST_SECONDS = 150
 ROUNDS = 30
 CACHES = 4
 """How many times the GPU's last cache one operand is, so that nothing is read from there."""
 CPU_BYTES = 1 << 18
-MODELS = ["toy-mlp", "dcgan-28", "resnet-32"]
-VARIANTS = ["no-penalty", "drop-in", "ours", "ours-compiled", "naive-bf16", "ours-bf16"]
-STEP_SECONDS = 12.0
 WIDTHS, PRECISIONS = (64, 128, 256), ("fp32", "tf32", "bf16")
 MLP_SECONDS = 0.5
 MLP_TARGET = 3.0
-"""How many times as fast as the compiled four-pass graph the fused step is to be, both as CUDA graphs, at width 128.
-
-The script has 10 minutes: 2.5 for the tests; a case of a kernel takes 5 s, mostly to compile the alternative, and one
-of the MLP 10 s; a workload takes STEP_SECONDS for its rounds and 30 s for what they compile: 50 + 90 + 126 s.
-"""
+"""How many times as fast as the compiled four-pass graph the fused step is to be, both as CUDA graphs, at width 128."""
 
 BOUND = 0.01
 PENALTY = {"weight": 10.0, "target": 1.0, "one_sided": False}
@@ -267,73 +240,57 @@ class FourPasses(nn.Sequential):
         return out
 
 
-def graphed(step: Call) -> Call:
-    """The step as one replay of a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def mlp_step(width: int, precision: str, device: str) -> dict[str, Any]:
-    """The fused step of an MLP against the four-pass graph, compiled and each also as a CUDA graph."""
-    on_gpu = device == "cuda"
-    N, D = (4096, 32) if on_gpu else (64, 3)
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+def mlp_pair(width: int, device: str) -> tuple[dict[str, nn.Module], tuple[Tensor, Tensor, Tensor]]:
+    """An MLP that runs in four passes, its copy that the fused step takes, and real, fake and α."""
+    N, D = (4096, 32) if device == "cuda" else (64, 3)
     layers = [nn.Linear(D, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)]
     critics = {"four_pass": FourPasses(*layers).to(device), "ours": nn.Sequential(*copy.deepcopy(layers)).to(device)}
     real, fake = torch.randn(2, N, D, device=device).unbind()
-    alpha = torch.rand(N, device=device)
-    steps: dict[str, Call] = {}
-    gradients = []
-    for name, critic in critics.items():
-        step = CriticStep(critic, compile=on_gpu, precision="bf16" if precision == "bf16" else "fp32")
-        steps[name] = functools.partial(step, real, fake, alpha)
-        steps[name]()
-        gradients.append(torch.cat([p.grad.flatten() for p in critic.parameters()]))
-    error = ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item()
-    if on_gpu:
-        steps |= {f"{name}-graph": graphed(step) for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    end = time.perf_counter() + (MLP_SECONDS if on_gpu else 0.1)
-    while len(times["ours"]) < 3 or time.perf_counter() < end:
-        for name, step in steps.items():
-            times[name].append(round(milliseconds(step, device), 5))
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    taken = explain(critics["ours"], real).unfused
-    return {"milliseconds": times, "distance": error, "unfused": taken, "target": MLP_TARGET}
+    return critics, (real, fake, torch.rand(N, device=device))
 
 
-def milliseconds(call: Call, device: str) -> float:
+def mlp_step(width: int, precision: str, session: Session) -> Found:
+    """The fused step of an MLP against the four-pass graph, compiled and each also as a CUDA graph."""
+    critics, batches = mlp_pair(width, session.device)
+    with arithmetic(precision):
+        steps: dict[str, Call] = {}
+        for name, critic in critics.items():
+            step = CriticStep(critic, compile=session.on_gpu, precision="bf16" if precision == "bf16" else "fp32")
+            steps[name] = functools.partial(step, *batches)
+            steps[name]()
+        if session.on_gpu:
+            steps |= {f"{name}-graph": graphed(step) for name, step in steps.items()}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        end = time.perf_counter() + (MLP_SECONDS if session.on_gpu else 0.1)
+        while len(times["ours"]) < 3 or time.perf_counter() < end:
+            for name, step in steps.items():
+                times[name].append(round(device_milliseconds(step, session.device), 5))
+    taken = explain(critics["ours"], batches[0]).unfused
+    told = ", ".join(f"{name} {1e3 * value:.0f} us" for name, value in medians(times).items())
+    return {"milliseconds": times, "unfused": taken, "target": MLP_TARGET, "told": told}
+
+
+def kernel_numel(device: str) -> int:
+    """Elements of one operand of a kernel."""
     if device == "cpu":
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+        return CPU_BYTES // 4
+    return int(CACHES * torch.cuda.get_device_properties(0).L2_cache_size // 4 // 12288 * 12288)
 
 
 def copy_bandwidth(numel: int, device: str) -> float:
     """GB/s of a copy, bytes read plus bytes written: what memory-bound code can reach."""
     source = torch.randn(numel, device=device)
     target = torch.empty_like(source)
-    times = [milliseconds(lambda: target.copy_(source), device) for _ in range(3 + ROUNDS)][3:]
+    times = [device_milliseconds(lambda: target.copy_(source), device) for _ in range(3 + ROUNDS)][3:]
     return 2 * 4 * numel / statistics.median(times) / 1e6
 
 
 @torch.no_grad()
-def measure(make: Callable[[int, str], Case], numel: int, device: str, copy: float) -> dict[str, Any]:
+def measure(name: str, session: Session) -> Found:
     """Compare every variant's result with the first one's, then time them interleaved."""
-    case = make(numel, device)
+    device = session.device
+    case = KERNELS[name](kernel_numel(device), device)
+    copied = copy_bandwidth(kernel_numel(device), device)
     expected: list[Tensor] | None = None
     for _ in range(3):
         for call in case.variants.values():
@@ -346,93 +303,25 @@ def measure(make: Callable[[int, str], Case], numel: int, device: str, copy: flo
     for _ in range(ROUNDS):
         for name, call in case.variants.items():
             case.prepare()
-            times[name].append(round(milliseconds(call, device), 5))
+            times[name].append(round(device_milliseconds(call, device), 5))
     rate = case.moved / statistics.median(times["ours"]) / 1e6
     return {
         "bytes": case.moved,
         "milliseconds": times,
         "gb_per_s": round(rate, 1),
-        "of_copy_bandwidth": round(rate / copy, 3),
+        "of_copy_bandwidth": round(rate / copied, 3),
         "target": case.target,
+        "copy_gb_per_s": round(copied, 1),
+        "told": f"{rate / copied:.2f} of copy bandwidth (target {case.target:.2f}); {medians(times)} ms",
     }
 
 
-def tests() -> dict[str, Any]:
-    """Run the tests that need a GPU."""
-    files = [path for name in TESTS if (path := HERE.parent / "tests" / f"test_{name}.py").exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "cuda or gpu", *map(str, files)]
-    try:
-        done = subprocess.run(
-            command, cwd=HERE.parent, capture_output=True, text=True, timeout=TEST_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"exit_code": None, "summary": f"not done after {TEST_SECONDS} s"}
-    print(done.stdout)
-    return {"exit_code": done.returncode, "summary": done.stdout.strip().splitlines()[-1]}
+def run(session: Session) -> None:
+    """Measure what is missing."""
+    from right import sanitizer
 
-
-def report(name: str, measured: dict[str, Any]) -> str:
-    medians = {variant: statistics.median(times) for variant, times in measured["milliseconds"].items()}
-    others = ", ".join(
-        f"{time / medians['ours']:.2f} times as fast as {variant}"
-        for variant, time in medians.items()
-        if variant != "ours"
-    )
-    return f"{name}: {measured['of_copy_bandwidth']:.2f} of copy bandwidth (target {measured['target']:.2f}), {others}"
-
-
-def main() -> int:
-    """Measure, write the file and say where it is; 1 where a test failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, help="folder of the results file (benchmarks/results; runs/gpu without GPU)"
-    )
-    parser.add_argument("--commit", default="", help="what was measured, where the checkout has no history")
-    options = parser.parse_args()
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    numel = CPU_BYTES // 4
-    if device == "cuda":
-        numel = CACHES * torch.cuda.get_device_properties(0).L2_cache_size // 4 // 12288 * 12288
-    else:
-        print("no GPU: small sizes on the CPU, which say nothing of a GPU; no test of the GPU ran")
-    described = results.environment(torch.device(device))
-    described["commit"] = described["commit"] or options.commit
-    copy = copy_bandwidth(numel, device)
-    print(f"{described['device']}: a copy moves {copy:.0f} GB/s")
-    found: dict[str, Any] = {
-        "environment": described | {"build": build_info(), "gpu": device == "cuda"},
-        "copy_gb_per_s": round(copy, 1),
-        "kernels": {},
-        "workloads": {},
-    }
-    folder = options.out or (HERE / "results" if device == "cuda" else HERE.parent / "runs" / "gpu")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{results.slug(described)}.json"
-    for name, make in KERNELS.items():
-        found["kernels"][name] = measure(make, numel, device, copy)
-        print(report(name, found["kernels"][name]), flush=True)
-        results.write(path, found)
-    for model in MODELS if device == "cuda" else MODELS[:1]:
-        workload = workloads.build(model, device=device)
-        variants, budget = (VARIANTS, STEP_SECONDS) if device == "cuda" else (["ours"], 0.5)
-        found["workloads"][workload.key] = run.run(workload, variants, budget=budget)
-        ratio = results.ratio(found["workloads"][workload.key], "naive", "ours")
-        print(f"critic step, {model}: {ratio.median:.2f} times as fast as naive" if ratio else f"{model}: not timed")
-        results.write(path, found)
-    found["mlp_critic_step"] = {}
-    for precision, width in itertools.product(PRECISIONS, WIDTHS) if device == "cuda" else [("fp32", 16)]:
-        key = f"width {width}, {precision}"
-        found["mlp_critic_step"][key] = measured = mlp_step(width, precision, device)
-        medians = {name: statistics.median(times) for name, times in measured["milliseconds"].items()}
-        print(f"mlp_critic_step, {key}: " + ", ".join(f"{name} {1e3 * t:.0f} us" for name, t in medians.items()))
-        results.write(path, found)
-    found["tests"] = tests() if device == "cuda" else {"exit_code": 0, "summary": "not run: no GPU"}
-    results.write(path, found)
-    print(f"tests: {found['tests']['summary']}\nwrote {path}")
-    return 0 if found["tests"]["exit_code"] == 0 else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    for name in KERNELS:
+        session.item(f"bandwidth/{name}", functools.partial(measure, name, session))
+    for width, precision in itertools.product(WIDTHS, PRECISIONS) if session.on_gpu else [(16, "fp32")]:
+        session.item(f"fused-mlp/{width}/{precision}", functools.partial(mlp_step, width, precision, session))
+    session.item("sanitizer", functools.partial(sanitizer, session))
