@@ -49,9 +49,11 @@ def iteration(case: str, session: Session) -> Found:
     model, size, precision = case.split()
     options: dict[str, Any] = {"precision": "bf16"} if precision == "bf16" else {}
     images = len(SHAPES[model]) == 3
-    settings = {"naive": {}, "tuned": {}, "ours": {}, "ours, graph": {"cuda_graph": True}}
+    plain = {"cuda_graph": False, "channels_last": False}
+    settings = {"naive": plain, "tuned": plain, "ours": plain, "ours, graph": {**plain, "cuda_graph": True}}
     if images:
         settings["ours, channels last, graph"] = {"cuda_graph": True, "channels_last": True}
+        settings["ours, channels last, compiled, graph"] = {"cuda_graph": True, "channels_last": True, "compile": True}
     (session.folder / "runs").mkdir(exist_ok=True)
     loops = {}
     found: Found = {"skipped": {}, "profiles": {}}

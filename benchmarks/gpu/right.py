@@ -131,12 +131,13 @@ def joined(gradients: list[Tensor]) -> Tensor:
 
 def distance(one: Tensor, other: Tensor) -> float:
     """‖one − other‖ / ‖other‖."""
-    return float((one - other).norm() / other.norm())
+    return float((one.to(other.device) - other).norm() / other.norm())
 
 
 def training(session: Session) -> Found:
     """Twenty iterations from the same start: one by one, as CUDA graphs, in bf16, compiled."""
     images = np.random.default_rng(0).integers(0, 256, (256, 1, 28, 28), dtype=np.uint8)
+    plain = {"cuda_graph": False, "channels_last": False}
     graph = {"cuda_graph": True}
     ways: dict[str, dict[str, Any]] = {
         "eager": {}, "graph": graph, "every 4": {"penalty_every": 4}, "every 4, graph": {"penalty_every": 4, **graph},
@@ -153,7 +154,7 @@ def training(session: Session) -> Found:
             out = session.folder / "runs" / name.replace(" ", "-").replace(",", "")
             shutil.rmtree(out, ignore_errors=True)
             settings = {"steps": 20, "batch_size": 32, "device": session.device, "log_every": 20, "out": out}
-            summary = Trainer(*networks, images, TrainConfig(**{**settings, **options})).fit()
+            summary = Trainer(*networks, images, TrainConfig(**{**settings, **plain, **options})).fit()
             found["wasserstein"][name] = summary.wasserstein
             weights[name] = torch.cat([p.detach().flatten().double() for p in networks[1].parameters()])
     found["distance"] = {

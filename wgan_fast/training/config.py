@@ -149,11 +149,14 @@ class TrainConfig:
         engine: How the penalty is differentiated: auto, four_pass, autograd, or checked against autograd.
         precision: fp32, or bf16 for bfloat16 autocast.
         compile: Whether the critic's step is compiled with torch.compile; needs the four-pass engine.
-        cuda_graph: Whether whole iterations are replayed as a CUDA graph, so that they cost the host nothing.
+        cuda_graph: Whether whole iterations are replayed as a CUDA graph, so that they cost the host nothing: on an
+            H200 the toy networks train seven times as fast for it. By default on a GPU, in one process, with networks
+            that are named here: what a network of your own keeps outside tensors would stay as it was captured.
         fused: Whether Adam updates all parameters in one fused call.
         generate_ahead: Whether the samples of an iteration's critic steps are generated in one forward where that is
             proven to give the same samples and is expected to cost less.
-        channels_last: Whether images and the networks' weights are laid out channels last.
+        channels_last: Whether images and the networks' weights are laid out channels last; by default where a GPU
+            convolves in tensor cores, that is in bf16 and, unless PyTorch is told otherwise, in fp32.
         workers: Processes that decode streamed data.
         out: Folder of the run; a new one under runs/ by default.
         log_every: Steps between lines of metrics.
@@ -198,10 +201,10 @@ class TrainConfig:
     engine: Literal["auto", "four_pass", "autograd", "checked"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
-    cuda_graph: bool = False
+    cuda_graph: bool | None = None
     fused: bool = True
     generate_ahead: bool = True
-    channels_last: bool = False
+    channels_last: bool | None = None
     workers: int = 0
     out: Path | None = None
     log_every: int = 10

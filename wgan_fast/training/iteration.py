@@ -74,15 +74,16 @@ class Iteration:
     def __init__(
         self, generator: nn.Module, critic: nn.Module, config: TrainConfig, latent_dim: int, replicas: Replicas
     ) -> None:
+        self._trained = {"critic": trainable("critic", critic), "generator": trainable("generator", generator)}
+        first = self._trained["critic"][0]
+        self.device, self.dtype = first.device, first.dtype
+        config = for_device(config, self.device, alone=replicas.world == 1)
         self.generator, self.critic, self.config, self.latent_dim = generator, critic, config, latent_dim
         self.replicas = replicas
         if config.channels_last:
             for network in (generator, critic):
                 to_channels_last(network)
         self.batch_size, self.n_critic = config.batch_size or 0, config.n_critic or 0
-        self._trained = {"critic": trainable("critic", critic), "generator": trainable("generator", generator)}
-        first = self._trained["critic"][0]
-        self.device, self.dtype = first.device, first.dtype
         self.noise_dtype = self._trained["generator"][0].dtype
         self.ema = _averaged(generator) if config.ema else None
         self.critic_step = make_critic_step(critic, config, replicas.world)
@@ -255,6 +256,22 @@ class Iteration:
         """Capture anew: the tensors of the optimizers were replaced."""
         if self._graphed is not None:
             self._graphed.clear()
+
+
+def for_device(config: TrainConfig, device: torch.device, *, alone: bool) -> TrainConfig:
+    """Return a configuration with what is left to the device filled in.
+
+    Args:
+        config: The resolved configuration.
+        device: Of the networks.
+        alone: Whether this process trains without others.
+    """
+    on_gpu = device.type == "cuda"
+    in_tensor_cores = config.precision == "bf16" or torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    # Networks that do nothing which a replay would leave out, and no comparison that waits for the device.
+    repeats = config.model in ("auto", *models.MODELS) and config.engine != "checked"
+    left = {"cuda_graph": on_gpu and alone and repeats, "channels_last": on_gpu and in_tensor_cores}
+    return dataclasses.replace(config, **{k: v for k, v in left.items() if getattr(config, k) is None})
 
 
 def _averaged(generator: nn.Module) -> nn.Module:
