@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wgan_fast.double_backprop.rules import Call, Slot
+from wgan_fast.double_backprop.rules import Call, Slot, linear, structure
 from wgan_fast.double_backprop.rules.base import Rule, registered, rule_for
 
 aten = torch.ops.aten
@@ -163,6 +163,18 @@ CALLS |= {
     ]
 }
 CALLS |= {
+    "avg_pool1d, tiled": lambda: call(aten.avg_pool1d.default, tensor(3, 4, 6), [3]),
+    "avg_pool2d, tiled": lambda: call(aten.avg_pool2d.default, tensor(3, 6, 8, 6), [2, 3]),
+    "avg_pool2d, tiled, channels last": lambda: call(
+        aten.avg_pool2d.default, tensor(3, 6, 8, 6).to(memory_format=torch.channels_last), [2]
+    ),
+    "avg_pool3d, tiled": lambda: call(aten.avg_pool3d.default, tensor(2, 3, 4, 2, 6), [2, 1, 3]),
+    "conv2d, channels last": lambda: call(
+        aten.conv2d.default,
+        tensor(*x4).to(memory_format=torch.channels_last),
+        tensor(8, 6, 3, 2).to(memory_format=torch.channels_last),
+        tensor(8),
+    ),
     "view_as": lambda: call(aten.view_as.default, tensor(*x3), tensor(3, 28)),
     "concat": lambda: call(aten.concat.default, [tensor(*x2), tensor(3, 2)], 1),
     "conv_transpose3d": lambda: call(
@@ -204,6 +216,17 @@ def test_what_reads_memory_by_strides_is_refused():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_fast_rule_agrees_with_autograd(name):
+    check(name)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith(("linear", "conv", "avg_pool"))])
+def test_what_is_written_for_a_gpu_agrees_with_autograd(name, monkeypatch):
+    for module in (linear, structure):
+        monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    check(name)
+
+
+def check(name):
     torch.manual_seed(3)
     made = CALLS[name]()
     rule, generic = rule_for(made.op), Rule()

@@ -19,8 +19,8 @@ from wgan_fast.training import TrainConfig, Trainer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_iteration import naive_loop, our_loop
 
-SECONDS = 4.0
-CASES = ["dcgan64 64 bf16", "toy-mlp 256 tf32", "mnist-dcgan 64 tf32", "dcgan64 256 bf16", "toy-mlp 256 fp32"]
+SECONDS = 2.0
+CASES = ["dcgan64 64 bf16", "toy-mlp 256 tf32", "dcgan64 256 bf16", "mnist-dcgan 64 tf32", "toy-mlp 256 fp32"]
 SHAPES = {"toy-mlp": (2,), "mnist-dcgan": (1, 28, 28), "dcgan64": (3, 64, 64)}
 
 
@@ -53,6 +53,7 @@ def iteration(case: str, session: Session) -> Found:
     settings = {"naive": plain, "tuned": plain, "ours": plain, "ours, graph": {**plain, "cuda_graph": True}}
     if images:
         settings["ours, channels last, graph"] = {"cuda_graph": True, "channels_last": True}
+    if case == CASES[0]:
         settings["ours, channels last, compiled, graph"] = {"cuda_graph": True, "channels_last": True, "compile": True}
     (session.folder / "runs").mkdir(exist_ok=True)
     loops = {}

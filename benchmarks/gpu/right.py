@@ -1,4 +1,4 @@
-"""Part 1: is it right? Every model's step against float64, replays against eager, training, the fused step, the tests."""
+"""Part 1: is it right? Every model's step against float64, replays, training, the fused step, the tests."""
 
 import copy
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from bandwidths import KERNELS, mlp_pair
 from session import PRECISIONS, Found, Session, arithmetic, graphed
-from torch import Tensor, nn
+from torch import Tensor
 
 from wgan_fast import CriticStep, build_info
 from wgan_fast.bench import variants, workloads
@@ -141,7 +141,8 @@ def training(session: Session) -> Found:
     graph = {"cuda_graph": True}
     ways: dict[str, dict[str, Any]] = {
         "eager": {}, "graph": graph, "every 4": {"penalty_every": 4}, "every 4, graph": {"penalty_every": 4, **graph},
-        "bf16": {"precision": "bf16"}, "bf16, graph, channels last": {"precision": "bf16", "channels_last": True, **graph},
+        "bf16": {"precision": "bf16"},
+        "bf16, graph, channels last": {"precision": "bf16", "channels_last": True, **graph},
     }  # fmt: skip
     found: Found = {"wasserstein": {}}
     weights: dict[str, Tensor] = {}

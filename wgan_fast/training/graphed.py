@@ -128,15 +128,25 @@ class GraphedCalls:
     def _capture(self, static: Sequence[Tensor]) -> _Captured:
         """Record the operations without running them; random numbers are drawn anew at every replay."""
         graph = torch.cuda.CUDAGraph()
+        drawn = torch.cuda.get_rng_state(self._device)
         try:
             # Threads that pin memory for the data may call CUDA meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = self._function(static)
         except RuntimeError as error:
+            _release_generator(self._device, drawn)
             raise InputError(
                 f"cuda_graph cannot capture this training: {str(error).partition(chr(10))[0]}; train without it"
             ) from error
         return _Captured(graph, result)
+
+
+def _release_generator(device: torch.device, state: Tensor) -> None:
+    """Give the default generator back its state: a capture that fails leaves it refusing to draw outside of one."""
+    fresh = torch.Generator(device)
+    fresh.set_state(state)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.default_generators[index].graphsafe_set_state(fresh)
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:

@@ -192,6 +192,11 @@ def registered() -> dict[Any, Rule]:
     return dict(_RULES)
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether an operator is to be written as kernels of a GPU like it."""
+    return x.device.type == "cuda"
+
+
 def _leaves(call: Call) -> list[Tensor]:
     """Detached operands to differentiate the operator by, which runs once more for it."""
     if _draws(call):

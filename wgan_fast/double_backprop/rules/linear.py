@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Call, Derivatives, Output, Rule, register
+from .base import Call, Derivatives, Output, Rule, on_gpu, register
 
 aten = torch.ops.aten
 
@@ -64,7 +64,7 @@ class Linear(Affine):
                 x = call.operands[data]  # type: ignore[index]
                 gradients.append(rows.t() @ (x.flatten(0, -2) if x.dim() > 2 else x))
             else:
-                gradients.append(rows.sum(0))
+                gradients.append(_sum(rows))
         return gradients
 
     def apply(self, call: Call, x: Tensor) -> Tensor:
@@ -102,7 +102,9 @@ class Convolution(Affine):
                 mask,
             )
         if bias is not None and bias in wanted and weight not in wanted:
-            gb = cotangent.sum([0, *range(2, x.dim())])
+            channels = [0, *range(2, x.dim())]
+            along = cotangent.stride(1) == 1 and on_gpu(cotangent)
+            gb = _sum(cotangent.permute(*channels, 1).flatten(0, -2)) if along else cotangent.sum(channels)
         return [{data: gx, weight: gw, bias: gb}[i] for i in wanted]
 
     def apply(self, call: Call, x: Tensor) -> Tensor:
@@ -127,6 +129,16 @@ class Convolution(Affine):
         return [
             each("stride"), each("padding"), each("dilation"), transposed, output_padding, call.argument("groups")
         ]  # fmt: skip
+
+
+def _sum(rows: Tensor) -> Tensor:
+    """Σ over the rows ``[M, C]``; on a GPU as a product, which takes a third to an eighth of a reduction's time."""
+    if not on_gpu(rows):
+        return rows.sum(0)
+    ones = torch.ones(rows.shape[0], dtype=rows.dtype, device=rows.device)
+    if rows.dtype in (torch.float32, torch.float64):
+        return rows.t().mv(ones)
+    return torch.mm(ones[None], rows, out_dtype=torch.float32)[0]
 
 
 def _goes_along_channels(call: Call) -> bool:
@@ -161,7 +173,9 @@ def _channels_last(x: Tensor) -> Tensor:
 def _computed_in(x: Tensor) -> torch.dtype:
     """The dtype that autocast, where it is on, has a product take an operand in."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if x.dtype == torch.float32 and torch.is_autocast_enabled(device) else x.dtype
+    return (
+        torch.get_autocast_dtype(device) if x.dtype == torch.float32 and torch.is_autocast_enabled(device) else x.dtype
+    )
 
 
 @register("scaled_dot_product_attention")

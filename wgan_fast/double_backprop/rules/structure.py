@@ -1,11 +1,12 @@
 """Operators that move, select, sum or average: linear in their tensor, so the JVP is the operator itself."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .base import Call, Derivatives, Output, PiecewiseLinear, Rule, register
+from .base import Call, Derivatives, Output, PiecewiseLinear, Rule, on_gpu, register
 
 aten = torch.ops.aten
 
@@ -85,10 +86,63 @@ class AsStrided(Rule):
         raise NotImplementedError("an operator that reads memory by strides has no rule")
 
 
+@register("avg_pool1d", "avg_pool2d", "avg_pool3d")
+class AveragePooling(Linear):
+    """Means over windows. Where these tile the samples, reshapes take a GPU a fraction of the pooling's time."""
+
+    def forward(self, call: Call) -> Output:
+        """Pool."""
+        return self._pool(call, call.operands[0])
+
+    def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
+        """Share every mean's cotangent out among its window."""
+        windows = self._tiles(call)
+        if windows is None or not on_gpu(cotangent):
+            return super().vjp(call, cotangent, wanted)
+        last = cotangent.stride(1) == 1
+        shared = (cotangent.movedim(1, -1) if last else cotangent) / math.prod(windows)
+        first = 1 if last else 2
+        for dim, size in enumerate(windows, first):
+            tiled = shared.unsqueeze(dim + 1)
+            sizes = [size if d == dim + 1 else -1 for d in range(tiled.dim())]
+            shared = tiled.expand(sizes).flatten(dim, dim + 1)
+        return [shared.movedim(-1, 1) if last else shared]
+
+    def jvp(self, call: Call, tangents: Sequence[Tensor | None]) -> Output:
+        """Pool the tangent."""
+        return self._pool(call, tangents[0])  # type: ignore[arg-type]
+
+    def _pool(self, call: Call, x: Tensor) -> Tensor:
+        windows = self._tiles(call)
+        if windows is None or not on_gpu(x) or x.stride(1) != 1:
+            return call.run([x])  # type: ignore[no-any-return]
+        x = x.movedim(1, -1)
+        for dim, size in enumerate(windows):
+            x = x.unflatten(1 + 2 * dim, (-1, size))
+        return x.mean([2 + 2 * dim for dim in range(len(windows))]).movedim(-1, 1)
+
+    @staticmethod
+    def _tiles(call: Call) -> list[int] | None:
+        """The windows' sizes where they tile the samples; None where they do not."""
+        x, dims = call.operands[0], int(call.op._schema.name[-2])
+
+        def each(name: str) -> list[int]:
+            value = call.argument(name)
+            value = [value] if isinstance(value, int) else list(value)
+            return value * dims if len(value) == 1 else value
+
+        windows, settings = each("kernel_size"), {argument.name for argument in call.op._schema.arguments}
+        tile = (
+            x.dim() == dims + 2
+            and each("stride") in ([], windows)
+            and not any(each("padding"))
+            and ("divisor_override" not in settings or call.argument("divisor_override") is None)
+            and not any(length % size for length, size in zip(x.shape[2:], windows))
+        )
+        return windows if tile else None
+
+
 @register(
-    "avg_pool1d",
-    "avg_pool2d",
-    "avg_pool3d",
     "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
     "adaptive_avg_pool3d",
