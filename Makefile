@@ -108,15 +108,18 @@ bench-kernels: $(VENV)/package  ## Each kernel against the alternatives, and the
 report: $(VENV)/package  ## The tables of README.md and docs/scaling.md from the committed results
 	$(BIN)/python -m wgan_fast.bench.report README.md benchmarks/results
 	$(BIN)/python -m wgan_fast.bench.scaling docs/scaling.md benchmarks/results/scaling
+	$(BIN)/python benchmarks/gpu/report.py docs/gpu.md benchmarks/results/gpu
 
 kernel-check: $(VENV)/package  ## The Triton kernels for every architecture against their baselines; needs no GPU
 	$(BIN)/python tests/kernel_resources.py
 
 # Into the environment of PYTHON, which has the torch of that machine: no network, and only its GPU's architecture.
-gpu:  ## On a machine with a GPU: its tests, every kernel's bandwidth, the critic step; one results file
+gpu: OUT ?= runs/gpu
+gpu:  ## On a machine with a GPU: is it right, the critic step, whole iterations, bandwidths; PARTS and OUT choose
+	mkdir -p $(OUT)
 	TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; torch.cuda.is_available() and print("%d.%d" % torch.cuda.get_device_capability())') \
-		$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	$(PYTHON) benchmarks/gpu.py $(addprefix --commit=,$(COMMIT))
+		WGAN_FAST_REQUIRE_EXT=1 $(PYTHON) -m pip install --no-build-isolation --no-deps -e . > $(OUT)/build.log || (cat $(OUT)/build.log; false)
+	$(PYTHON) benchmarks/gpu $(PARTS) --out $(OUT) $(addprefix --commit=,$(COMMIT))
 
 wheel-test: $(VENV)/package  ## Wheels with and without the extension, each used outside the checkout
 	$(BIN)/python tests/check_wheel.py

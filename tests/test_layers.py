@@ -10,7 +10,7 @@ import wgan_fast
 ROOT = Path(wgan_fast.__file__).parent
 ALLOWED = {
     "ops": {"ops", "build", "precision", "reference"},
-    "double_backprop": {"double_backprop", "ops", "autograd", "checks", "errors", "precision", "reference"},
+    "double_backprop": {"double_backprop", "ops", "autograd", "backends", "checks", "errors", "precision", "reference"},
     "reference.py": {"precision"},
     "precision.py": set(),
 }

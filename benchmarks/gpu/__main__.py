@@ -11,6 +11,7 @@ same runs at small sizes on the CPU, and the file says so. Needs torch, triton, 
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import bandwidths
 import iterations
+import report
 import right
 import targets
 from session import Session
@@ -38,14 +40,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, "compile", []], help="what to measure (all four)")
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "runs" / "gpu", help="folder of all that is left")
-    parser.add_argument("--commit", default="", help="what was measured, where the checkout has no history")
+    parser.add_argument("--commit", default="", help="what is measured, where the checkout cannot tell")
     options = parser.parse_args()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         print("no GPU: small sizes on the CPU, which say nothing of a GPU; no test of the GPU ran")
     environment = results.environment(torch.device(device)) | {"gpu": device == "cuda"}
-    environment["commit"] = environment["commit"] or options.commit
+    environment["commit"] = options.commit or environment["commit"]
     environment["versions"] |= {"triton": results.version("triton"), "cuda": torch.version.cuda or ""}
     session = Session(options.out, environment, device)
     if options.parts == ["compile"]:
@@ -53,9 +55,7 @@ def main() -> int:
         return 0
     for part in options.parts or PARTS:
         PARTS[part](session)
-    tables = ["\n".join(table) for table in (targets.summary(session.items), iterations.summary(session.items))]
-    (session.folder / "tables.md").write_text("\n\n".join(tables) + "\n")
-    print("\n\n".join(tables))
+    print(report.section([json.loads(session.path.read_text())]))
     print(f"wrote {session.path}; failed or wrong: {', '.join(session.failed) or 'nothing'}")
     return 1 if session.failed else 0
 

@@ -97,19 +97,3 @@ def milliseconds(loop: Any, device: str, calls: int = 4) -> float:
         loop()
     wait()
     return float(f"{1e3 * (time.perf_counter() - start) / calls:.5g}")
-
-
-def summary(items: dict[str, Found]) -> list[str]:
-    """A row of Markdown for each case."""
-    rows = [
-        "| networks, batch, arithmetic | usual loop ms | tuned ms | ours ms | ours, graph ms | usual / ours |",
-        "|---|---|---|---|---|---|",
-    ]
-    for key, found in items.items():
-        if key.startswith("iteration/") and "milliseconds" in found:
-            middle = {name: statistics.median(taken) for name, taken in found["milliseconds"].items()}
-            graph = min((v for k, v in middle.items() if k.endswith("graph")), default=middle["ours"])
-            cells = [key.removeprefix("iteration/").replace("/", ", ")]
-            cells += [f"{value:.3g}" for value in (middle["naive"], middle["tuned"], middle["ours"], graph)]
-            rows.append(f"| {' | '.join(cells)} | {middle['naive'] / min(graph, middle['ours']):.2f} |")
-    return rows

@@ -46,7 +46,9 @@ def run(session: Session) -> None:
 
 def machine(session: Session) -> Found:
     """What ran: the build, and the clocks as they were found."""
-    found: Found = {"build": build_info()}
+    build = build_info()
+    build["compiler"].pop("path", None)
+    found: Found = {"build": build}
     if session.on_gpu:
         query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]

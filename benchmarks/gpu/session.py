@@ -1,7 +1,6 @@
 """Items of a measurement, each in a try of its own, in one file that is written after each of them."""
 
 import dataclasses
-import functools
 import json
 import statistics
 import time
@@ -144,15 +143,10 @@ def profile(call: Callable[[], object], device: str, calls: int = 3) -> tuple[Fo
         "milliseconds": float(f"{1e3 * wall:.4g}"),
         "device_milliseconds": float(f"{total:.4g}"),
         "busy": round(total / (1e3 * wall), 3),
-        "kernels": round(sum(event.count for event in averages) / calls),
+        "kernels": round(sum(event.count for event in averages if getattr(event, key) > 0) / calls),
     }
     top = sorted(averages, key=lambda event: -getattr(event, key))[:25]
     lines = [
         f"{getattr(event, key) / calls / 1e3:9.4f} ms {event.count / calls:7.1f} x  {event.key[:150]}" for event in top
     ]
     return found, "\n".join(lines)
-
-
-def partials(function: Callable[..., Found], *cases: Any) -> dict[Any, Callable[[], Found]]:
-    """A function of each case."""
-    return {case: functools.partial(function, case) for case in cases}

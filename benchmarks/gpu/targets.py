@@ -174,29 +174,3 @@ def jax_arithmetic(precision: str) -> AbstractContextManager[Any]:
     except ImportError:
         return nullcontext()
     return jax.default_matmul_precision("highest" if precision == "fp32" else "tensorfloat32")
-
-
-def best(middle: dict[str, float], name: str) -> float:
-    """The least of a variant's milliseconds over layouts, compiled or not, as a graph or not."""
-    return min(value for key, value in middle.items() if key.split(",")[0] == name)
-
-
-def summary(items: dict[str, Found]) -> list[str]:
-    """A row of Markdown for each case: milliseconds, and how many times as long the others take."""
-    rows = [
-        "| critic, batch, arithmetic | naive ms | ours ms | our graph ms | naive / ours | both as graphs | JAX / ours |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for key, found in items.items():
-        if key.startswith("target/") and "milliseconds" in found:
-            middle = medians(found["milliseconds"])
-            graphs = [{k: v for k, v in middle.items() if k.endswith("graph")} or middle][0]
-            ours = best(middle, "ours")
-            cells = [
-                key.removeprefix("target/").replace("/", ", "), f"{middle['naive']:.3g}", f"{middle['ours']:.3g}",
-                f"{best(graphs, 'ours'):.3g}", f"{middle['naive'] / ours:.2f}",
-                f"{best(graphs, 'naive') / best(graphs, 'ours'):.2f}",
-                f"{middle['jax'] / ours:.2f}" if "jax" in middle else "",
-            ]  # fmt: skip
-            rows.append(f"| {' | '.join(cells)} |")
-    return rows
