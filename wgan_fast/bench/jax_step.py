@@ -41,7 +41,7 @@ class _Run:
     def __call__(self, alpha: Tensor | None) -> None:
         given = None if alpha is None else self._given(alpha)
         gradient = self._jitted(_mode(self._workload))
-        wait = self._jax.block_until_ready
+        wait: Callable[[Any], object] = self._jax.block_until_ready
         if not self._on_cpu:
             wait(self.latest)  # of the step before: the host may run one step ahead, as it may with PyTorch
         self.latest, self._key = gradient(self._parameters, *self._batch, given, self._key)

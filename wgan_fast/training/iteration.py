@@ -271,7 +271,7 @@ def for_device(config: TrainConfig, device: torch.device, *, alone: bool) -> Tra
     # Networks that do nothing which a replay would leave out, and no comparison that waits for the device.
     repeats = config.model in ("auto", *models.MODELS) and config.engine != "checked"
     left = {"cuda_graph": on_gpu and alone and repeats, "channels_last": on_gpu and in_tensor_cores}
-    return dataclasses.replace(config, **{k: v for k, v in left.items() if getattr(config, k) is None})
+    return dataclasses.replace(config, **{k: v for k, v in left.items() if getattr(config, k) is None})  # type: ignore[arg-type]
 
 
 def _averaged(generator: nn.Module) -> nn.Module:
@@ -316,7 +316,7 @@ def make_optimizer(
     RMSprop with a ``clip`` is the fused one, which also clips.
     """
     rate, beta1, beta2 = learning_rate or 0.0, config.beta1 or 0.0, config.beta2 or 0.0
-    graph = config.cuda_graph and parameters[0].device.type == "cuda"
+    graph = bool(config.cuda_graph) and parameters[0].device.type == "cuda"
     lr: float | Tensor = torch.tensor(rate, device=parameters[0].device) if config.cuda_graph else rate
     optimizer: torch.optim.Optimizer
     if config.optimizer == "adam":

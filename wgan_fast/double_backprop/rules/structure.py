@@ -118,7 +118,7 @@ class AveragePooling(Linear):
             return call.run([x])  # type: ignore[no-any-return]
         x = x.movedim(1, -1)
         for dim, size in enumerate(windows):
-            x = x.unflatten(1 + 2 * dim, (-1, size))
+            x = x.unflatten(1 + 2 * dim, (-1, size))  # type: ignore[no-untyped-call]
         return x.mean([2 + 2 * dim for dim in range(len(windows))]).movedim(-1, 1)
 
     @staticmethod
