@@ -30,8 +30,9 @@ REQUIRED = os.environ.get("WGAN_FAST_REQUIRE_EXT") == "1"
 PACKAGES = [
     "wgan_fast",
     "wgan_fast.bench",
-    "wgan_fast.double_backprop",
-    "wgan_fast.double_backprop.rules",
+    "wgan_fast.engine",
+    "wgan_fast.four_pass",
+    "wgan_fast.four_pass.operators",
     "wgan_fast.kernels",
     "wgan_fast.ops",
     "wgan_fast.training",

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from wgan_fast.data import batches
 from wgan_fast.training import TrainConfig, Trainer
+from wgan_fast.training.data import batches
 from wgan_fast.training.distributed import Replicas, processes
 
 CASES = [("8gaussians", "toy-mlp", 256), ("8gaussians", "toy-mlp", 4096), ("mnist5k", "mnist-dcgan", 64)]

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from wgan_fast.data import batches
 from wgan_fast.training import TrainConfig, Trainer
+from wgan_fast.training.data import batches
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SECONDS = 25.0

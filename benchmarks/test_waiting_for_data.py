@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import wgan_fast.data
-from wgan_fast.data import batches, load_data
+import wgan_fast.training.data
+from wgan_fast.training.data import batches, load_data
 
 N_CRITIC, BATCH_SIZE, ITERATIONS = 5, 64, 12
 BUSY = 0.4
@@ -44,7 +44,7 @@ def waiting(folder: Path, workers: int, ahead: int) -> float:
 
 
 def test_waiting_for_data(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(wgan_fast.data, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(wgan_fast.training.data, "RESIDENT_BYTES", 0)
     ahead = 2 * N_CRITIC
     measured = {workers: waiting(folder, workers, ahead) for workers in (0, 1, 2)}
     short = waiting(folder, 1, 2)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import wgan_fast
-from wgan_fast.data import load_data
+from wgan_fast.training.data import load_data
 
 
 def endlessly(loader: DataLoader) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import wgan_fast
-from wgan_fast.plots import save_grid
+from wgan_fast.training.plots import save_grid
 
 LATENT = 16
 CLASSES = 10

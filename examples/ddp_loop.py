@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import wgan_fast
-from wgan_fast.data import load_data
-from wgan_fast.metrics import sliced_wasserstein
+from wgan_fast.training.data import load_data
+from wgan_fast.training.metrics import sliced_wasserstein
 
 BATCH = 256
 

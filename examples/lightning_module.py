@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import wgan_fast
-from wgan_fast.data import load_data
+from wgan_fast.training.data import load_data
 
 
 class WGAN(lightning.LightningModule):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import wgan_fast
-from wgan_fast.data import Data, load_data
-from wgan_fast.metrics import sliced_wasserstein
+from wgan_fast.training.data import Data, load_data
+from wgan_fast.training.metrics import sliced_wasserstein
 
 LATENT = 8
 WEIGHT = 0.1  # of the penalty, as in the paper's code for points of the plane

@@ -9,7 +9,7 @@ from matplotlib.cbook import get_sample_data
 from torch import Tensor, nn
 
 import wgan_fast
-from wgan_fast.metrics import sliced_wasserstein
+from wgan_fast.training.metrics import sliced_wasserstein
 
 LATENT = 16
 LENGTH = 64

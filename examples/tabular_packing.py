@@ -11,7 +11,7 @@ from sklearn.datasets import load_breast_cancer
 from torch import Tensor, nn
 
 import wgan_fast
-from wgan_fast.metrics import sliced_wasserstein
+from wgan_fast.training.metrics import sliced_wasserstein
 
 PACK = 10
 LATENT = 32

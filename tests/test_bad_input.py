@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from runs import TINY, metrics_of, newest_checkpoint, run_process, tensors_of, tree
 
-from wgan_fast.cli import main
 from wgan_fast.errors import InputError
 from wgan_fast.training import Run, TrainConfig, Trainer
+from wgan_fast.training.cli import main
 
 Refused = Callable[..., str]
 
@@ -25,7 +25,7 @@ Refused = Callable[..., str]
 @pytest.fixture(autouse=True)
 def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing them takes a second, most of the time of runs as small as these."""
-    monkeypatch.setattr("wgan_fast.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
+    monkeypatch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def test_image_that_becomes_unreadable_while_streaming_is_named(workplace, refus
     # Its header is whole, so that only decoding finds it torn.
     torn = workplace / "images" / "3.png"
     torn.write_bytes(torn.read_bytes()[:150])
-    monkeypatch.setattr("wgan_fast.data.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("wgan_fast.training.data.RESIDENT_BYTES", 0)
     arguments = [*TINY, "--data", "images", "--holdout", "0", "--steps", "9", "--out", "run"]
     mentions(refused("train", *arguments, unchanged=False), "3.png")
 

@@ -20,8 +20,8 @@ from wgan_fast.bench.measure import count, forward_flops, interleaved, peak_byte
 from wgan_fast.bench.run import run
 from wgan_fast.bench.step import Skipped, Step
 from wgan_fast.bench.variants import VARIANTS, Variant, naive, ours
-from wgan_fast.cli import main
 from wgan_fast.errors import InputError
+from wgan_fast.training.cli import main
 
 CHECKOUT = Path(__file__).parents[1]
 EAGER = [name for name, variant in VARIANTS.items() if not variant.compiled and variant.computes != "nothing"]

@@ -5,8 +5,9 @@ import torch
 from test_engine_exactness import CRITICS, perturbed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wgan_fast import CriticStep, checked, gradient_penalty
-from wgan_fast.double_backprop.plan import Plan
+from wgan_fast import CriticStep, gradient_penalty
+from wgan_fast.engine import checked
+from wgan_fast.four_pass.plan import Plan
 
 
 @pytest.mark.filterwarnings("ignore:wgan_fast differentiates with autograd")

@@ -15,16 +15,16 @@ import torch
 from runs import TINY, assert_same_run, same_bits, tree
 from torch import nn
 
-from wgan_fast.cli import main
 from wgan_fast.errors import InputError
 from wgan_fast.training import Run, Trainer
 from wgan_fast.training.checkpoint import load_checkpoint, load_module, load_optimizer, optimizer_state, save_checkpoint
+from wgan_fast.training.cli import main
 
 
 @pytest.fixture(autouse=True)
 def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing them takes a second, most of the time of runs as small as these."""
-    monkeypatch.setattr("wgan_fast.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
+    monkeypatch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
 
 
 @pytest.fixture(scope="module")

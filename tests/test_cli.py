@@ -32,10 +32,10 @@ from runs import (
 )
 
 import wgan_fast
-from wgan_fast.cli import main
-from wgan_fast.data import load_data
-from wgan_fast.metrics import mode_coverage, sliced_wasserstein
 from wgan_fast.training import Run
+from wgan_fast.training.cli import main
+from wgan_fast.training.data import load_data
+from wgan_fast.training.metrics import mode_coverage, sliced_wasserstein
 from wgan_fast.training.run import draw_noise
 
 

@@ -9,7 +9,8 @@ from bad_arguments import CRITIC_ERRORS, SAMPLE_ERRORS, Row, assert_says, rows
 from textbook import CASES, CRITIC_LOSSES, Case, assert_equal_gradients, distance, gradients, random_pair
 from torch import Tensor, nn
 
-from wgan_fast import CriticStep, CriticStepResult, GradientPenalty, PenaltyConfig, losses, models, reference
+from wgan_fast import CriticStep, CriticStepResult, GradientPenalty, PenaltyConfig, losses, reference
+from wgan_fast.training import models
 
 PENALTIES = {
     "wgan_gp": PenaltyConfig.wgan_gp(),

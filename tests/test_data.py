@@ -1,4 +1,4 @@
-"""What `wgan_fast.data` promises: the right samples, in an order that resumes exactly, or one clear line."""
+"""What `wgan_fast.training.data` promises: the right samples, in an order that resumes exactly, or one clear line."""
 
 import gzip
 import importlib.util
@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from wgan_fast import data as data_module
-from wgan_fast.data import batches, load_data
 from wgan_fast.errors import InputError
+from wgan_fast.training import data as data_module
+from wgan_fast.training.data import batches, load_data
 
 Image = pytest.importorskip("PIL.Image")
 

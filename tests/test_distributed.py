@@ -17,7 +17,7 @@ import torch
 from runs import ENVIRONMENT, TINY, metrics_of, newest_checkpoint, read_checkpoint, same_bits
 from torch import nn
 
-from wgan_fast.data import batches, load_data
+from wgan_fast.training.data import batches, load_data
 from wgan_fast.training.distributed import Replicas
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
@@ -32,10 +32,10 @@ import ot, torch, torch._dynamo, torch.distributed, torch.utils.tensorboard  # w
 from torch import nn
 
 torch.set_num_threads(1)
-import wgan_fast.data, wgan_fast.plots
+import wgan_fast.training.data, wgan_fast.training.plots
 from wgan_fast import cli
 from wgan_fast.training.divergence import LossWatch
-wgan_fast.plots.save_curves = lambda records, path, **options: path.write_bytes(b"")
+wgan_fast.training.plots.save_curves = lambda records, path, **options: path.write_bytes(b"")
 
 from wgan_fast import gradient_penalty
 from wgan_fast.training import TrainConfig, Trainer

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from wgan_fast import cli
-from wgan_fast.training import TrainConfig
+from wgan_fast.training import TrainConfig, cli
 
 CHECKOUT = Path(__file__).parents[1]
 PAGES = [f"docs/{name}.md" for name in ("benchmarks", "distributed", "kernels", "quality", "scaling")]

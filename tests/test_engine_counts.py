@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from wgan_fast import models, reference
-from wgan_fast.double_backprop import FourPassEngine, Objective
+from wgan_fast import reference
+from wgan_fast.engine.planned import FourPassEngine
+from wgan_fast.four_pass import Objective
+from wgan_fast.training import models
 
 
 def mlp():

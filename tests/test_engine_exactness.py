@@ -9,8 +9,9 @@ from rounding import deviations
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wgan_fast.autograd import attach
-from wgan_fast.double_backprop import CaptureError, FourPassEngine, Objective
+from wgan_fast.engine.autograd import attach
+from wgan_fast.engine.planned import FourPassEngine
+from wgan_fast.four_pass import CaptureError, Objective
 
 L, C = nn.Linear, nn.Conv2d
 VECTORS, IMAGES = (6, 30), (4, 3, 8, 8)

@@ -16,7 +16,8 @@ from test_engine_exactness import Custom, assert_exact, batches_of, perturbed, t
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from wgan_fast.double_backprop import CaptureError, FourPassEngine, Objective
+from wgan_fast.engine.planned import FourPassEngine
+from wgan_fast.four_pass import CaptureError, Objective
 
 MOST_VALUES = 400
 """Values of a sample in any layer; what grows beyond is left out."""

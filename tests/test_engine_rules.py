@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from wgan_fast.double_backprop.rules import Call, Slot, linear, structure
-from wgan_fast.double_backprop.rules.base import Rule, registered, rule_for
+from wgan_fast.four_pass.operators import Call, Slot, linear, structure
+from wgan_fast.four_pass.operators.base import Rule, registered, rule_for
 
 aten = torch.ops.aten
 

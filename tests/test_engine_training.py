@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wgan_fast import CriticStep, models
-from wgan_fast.data import Split, batches, load_data
+from wgan_fast import CriticStep
+from wgan_fast.training import models
+from wgan_fast.training.data import Split, batches, load_data
 
 BATCH, N_CRITIC, LATENT = 32, 5, 16
 

@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 
-from wgan_fast import CriticStep, GradientPenalty, PenaltyConfig, explain, gradient_penalty, losses, models, reference
-from wgan_fast.double_backprop import CaptureError
+from wgan_fast import CriticStep, GradientPenalty, PenaltyConfig, explain, gradient_penalty, losses, reference
+from wgan_fast.four_pass import CaptureError
+from wgan_fast.training import models
 
 
 @pytest.fixture(autouse=True)

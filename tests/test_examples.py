@@ -13,8 +13,8 @@ import torch
 from runs import ENVIRONMENT, EXAMPLES
 
 from wgan_fast import gradient_penalty
-from wgan_fast.data import load_data
-from wgan_fast.metrics import sliced_wasserstein
+from wgan_fast.training.data import load_data
+from wgan_fast.training.metrics import sliced_wasserstein
 
 pytest.importorskip("ot")
 

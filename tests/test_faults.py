@@ -27,11 +27,11 @@ from runs import (
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from wgan_fast.cli import main
-from wgan_fast.data import load_data
 from wgan_fast.errors import DivergenceError, InputError
 from wgan_fast.training import InterruptedTraining, TrainConfig, Trainer
 from wgan_fast.training.checkpoint import load_checkpoint
+from wgan_fast.training.cli import main
+from wgan_fast.training.data import load_data
 from wgan_fast.training.divergence import DivergedError, LossWatch
 from wgan_fast.training.stopping import StopRequests
 
@@ -41,14 +41,14 @@ SHORT = ["train", *TINY, "--engine", "autograd", "--steps", "6", "--checkpoint-e
 
 @pytest.fixture(autouse=True)
 def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wgan_fast.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
+    monkeypatch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wgan_fast.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
+        patch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
         main([*SHORT, "--out", str(out)])
     return out
 
@@ -140,7 +140,7 @@ def test_terminated_process_is_saved_within_seconds(tmp_path):
     for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
     arguments = [*TINY, "--data", "images", "--steps", "100000", "--checkpoint-every", "100000"]
-    starter = "import wgan_fast.data as d, wgan_fast.cli as c; d.RESIDENT_BYTES = 0; c.main()"
+    starter = "import wgan_fast.training.data as d, wgan_fast.training.cli as c; d.RESIDENT_BYTES = 0; c.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", starter, "train", *arguments, "--workers", "1", "--out", "run"],
         cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -206,7 +206,7 @@ LIMITED = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
-from wgan_fast.cli import main
+from wgan_fast.training.cli import main
 main()
 """
 
@@ -280,7 +280,7 @@ def test_image_that_disappears_is_named_and_the_run_goes_on_once_it_is_back(tmp_
     images.mkdir()
     for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(images / f"{index}.png")
-    monkeypatch.setattr("wgan_fast.data.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("wgan_fast.training.data.RESIDENT_BYTES", 0)
     arguments = [*SHORT, "--data", str(images), "--workers", str(workers), "--steps", "9", "--holdout", "0"]
     main([*arguments, "--out", str(tmp_path / "whole")])
     out = tmp_path / "run"
@@ -290,7 +290,7 @@ def test_image_that_disappears_is_named_and_the_run_goes_on_once_it_is_back(tmp_
     assert "the data cannot be read after step" in last
     assert newest_checkpoint(out).name in last
     monkeypatch.undo()
-    monkeypatch.setattr("wgan_fast.data.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("wgan_fast.training.data.RESIDENT_BYTES", 0)
     (tmp_path / "3.png").rename(images / "3.png")
     main(["train", "--resume", str(out)])
     assert_same_checkpoint(newest_checkpoint(out), newest_checkpoint(tmp_path / "whole"))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from wgan_fast import metrics
 from wgan_fast.errors import InputError
+from wgan_fast.training import metrics
 
 
 def directions(dimension: int, count: int, seed: int) -> np.ndarray:

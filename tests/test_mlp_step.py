@@ -11,7 +11,9 @@ from textbook import assert_equal_gradients, gradients_left_in, random_pair
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wgan_fast import CriticStep, CriticStepResult, PenaltyConfig, explain, fused_mlp, models, reference
+from wgan_fast import CriticStep, CriticStepResult, PenaltyConfig, explain, reference
+from wgan_fast.engine import fused_mlp
+from wgan_fast.training import models
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 

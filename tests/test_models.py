@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wgan_fast import models
 from wgan_fast.errors import InputError
+from wgan_fast.training import models
 
 SHAPES = {
     "toy-mlp": (3,),

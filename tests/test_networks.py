@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wgan_fast.networks import channels_last, copy_of, to_channels_last
+from wgan_fast.training.networks import channels_last, copy_of, to_channels_last
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated", "ignore:.*torch.jit.* is deprecated")
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wgan_fast import gradient_penalty, reference
-from wgan_fast.piecewise_linear import PiecewiseLinear
+from wgan_fast.engine.piecewise_linear import PiecewiseLinear
 
 pytestmark = pytest.mark.usefixtures("replaced_however_small")
 

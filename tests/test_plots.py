@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from wgan_fast import plots
+from wgan_fast.training import plots
 
 
 def pixels(path) -> np.ndarray:
@@ -311,7 +311,7 @@ def test_missing_libraries_are_said_with_the_extra_that_brings_them():
         "import sys\n"
         "sys.modules['matplotlib'] = None\n"
         "try:\n"
-        "    import wgan_fast.plots\n"
+        "    import wgan_fast.training.plots\n"
         "except ImportError as error:\n"
         "    assert \"pip install 'wgan_fast[train]'\" in str(error), error\n"
         "else:\n"

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from wgan_fast import metrics, quality
-from wgan_fast.data import load_data, load_labels
 from wgan_fast.errors import InputError
+from wgan_fast.training import metrics, quality
+from wgan_fast.training.data import load_data, load_labels
 
 pytest.importorskip("sklearn")
 pytest.importorskip("safetensors")

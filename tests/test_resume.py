@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from runs import ENVIRONMENT, TINY, assert_same_checkpoint, assert_same_run, metrics_of, newest_checkpoint, tensors_of
 
-from wgan_fast.cli import main
+from wgan_fast.training.cli import main
 
 KILLED = -signal.SIGKILL
 
@@ -29,15 +29,15 @@ import json, os, pathlib, random, signal, sys, time, traceback
 import numpy as np
 import ot, torch, torch._dynamo, torch.utils.tensorboard  # what training imports late
 
-import wgan_fast.data, wgan_fast.plots, wgan_fast.quality
+import wgan_fast.training.data, wgan_fast.training.plots, wgan_fast.training.quality
 from wgan_fast import cli
 
 # A classifier of few steps, and few samples to rate with it, in a cache of these tests' own.
 os.environ["XDG_CACHE_HOME"] = sys.argv[1]
-wgan_fast.quality._STEPS, wgan_fast.quality._TRACKED = 10, 50
+wgan_fast.training.quality._STEPS, wgan_fast.training.quality._TRACKED = 10, 50
 
 # Drawn after the last checkpoint, the curves would take most of the time of runs as small as these.
-wgan_fast.plots.save_curves = lambda records, path, **options: path.write_bytes(b"")
+wgan_fast.training.plots.save_curves = lambda records, path, **options: path.write_bytes(b"")
 
 
 def die():
@@ -95,7 +95,7 @@ def child(order):
     # A process of its own would not share the parent's random numbers.
     random.seed(), np.random.seed(), torch.seed()
     if order["resident_bytes"] is not None:
-        wgan_fast.data.RESIDENT_BYTES = order["resident_bytes"]
+        wgan_fast.training.data.RESIDENT_BYTES = order["resident_bytes"]
     if order["disk_call"] is not None:
         die_at_disk_call(order["disk_call"])
     try:

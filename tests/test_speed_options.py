@@ -14,14 +14,14 @@ from runs import TINY, assert_same_run, metrics_of, read_checkpoint, same_bits
 from torch import Tensor, nn
 
 from wgan_fast import CriticStep, GradientPenalty, PenaltyConfig
-from wgan_fast.cli import main
-from wgan_fast.data import load_data
 from wgan_fast.errors import InputError
-from wgan_fast.models import build
 from wgan_fast.penalty import thinned
 from wgan_fast.training import TrainConfig, Trainer
+from wgan_fast.training.cli import main
+from wgan_fast.training.data import load_data
 from wgan_fast.training.graphed import WARM_UP, GraphedCalls, StaticInputs
 from wgan_fast.training.iteration import keeps_samples_apart
+from wgan_fast.training.models import build
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
@@ -34,7 +34,7 @@ STEPS = 5
 
 @pytest.fixture(autouse=True)
 def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wgan_fast.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
+    monkeypatch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
 
 
 def networks(norm: bool = False) -> tuple[nn.Module, nn.Module]:
@@ -163,7 +163,7 @@ def test_streamed_data_trains_the_same_networks_bit_for_bit(tmp_path, monkeypatc
     settings = {"batch_size": 6, "n_critic": 3, "steps": STEPS, "device": "cpu", "engine": "autograd"}
     trainers = []
     for name, resident in (("resident", 1 << 30), ("streamed", 0)):
-        monkeypatch.setattr("wgan_fast.data.RESIDENT_BYTES", resident)
+        monkeypatch.setattr("wgan_fast.training.data.RESIDENT_BYTES", resident)
         config = TrainConfig(out=tmp_path / name, workers=workers, **settings)
         trainers.append(Trainer(*networks(), load_data(tmp_path / "images"), config))
         trainers[-1].fit()

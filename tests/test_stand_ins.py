@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from wgan_fast import losses
-from wgan_fast.double_backprop import FourPassEngine, Objective, counting, record, stand_ins
+from wgan_fast.engine.planned import FourPassEngine
+from wgan_fast.four_pass import Objective, counting, record, stand_ins
 
 
 def looks(value):

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import Dataset
 
-from wgan_fast import PenaltyConfig, quality
-from wgan_fast.cli import main
-from wgan_fast.data import batches, load_data, load_labels
+from wgan_fast import PenaltyConfig
 from wgan_fast.errors import InputError
-from wgan_fast.metrics import sliced_wasserstein
-from wgan_fast.training import RECIPES, Run, TrainConfig, Trainer
+from wgan_fast.training import RECIPES, Run, TrainConfig, Trainer, quality
+from wgan_fast.training.cli import main
+from wgan_fast.training.data import batches, load_data, load_labels
+from wgan_fast.training.metrics import sliced_wasserstein
 from wgan_fast.training.randomness import TRAINING, seed_everything
 from wgan_fast.training.run import draw_noise
 
@@ -76,7 +76,9 @@ def real_curves() -> None:
 def _curves_are_not_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing them takes a second, most of the time of runs as small as these."""
     if "real_curves" not in request.fixturenames:
-        monkeypatch.setattr("wgan_fast.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
+        monkeypatch.setattr(
+            "wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b"")
+        )
 
 
 def test_every_method_is_known():

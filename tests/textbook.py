@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wgan_fast import models
+from wgan_fast.training import models
 
 CLASSES = 3
 PAC = 3

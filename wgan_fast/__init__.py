@@ -4,7 +4,7 @@ from . import losses, optim
 from .build import build_info
 from .clipping import clip_weights_
 from .critic_step import CriticStep, CriticStepResult
-from .engines import Explanation, explain
+from .explain import Explanation, explain
 from .penalty import (
     GradientPenalty,
     PenaltyConfig,

@@ -1,5 +1,5 @@
 """``python -m wgan_fast`` is the command line."""
 
-from .cli import main
+from .training.cli import main
 
 main()

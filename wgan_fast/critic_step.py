@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from .autograd import Piecewise, forget_gradients, leave, penalty_at
 from .checks import (
     Engine,
     check_alpha,
@@ -20,9 +19,11 @@ from .checks import (
     check_samples,
     check_scores,
 )
-from .double_backprop import Objective, Prepared, StepOutput
-from .engines import EngineChoice
-from .fused_mlp import FusedMLP, fused_mlp
+from .engine.autograd import Piecewise, forget_gradients, leave, penalty_at
+from .engine.choice import EngineChoice
+from .engine.fused_mlp import FusedMLP, fused_mlp
+from .engine.planned import Prepared
+from .four_pass import Objective, StepOutput
 from .losses import AdversarialLoss, get_loss, wasserstein
 from .ops.samples import settled
 from .penalty import PenaltyConfig, check_part, draw, mixed, thinned

@@ -10,10 +10,8 @@ from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from . import compiled_callers as compiled_callers  # registers the operator that compiled callers run
 from . import ops as ops
 from . import reference
-from .autograd import attach, penalty_at
 from .checks import (
     Engine,
     check_alpha,
@@ -26,7 +24,9 @@ from .checks import (
     check_matches,
     check_samples,
 )
-from .engines import EngineChoice, GivenWay, penalty_choice, traced_choice
+from .engine import compiled_callers as compiled_callers  # registers the operator that compiled callers run
+from .engine.autograd import attach, penalty_at
+from .engine.choice import EngineChoice, GivenWay, penalty_choice, traced_choice
 from .ops.samples import empty, settled
 from .precision import accumulation_dtype
 

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from session import Found, Session, arithmetic, profile
 
-from wgan_fast import models
-from wgan_fast.training import TrainConfig, Trainer
+from wgan_fast.training import TrainConfig, Trainer, models
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_iteration import naive_loop, our_loop

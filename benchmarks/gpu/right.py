@@ -150,7 +150,7 @@ def training(session: Session) -> Found:
     weights: dict[str, Tensor] = {}
     with arithmetic("fp32"):
         for name, options in ways.items():
-            from wgan_fast import models
+            from wgan_fast.training import models
 
             torch.manual_seed(0)
             networks = models.build("mnist-dcgan", (1, 28, 28), width=16)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..files import write_atomically
+from ..training.files import write_atomically
 from .results import Ratio, milliseconds, ratio, read
 from .run import TOO_SLOW_REASON
 from .variants import VARIANTS

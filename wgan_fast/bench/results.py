@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import InputError
-from ..files import write_atomically
+from ..training.files import write_atomically
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 

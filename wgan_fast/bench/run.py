@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..double_backprop import CaptureError
+from ..four_pass import CaptureError
 from .check import PatientChecker, WrongGradientsError
 from .measure import count, fastest_of, forward_flops, interleaved, peak_bytes
 from .step import Skipped, Step

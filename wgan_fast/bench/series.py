@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from ..errors import InputError
-from ..files import write_atomically
+from ..training.files import write_atomically
 from . import report
 from .check import WrongGradientsError
 from .results import environment, read, slug, write

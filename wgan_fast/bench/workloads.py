@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from .. import models, reference
+from .. import reference
 from ..checks import check_scores
 from ..errors import InputError
-from ..networks import channels_last, copy_of, to_channels_last
 from ..penalty import PenaltyConfig, draw_alpha
+from ..training import models
+from ..training.networks import channels_last, copy_of, to_channels_last
 
 SEED = 0
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import write_atomically
+from .files import write_atomically
 
 FORMAT = 1
 CHECKPOINTS = "checkpoints"

@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import models
 from ..clipping import clip_weights_
 from ..critic_step import CriticStep, CriticStepResult
 from ..errors import InputError
 from ..losses import get_loss
-from ..networks import channels_last, copy_of, to_channels_last
 from ..optim import ClippedRMSprop
 from ..precision import accumulation_dtype
+from . import models
 from .config import TrainConfig
 from .distributed import Replicas
 from .graphed import GraphedCalls
+from .networks import channels_last, copy_of, to_channels_last
 from .randomness import PROCESS, TRAINING, seed_everything, stream_seed
 
 AHEAD_BYTES = 4 * 2**20

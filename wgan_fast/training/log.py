@@ -13,7 +13,7 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from ..files import write_atomically
+from .files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_INTERVAL = 10.0

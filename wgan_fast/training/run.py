@@ -8,12 +8,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .. import metrics, models, quality
-from ..data import Data, load_data, load_labels
 from ..errors import InputError
-from ..files import write_atomically
+from . import metrics, models, quality
 from .checkpoint import load_checkpoint, load_module
 from .config import MAX_SEED, TrainConfig
+from .data import Data, load_data, load_labels
+from .files import write_atomically
 from .randomness import NOISE, stream_seed, undisturbed
 
 CONFIG_FILE = "config.json"

@@ -12,11 +12,8 @@ from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
 
-from .. import models, plots, quality
-from ..data import SOURCES, Data, Labels, Split, batches, load_data, load_labels
 from ..errors import DivergenceError, InputError
-from ..files import write_atomically
-from ..metrics import wasserstein_estimate
+from . import models, plots, quality
 from .checkpoint import (
     Checkpoint,
     Tree,
@@ -28,11 +25,14 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import TrainConfig
+from .data import SOURCES, Data, Labels, Split, batches, load_data, load_labels
 from .distributed import Replicas
 from .divergence import DivergedError, LossWatch
+from .files import write_atomically
 from .folder import held, make_folder, make_new_folder, new_folder
 from .iteration import Iteration, IterationResult
 from .log import MetricsLog, ProgressLine
+from .metrics import wasserstein_estimate
 from .randomness import NETWORKS, random_state, seed_everything, set_random_state, undisturbed
 from .run import (
     OWN_MODEL,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_scores
-from ..double_backprop import CaptureError
 from ..errors import InputError
+from ..four_pass import CaptureError
 from .iteration import Iteration
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .double_backprop import CaptureError
-from .double_backprop.engine import summed
-from .engines import choice_by_number
-from .ops.registry import operator
-from .precision import accumulation_dtype
+from ..four_pass import CaptureError
+from ..ops.registry import operator
+from ..precision import accumulation_dtype
+from .choice import choice_by_number
+from .planned import summed
 
 
 def _fake(

@@ -26,7 +26,7 @@ from torch.nn.modules import module as modules
 from torch.utils._pytree import tree_map_only
 
 from ..checks import check_scores, unconnected
-from .capture import Captured, CaptureError, first_line, lower, raised_at, where
+from ..four_pass.capture import Captured, CaptureError, first_line, lower, raised_at, where
 
 MOST_IN_A_ROW = 3
 """Calls of one critic that are traced one after the other, before it is left to autograd."""

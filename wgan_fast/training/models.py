@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from wgan_fast.errors import InputError
+from ..errors import InputError
 
 INITIALISATIONS = ("pytorch", "he", "dcgan", "orthogonal")
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from wgan_fast.errors import InputError
-from wgan_fast.files import write_atomically
+from ..errors import InputError
+from .files import write_atomically
 
 try:
     import matplotlib
@@ -27,7 +27,7 @@ try:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
     from PIL import Image, ImageDraw, ImageFont
 except ImportError as error:
-    raise ImportError("wgan_fast.plots needs Matplotlib and Pillow: pip install 'wgan_fast[train]'") from error
+    raise ImportError("wgan_fast.training.plots needs Matplotlib and Pillow: pip install 'wgan_fast[train]'") from error
 
 _Samples = Tensor | ArrayLike
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from .capture import STOPS_GRADIENT, Captured, CaptureError, first_line, where
 from .independence import Dims
-from .rules import Call, Slot, rule_for
+from .operators import Call, Slot, rule_for
 
 Values = dict[fx.Node, Any]
 Label = Callable[[str], AbstractContextManager[None]]

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd import attach
 from ..errors import users_level
-from .capture import Captured, CaptureError, first_line
+from ..four_pass.capture import Captured, CaptureError, first_line
+from ..four_pass.counting import Cost
+from ..four_pass.plan import Objective, Plan, Schedule, StepOutput
+from .autograd import attach
 from .cost import by_autograd, of_plan
-from .counting import Cost
 from .guarded import MOST_IN_A_ROW, GuardedCall, Look, Traced, hushed
-from .plan import Objective, Plan, Schedule, StepOutput
 
 FREE_PLANS = 4
 """Of one form of a critic, for as many batch shapes and numbers; each further plan must be earned."""

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from . import reference
-from .double_backprop import Objective, Planned, StepOutput
+from .. import reference
+from ..four_pass import Objective, StepOutput
+from .planned import Planned
 
 FIRST_STEPS, ONE_IN = 3, 1000
 """Of every plan, the steps that are compared: the first ones, and then one in so many."""

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..autograd import penalty_at
-from .counting import Cost, Counter, tensor_bytes
-from .plan import Plan
-from .stand_ins import is_view
+from ..four_pass.counting import Cost, Counter, tensor_bytes
+from ..four_pass.plan import Plan
+from ..four_pass.stand_ins import is_view
+from .autograd import penalty_at
 
 
 def of_plan(plan: Plan) -> Cost:

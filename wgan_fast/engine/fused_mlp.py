@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .double_backprop.capture import Captured
+from ..four_pass.capture import Captured
 
 aten = torch.ops.aten
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import reference
-from .checks import check_scores, unconnected
+from .. import reference
+from ..checks import check_scores, unconnected
 from .piecewise_linear import PiecewiseLinear
 
 

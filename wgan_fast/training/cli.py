@@ -18,17 +18,16 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from . import build_info
-from .errors import DivergenceError, InputError
+from .. import build_info
+from ..errors import DivergenceError, InputError
 from .files import write_atomically
 
 try:
     import tyro
 
-    from . import plots
-    from .training import InterruptedTraining, Run, Summary, TrainConfig, Trainer
-    from .training.distributed import LostProcessError, Replicas, processes, restarted
-    from .training.run import CHANGEABLE, CONFIG_FILE, Description, resolve_device
+    from . import InterruptedTraining, Run, Summary, TrainConfig, Trainer, plots
+    from .distributed import LostProcessError, Replicas, processes, restarted
+    from .run import CHANGEABLE, CONFIG_FILE, Description, resolve_device
 except ImportError as missing:
     sys.exit(f"wgan-fast: {missing}; the command line needs pip install 'wgan_fast[train]'")
 
@@ -191,8 +190,8 @@ class Bench:
 
     def run(self) -> None:
         """Measure, print a table for each workload and say where the results are."""
-        from .bench import scaling, series, variants, workloads
-        from .bench.results import read
+        from ..bench import scaling, series, variants, workloads
+        from ..bench.results import read
 
         if self.shape is not None and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", self.shape) is None:
             raise InputError(f"shape must be sizes joined by x, such as 3x32x32, got {self.shape!r}")

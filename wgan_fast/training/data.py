@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from wgan_fast.errors import InputError
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .backends import switched_off
+from ..backends import switched_off
 
 aten = torch.ops.aten
 

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
 from . import metrics
 from .data import Data, Labels, Split
-from .errors import InputError
 from .files import write_atomically
 
 FEATURES = 64

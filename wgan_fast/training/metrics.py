@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from wgan_fast.errors import InputError
+from ..errors import InputError
 
 _Samples = Tensor | ArrayLike
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from .capture import Captured, where
-from .rules.base import Call
+from .operators.base import Call
 from .stand_ins import is_elementwise
 
 aten = torch.ops.aten
