@@ -33,7 +33,7 @@ from torch import nn
 
 torch.set_num_threads(1)
 import wgan_fast.training.data, wgan_fast.training.plots
-from wgan_fast import cli
+from wgan_fast.training import cli
 from wgan_fast.training.divergence import LossWatch
 wgan_fast.training.plots.save_curves = lambda records, path, **options: path.write_bytes(b"")
 

@@ -298,7 +298,7 @@ def test_global_state_of_matplotlib_is_left_alone(tmp_path):
         "import sys, matplotlib\n"
         "settings = lambda: {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != 'backend'}\n"
         "before = settings()\n"
-        "from wgan_fast import plots\n"
+        "from wgan_fast.training import plots\n"
         f"plots.save_curves([{{'step': 1, 'penalty': 1.0}}], {str(tmp_path / 'c.png')!r})\n"
         "assert settings() == before\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"

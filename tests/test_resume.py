@@ -30,7 +30,7 @@ import numpy as np
 import ot, torch, torch._dynamo, torch.utils.tensorboard  # what training imports late
 
 import wgan_fast.training.data, wgan_fast.training.plots, wgan_fast.training.quality
-from wgan_fast import cli
+from wgan_fast.training import cli
 
 # A classifier of few steps, and few samples to rate with it, in a cache of these tests' own.
 os.environ["XDG_CACHE_HOME"] = sys.argv[1]

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .operators import FLOPS
 from .stand_ins import evaluate, is_view
 
 
@@ -63,13 +64,9 @@ def tensor_bytes(values: Any) -> int:
     return sum(value.nbytes for value in tree_leaves(values) if isinstance(value, Tensor))
 
 
-def _addmm_activation_flops(bias: Tensor, a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
-    return 2 * a.shape[0] * a.shape[1] * b.shape[1]
-
-
 @cache
 def _flops() -> dict[Any, Any]:
     """Return what PyTorch counts, and what it leaves out; imported when first needed, since it imports Triton."""
     from torch.utils.flop_counter import flop_registry
 
-    return {**flop_registry, torch.ops.aten._addmm_activation: _addmm_activation_flops}
+    return {**flop_registry, **FLOPS}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .operators import IN_PLACE, OUT
 from .record import Recorder
 from .stand_ins import gives_view
 
@@ -203,9 +204,9 @@ def _write_tangents(graph: fx.Graph) -> None:
         rows = graph.create_node("call_function", aten.slice.Tensor, (whole, dim, start, val.shape[dim]))
         rows.meta["val"] = tail.meta["val"]
         later = {r for r in readers if position.get(r, -1) > position.get(tail, 1 << 60)} - {head, node}
-        if tail.target in _OUT and tail.meta["val"].dtype == val.dtype and not later:
+        if tail.target in OUT and tail.meta["val"].dtype == val.dtype and not later:
             tail.prepend(rows)
-            overload, name = _OUT[tail.target]
+            overload, name = OUT[tail.target]
             tail.target, tail.kwargs = overload, {**tail.kwargs, name: rows}
         else:
             node.prepend(rows)
@@ -220,7 +221,7 @@ def _write_in_place(graph: fx.Graph) -> None:
     """Let elementwise operators overwrite an argument that they are the last to read."""
     position = _positions(graph)
     for node in graph.nodes:
-        if node.target not in _IN_PLACE and not (node.target in _OUT and "backward" in str(node.target)):
+        if node.target not in IN_PLACE and not (node.target in OUT and "backward" in str(node.target)):
             continue
         source = node.args[0]
         others = [n for n in node.all_input_nodes if n is not source]
@@ -236,30 +237,11 @@ def _write_in_place(graph: fx.Graph) -> None:
         readers = _readers(source)
         if any(position.get(r, -1) > position[node] for r in readers) or any(o in readers for o in others):
             continue
-        if node.target in _IN_PLACE:
-            node.target = _IN_PLACE[node.target]
+        if node.target in IN_PLACE:
+            node.target = IN_PLACE[node.target]
         else:
-            overload, name = _OUT[node.target]
+            overload, name = OUT[node.target]
             node.target, node.kwargs = overload, {**node.kwargs, name: source}
-
-
-_OUT = {
-    aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
-    aten.leaky_relu_backward.default: (aten.leaky_relu_backward.grad_input, "grad_input"),
-    aten.tanh_backward.default: (aten.tanh_backward.grad_input, "grad_input"),
-    aten.sigmoid_backward.default: (aten.sigmoid_backward.grad_input, "grad_input"),
-    aten.silu_backward.default: (aten.silu_backward.grad_input, "grad_input"),
-    aten.mul.Tensor: (aten.mul.out, "out"),
-}
-_IN_PLACE = {
-    aten.relu.default: aten.relu_.default,
-    aten.leaky_relu.default: aten.leaky_relu_.default,
-    aten.tanh.default: aten.tanh_.default,
-    aten.sigmoid.default: aten.sigmoid_.default,
-    aten.mul.Tensor: aten.mul_.Tensor,
-    aten.add.Tensor: aten.add_.Tensor,
-    aten.sub.Tensor: aten.sub_.Tensor,
-}
 
 
 def _owned(node: fx.Node) -> bool:

@@ -1,13 +1,21 @@
-"""One rule per operator: how it runs forward, backward, along a tangent, and how it curves.
+"""One entry an ATen operator: how it runs, its derivatives, where the rows of samples lie, and examples of it.
 
-Look an operator up with ``rule_for``. What has no rule of its own gets the generic one, which asks autograd about
-that operator alone.
+Look an operator up by its name: every entry is one call of ``register``, ``add`` or ``elementwise``. What has no entry
+gets the generic rule, which asks autograd about that operator alone. Beside the entries stand the forms that overwrite
+(``overwrites``, ``fills``) and what PyTorch's table of FLOPs leaves out.
 """
 
 from . import activations, linear, normalization, pooling, recurrent, structure
-from .base import Call, Rule, Slot, rule_for
+from .base import FLOPS, IN_PLACE, OPERATORS, OUT, ROWS, Call, Rule, Slot, rule_for
+from .structure import SIZED
 
 __all__ = [
+    "FLOPS",
+    "IN_PLACE",
+    "OPERATORS",
+    "OUT",
+    "ROWS",
+    "SIZED",
     "Call",
     "Rule",
     "Slot",

@@ -1,131 +1,103 @@
 """Activations, applied to each element: the Jacobian is diagonal, so VJP and JVP are one function."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .base import Call, Derivatives, Output, Rule, register
+from .base import Call, Derivatives, Example, Output, Rule, W, X, add, fills, overwrites, register
+from .rows import aligned, keep_leading
 
 aten = torch.ops.aten
 
+Along = Callable[[Call, Tensor], Tensor]
+
 
 class Elementwise(Rule):
-    """y = f(x) for each element of one tensor; ``slope`` multiplies by f'(x)."""
+    """y = f(x) for each element of one tensor.
+
+    Args:
+        slope: Multiplies a vector by f'(x); None for autograd's VJP.
+        bend: Multiplies one by f''(x); None where f is piecewise linear, "autograd" for its double backward.
+    """
+
+    def __init__(self, slope: Along | None = None, bend: Along | str | None = None) -> None:
+        self._slope, self._bend = slope, bend
 
     def slope(self, call: Call, vector: Tensor) -> Tensor:
         """Return f'(x) · vector."""
-        raise NotImplementedError
-
-    def bend(self, call: Call, vector: Tensor) -> Tensor | None:
-        """Return f''(x) · vector; None where f is piecewise linear."""
-        return None
+        if self._slope is None:
+            return Rule.vjp(self, call, vector, [0])[0]  # type: ignore[return-value]
+        return self._slope(call, vector)
 
     def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
-        """f'(x) δ."""
+        """Return f'(x) δ."""
         return [self.slope(call, cotangent) for _ in wanted]
 
     def jvp(self, call: Call, tangents: Sequence[Tensor | None]) -> Output:
-        """f'(x) t."""
+        """Return f'(x) t."""
         return self.slope(call, tangents[0])  # type: ignore[arg-type]
 
     def second(
         self, call: Call, tangents: Sequence[Tensor | None], cotangent: Output, wanted: Sequence[int]
     ) -> Derivatives:
-        """f''(x) t δ."""
-        if type(self).bend is Elementwise.bend:
+        """Return f''(x) t δ."""
+        if self._bend is None:
             return [None for _ in wanted]
-        return [self.bend(call, tangents[0] * cotangent) for _ in wanted]
+        if callable(self._bend):
+            return [self._bend(call, tangents[0] * cotangent) for _ in wanted]
+        return super().second(call, tangents, cotangent, wanted)
 
 
-@register("relu")
-class ReLU(Elementwise):
-    """max(0, x)."""
-
-    def slope(self, call: Call, vector: Tensor) -> Tensor:
-        """Read from the output, so that the input need not be kept."""
-        return aten.threshold_backward(vector, call.output, 0)  # type: ignore[no-any-return]
+def elementwise(name: str, *arguments: Example, slope: Along | None = None, bend: Along | str | None = None) -> None:
+    """Add an activation; ``arguments`` are those of its examples besides the tensor."""
+    add(name, Elementwise(slope, bend), aligned, *[(X((3, 4, 7)), *given) for given in arguments or [()]])
 
 
-@register("leaky_relu")
-class LeakyReLU(Elementwise):
-    """x where x > 0, else slope · x."""
-
-    def slope(self, call: Call, vector: Tensor) -> Tensor:
-        """Read from the output where the slope is positive, so that the input need not be kept."""
-        slope = call.argument("negative_slope")
-        from_output = slope > 0
-        return aten.leaky_relu_backward(  # type: ignore[no-any-return]
-            vector, call.output if from_output else call.operands[0], slope, from_output
-        )
+def _leaky(call: Call, vector: Tensor) -> Tensor:
+    """Read from the output where the slope is positive, so that the input need not be kept."""
+    slope = call.argument("negative_slope")
+    x = call.output if slope > 0 else call.operands[0]
+    return aten.leaky_relu_backward(vector, x, slope, slope > 0)  # type: ignore[no-any-return]
 
 
-@register("hardtanh", "relu6", "clamp", "clamp_min", "threshold", "abs", "hardsigmoid", "hardshrink", "softshrink")
-class GenericPiecewiseLinear(Elementwise):
-    """Activations made of straight pieces, with the slope that autograd knows."""
-
-    def slope(self, call: Call, vector: Tensor) -> Tensor:
-        """Autograd's VJP."""
-        return Rule.vjp(self, call, vector, [0])[0]  # type: ignore[return-value]
+def _tanh(call: Call, vector: Tensor) -> Tensor:
+    return aten.tanh_backward(vector, call.output)  # type: ignore[no-any-return]
 
 
-@register("tanh")
-class Tanh(Elementwise):
-    """f' = 1 − y², f'' = −2 y f'."""
-
-    def slope(self, call: Call, vector: Tensor) -> Tensor:
-        """Read from the output."""
-        return aten.tanh_backward(vector, call.output)  # type: ignore[no-any-return]
-
-    def bend(self, call: Call, vector: Tensor) -> Tensor:
-        """Read from the output."""
-        return self.slope(call, vector) * call.output * -2  # type: ignore[no-any-return]
+def _sigmoid(call: Call, vector: Tensor) -> Tensor:
+    return aten.sigmoid_backward(vector, call.output)  # type: ignore[no-any-return]
 
 
-@register("sigmoid")
-class Sigmoid(Elementwise):
-    """f' = y (1 − y), f'' = (1 − 2y) f'."""
-
-    def slope(self, call: Call, vector: Tensor) -> Tensor:
-        """Read from the output."""
-        return aten.sigmoid_backward(vector, call.output)  # type: ignore[no-any-return]
-
-    def bend(self, call: Call, vector: Tensor) -> Tensor:
-        """Read from the output."""
-        return self.slope(call, vector) * (1 - 2 * call.output)  # type: ignore[no-any-return]
+def _exp(call: Call, vector: Tensor) -> Tensor:
+    return vector * call.output  # type: ignore[no-any-return]
 
 
-@register("exp")
-class Exp(Elementwise):
-    """f = f' = f''."""
+# Slopes are read from the output where they can be, so that the input need not be kept.
+elementwise("relu", slope=lambda call, v: aten.threshold_backward(v, call.output, 0))
+elementwise("leaky_relu", (0.2,), (-0.1,), slope=_leaky)
+elementwise("tanh", slope=_tanh, bend=lambda call, v: _tanh(call, v) * call.output * -2)  # f' = 1 − y², f'' = −2 y f'
+elementwise("sigmoid", slope=_sigmoid, bend=lambda call, v: _sigmoid(call, v) * (1 - 2 * call.output))
+elementwise("exp", slope=_exp, bend=_exp)
+elementwise("hardtanh", (-0.5, 0.7))
+elementwise("clamp", (-0.5, 0.7))
+elementwise("clamp_min", (0.1,))
+elementwise("threshold", (0.2, -1.0))
+elementwise("hardshrink", (0.3,))
+elementwise("softshrink", (0.3,))
+for _name in ("abs", "relu6", "hardsigmoid"):
+    elementwise(_name)
+for _name in ("silu", "gelu", "softplus", "elu", "mish", "hardswish", "log_sigmoid"):
+    elementwise(_name, bend="autograd")
 
-    def slope(self, call: Call, vector: Tensor) -> Tensor:
-        """Read from the output."""
-        return vector * call.output  # type: ignore[no-any-return]
-
-    def bend(self, call: Call, vector: Tensor) -> Tensor:
-        """Read from the output."""
-        return vector * call.output  # type: ignore[no-any-return]
-
-
-class SmoothGeneric(Elementwise):
-    """Smooth activations: autograd's VJP serves as the JVP too, its double backward as f''."""
-
-    def slope(self, call: Call, vector: Tensor) -> Tensor:
-        """Autograd's VJP."""
-        return Rule.vjp(self, call, vector, [0])[0]  # type: ignore[return-value]
-
-    def second(
-        self, call: Call, tangents: Sequence[Tensor | None], cotangent: Output, wanted: Sequence[int]
-    ) -> Derivatives:
-        """Autograd's double backward."""
-        return Rule.second(self, call, tangents, cotangent, wanted)
+for _name in ("relu", "leaky_relu", "tanh", "sigmoid"):
+    overwrites(_name, f"{_name}_")
+for _name in ("threshold_backward", "leaky_relu_backward", "tanh_backward", "sigmoid_backward", "silu_backward"):
+    fills(_name, "grad_input")
 
 
-register("silu", "gelu", "softplus", "elu", "mish", "hardswish", "log_sigmoid")(SmoothGeneric)
-
-
-@register("dropout", "feature_dropout")
+@register("feature_dropout", keep_leading, (X((3, 6, 7, 5)), 0.5, False), (X((3, 6, 7, 5)), 0.0, True))
+@register("dropout", aligned, (X((3, 4, 7)), 0.5, False), (X((3, 4, 7)), 0.0, True))
 class Dropout(Elementwise):
     """Multiplies by a mask that forward, cotangent and tangent share."""
 
@@ -148,7 +120,8 @@ class Dropout(Elementwise):
         return vector * call.saved["mask"] if "mask" in call.saved else vector
 
 
-@register("alpha_dropout", "feature_alpha_dropout")
+@register("feature_alpha_dropout", keep_leading, (X((3, 6, 7, 5)), 0.5, False))
+@register("alpha_dropout", aligned, (X((3, 4, 7)), 0.5, False))
 class AlphaDropout(Dropout):
     """Multiplies by a mask and shifts (Klambauer et al. 2017, arXiv:1706.02515, section 3)."""
 
@@ -167,13 +140,13 @@ _SELU_LIMIT = 1.7580993408473766
 """Where SELU tends to at −∞, times −1; the constant of ``at::alpha_dropout``."""
 
 
-@register("prelu")
+@register("prelu", aligned, (X((3, 6, 7, 5)), W((6,))))
 class PReLU(Rule):
     """Autograd's, less the zeros that it takes for the curvature of x; the slope's own share stays."""
 
     def second(
         self, call: Call, tangents: Sequence[Tensor | None], cotangent: Output, wanted: Sequence[int]
     ) -> Derivatives:
-        """Only the slopes have one."""
-        shares = Rule.second(self, call, tangents, cotangent, wanted)
+        """Return the slopes' share alone."""
+        shares = super().second(call, tangents, cotangent, wanted)
         return [share if i == 1 else None for i, share in zip(wanted, shares)]

@@ -13,11 +13,16 @@ None stands for an operand that is not asked for, a tangent that is zero, or a d
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from .rows import Where
+else:
+    Where = Any
 
 Derivatives = list[Tensor | None]
 Output = Any
@@ -162,34 +167,97 @@ class PiecewiseLinear(Rule):
 
 
 _GENERIC = Rule()
-_RULES: dict[Any, Rule] = {}
 
 
-def register(*operators: str) -> Callable[[type[Rule]], type[Rule]]:
-    """Give ATen overloads, such as ``"relu"`` or ``"mean.dim"``, their rule."""
+@dataclass(frozen=True)
+class X:
+    """Stands in an example for samples ``[N, *]``; ``W`` for what all samples share."""
+
+    shape: tuple[int, ...]
+    layout: torch.memory_format = torch.contiguous_format
+
+
+class W(X):
+    """As ``X``, for what all samples share, such as a weight."""
+
+
+Example = tuple[Any, ...]
+"""An operator's arguments, with ``X`` and ``W`` for its tensors; a dictionary at the end holds keyword arguments."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What is known of one overload that has a rule of its own.
+
+    Attributes:
+        rule: How it runs, and its derivatives.
+        examples: Calls by which tests compare the rule with the generic one, and the rows with what a batch does.
+    """
+
+    rule: Rule
+    examples: tuple[Example, ...]
+
+
+OPERATORS: dict[Any, Operator] = {}
+"""By overload."""
+ROWS: dict[str, Where] = {}
+"""Where the rows of samples lie in what an operator gives, by its name without the overload."""
+IN_PLACE: dict[Any, Any] = {}
+"""The overload that overwrites the first operand of another."""
+OUT: dict[Any, tuple[Any, str]] = {}
+"""The overload that writes to memory that it is given, and what it calls that."""
+FLOPS: dict[Any, Callable[..., int]] = {}
+"""What ``torch.utils.flop_counter`` leaves out, by packet."""
+
+
+def add(name: str, rule: Rule, rows: Where | None, *examples: Example) -> None:
+    """Give an overload, such as ``"relu"`` or ``"mean.dim"``, its entry.
+
+    Args:
+        name: Its name under ``torch.ops.aten``.
+        rule: How it runs, and its derivatives.
+        rows: Where its rows lie; None for an operator that the tag of elementwise ones tells of.
+        examples: Calls for the tests, at least one.
+    """
+    OPERATORS[overload(name)] = Operator(rule, examples)
+    if rows is not None:
+        ROWS[name.partition(".")[0]] = rows
+
+
+def register(name: str, rows: Where | None, *examples: Example) -> Callable[[type[Rule]], type[Rule]]:
+    """As ``add``, for a class of rules."""
 
     def decorate(rule: type[Rule]) -> type[Rule]:
-        for operator in operators:
-            name, _, overload = operator.partition(".")
-            _RULES[getattr(getattr(torch.ops.aten, name), overload or "default")] = rule()
+        add(name, rule(), rows, *examples)
         return rule
 
     return decorate
 
 
+def follows(rows: Where, *names: str) -> None:
+    """Say where the rows of operators lie that the generic rule differentiates."""
+    ROWS.update(dict.fromkeys(names, rows))
+
+
+def overwrites(name: str, in_place: str) -> None:
+    """Name the form of an operator that overwrites its first operand."""
+    IN_PLACE[overload(name)] = overload(in_place)
+
+
+def fills(name: str, argument: str) -> None:
+    """Name the argument of an operator's form that writes to memory that it is given; the form is called so, too."""
+    OUT[overload(name)] = overload(f"{name.partition('.')[0]}.{argument}"), argument
+
+
+def overload(name: str) -> Any:
+    """Look up an ATen overload by name; "relu" is its default."""
+    packet, _, chosen = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), chosen or "default")
+
+
 def rule_for(op: Any) -> Rule:
     """Return the rule of an ATen overload."""
-    return _RULES.get(op, _GENERIC)
-
-
-def has_own_rule(op: Any) -> bool:
-    """Whether ``op`` has a rule besides the generic one."""
-    return op in _RULES
-
-
-def registered() -> dict[Any, Rule]:
-    """Every operator with a rule of its own."""
-    return dict(_RULES)
+    return OPERATORS[op].rule if op in OPERATORS else _GENERIC
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Call, Derivatives, Output, Rule, on_gpu, register
+from . import rows
+from .base import FLOPS, Call, Derivatives, Output, Rule, W, X, on_gpu, register
 
 aten = torch.ops.aten
 
@@ -46,7 +47,12 @@ class Affine(Rule):
         raise NotImplementedError
 
 
-@register("linear")
+@register(
+    "linear",
+    rows.before_last(lambda call: 1),
+    (X((3, 4, 7)), W((5, 7)), W((5,))),
+    (X((3, 5)), W((1, 5))),
+)
 class Linear(Affine):
     """x Wᵀ + b over the last dimension."""
 
@@ -72,7 +78,21 @@ class Linear(Affine):
         return torch.nn.functional.linear(x, call.tensor("weight"))  # type: ignore[arg-type]
 
 
-@register("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input")
+@register("conv1d", rows.keep_leading, (X((3, 4, 7)), W((6, 2, 3)), W((6,)), [2], [1], [2], 2))
+@register(
+    "conv2d",
+    rows.keep_leading,
+    (X((3, 6, 7, 5)), W((4, 3, 3, 2)), W((4,)), [2, 1], [1, 0], [1, 2], 2),
+    (X((3, 6, 7, 5), torch.channels_last), W((8, 6, 3, 2), torch.channels_last), W((8,))),
+)
+@register("conv3d", rows.keep_leading, (X((2, 3, 4, 5, 6)), W((2, 3, 2, 2, 3)), W((2,)), [2, 1, 3]))
+@register("conv_transpose1d", rows.keep_leading, (X((3, 4, 7)), W((4, 3, 3)), W((3,)), [2], [1], [1]))
+@register(
+    "conv_transpose2d.input",
+    rows.keep_leading,
+    (X((3, 6, 7, 5)), W((6, 2, 3, 3)), W((4,)), [2, 2], [1, 0], [1, 0], 2, [1, 2]),
+)
+@register("conv_transpose3d.input", rows.keep_leading, (X((2, 3, 3, 4, 2)), W((3, 2, 2, 3, 2)), W((2,)), [2, 1, 1]))
 class Convolution(Affine):
     """Convolutions and transposed convolutions of every stride, padding, dilation and grouping."""
 
@@ -178,7 +198,7 @@ def _computed_in(x: Tensor) -> torch.dtype:
     )
 
 
-@register("scaled_dot_product_attention")
+@register("scaled_dot_product_attention", rows.attention, (X((3, 5, 4)), X((3, 6, 4)), X((3, 6, 7))))
 class Attention(Rule):
     """Attention in plain matrix products: the fused kernels have no double backward."""
 
@@ -195,3 +215,7 @@ def _attention(*args: Any, **kwargs: Any) -> Tensor:
     if args[4]:
         raise NotImplementedError("attention with dropout has no rule: its mask would be drawn twice")
     return aten._scaled_dot_product_attention_math(*args[:4], 0.0, args[5], **kwargs)[0]  # type: ignore[no-any-return]
+
+
+# What a fused product with its activation counts; see ``optimize``.
+FLOPS[aten._addmm_activation] = lambda bias, a, b, *args, **kwargs: 2 * a.shape[0] * a.shape[1] * b.shape[1]

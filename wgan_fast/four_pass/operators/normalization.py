@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...ops.normalization import curvature, jacobian
 from ...precision import accumulation_dtype
-from .base import Call, Derivatives, Output, Rule, register
+from . import rows
+from .base import Call, Derivatives, Output, Rule, W, X, register
 
 aten, ops = torch.ops.aten, torch.ops.wgan_fast
 
@@ -24,7 +25,12 @@ def _widen(call: Call) -> None:
         call.operands = [x.float() if x.dtype in half else x for x in call.operands]
 
 
-@register("group_norm")
+@register(
+    "group_norm",
+    rows.keep_leading,
+    (X((3, 6, 7, 5)), 3, W((6,)), W((6,))),
+    (X((3, 6, 7, 5), torch.channels_last), 2, W((6,)), W((6,))),
+)
 class GroupNorm(Rule):
     """Statistics per sample and group of channels."""
 
@@ -90,7 +96,7 @@ class GroupNorm(Rule):
         return None if weight is None else weight.flatten()
 
 
-@register("instance_norm")
+@register("instance_norm", rows.keep_leading, (X((3, 6, 7, 5)), W((6,)), W((6,)), None, None, True, 0.1, 1e-5, False))
 class InstanceNorm(GroupNorm):
     """Group normalisation with one channel per group."""
 
@@ -105,7 +111,12 @@ class InstanceNorm(GroupNorm):
         return super().forward(call)
 
 
-@register("layer_norm")
+@register(
+    "layer_norm",
+    rows.before_last(lambda call: len(call.argument("normalized_shape"))),
+    (X((3, 6, 7, 5)), [7, 5], W((7, 5)), W((7, 5))),
+    (X((3, 5)), [5]),
+)
 class LayerNorm(GroupNorm):
     """One group whose channels are all the elements that share statistics."""
 
@@ -123,7 +134,11 @@ class LayerNorm(GroupNorm):
         return statistic.reshape(*call.operands[0].shape[:lead], 1)
 
 
-@register("batch_norm")
+@register(
+    "batch_norm",
+    rows.in_evaluation,
+    (X((3, 6, 7, 5)), W((6,)), W((6,)), None, None, True, 0.1, 1e-5, False),
+)
 class BatchNorm(Rule):
     """Statistics per channel: of the batch in training, fixed in evaluation."""
 

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import Call, Derivatives, Output, PiecewiseLinear, register
+from .base import Call, Derivatives, Output, PiecewiseLinear, X, register
+from .rows import keep_leading
 
 aten = torch.ops.aten
 
 
-@register("max_pool2d", "max_pool3d")
+@register("max_pool3d", keep_leading, (X((2, 3, 4, 5, 6)), [2, 2, 2]))
+@register("max_pool2d", keep_leading, (X((3, 6, 7, 5)), [3, 2], [2, 1], [1, 0]))
 class MaxPool(PiecewiseLinear):
     """Max pooling over two or three dimensions."""
 
@@ -35,7 +37,7 @@ class MaxPool(PiecewiseLinear):
         return int(call.op._schema.name[-2])
 
 
-@register("max_pool1d")
+@register("max_pool1d", keep_leading, (X((3, 4, 7)), [3], [2], [1]))
 class MaxPool1d(MaxPool):
     """Max pooling over one dimension, run as two."""
 
@@ -60,7 +62,8 @@ class MaxPool1d(MaxPool):
         return output.squeeze(-2)
 
 
-@register("adaptive_max_pool2d", "adaptive_max_pool3d")
+@register("adaptive_max_pool3d", keep_leading, (X((2, 3, 4, 5, 6)), [2, 2, 3]))
+@register("adaptive_max_pool2d", keep_leading, (X((3, 6, 7, 5)), [3, 2]))
 class AdaptiveMaxPool(MaxPool):
     """Adaptive max pooling, which returns the indices itself."""
 

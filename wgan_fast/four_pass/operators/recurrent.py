@@ -1,40 +1,47 @@
 """Recurrent layers, differentiated by autograd through PyTorch's plain form of them.
 
 oneDNN's own layers, which PyTorch prefers for float32 on a CPU, keep a workspace that a recording cannot see, and have
-no double backward.
+no double backward; nor have cuDNN's.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...backends import switched_off
-from .base import Call, Derivatives, Output, Rule, register
+from .base import Rule, W, X, add
 
 
-@register("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
 class Recurrent(Rule):
-    """The generic rule without oneDNN."""
+    """The generic rule without oneDNN and cuDNN."""
 
-    def forward(self, call: Call) -> Output:
-        """As the generic rule."""
-        with switched_off(torch.backends.mkldnn, torch.backends.cudnn):
-            return super().forward(call)
+    def forward(self, *call: Any) -> Any:
+        """Run the layer."""
+        with _plainly():
+            return super().forward(*call)
 
-    def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
-        """As the generic rule."""
-        with switched_off(torch.backends.mkldnn, torch.backends.cudnn):
-            return super().vjp(call, cotangent, wanted)
+    def vjp(self, *call: Any) -> Any:
+        """Return the VJP."""
+        with _plainly():
+            return super().vjp(*call)
 
-    def jvp(self, call: Call, tangents: Sequence[Tensor | None]) -> Output:
-        """As the generic rule."""
-        with switched_off(torch.backends.mkldnn, torch.backends.cudnn):
-            return super().jvp(call, tangents)
+    def jvp(self, *call: Any) -> Any:
+        """Return the JVP."""
+        with _plainly():
+            return super().jvp(*call)
 
-    def second(
-        self, call: Call, tangents: Sequence[Tensor | None], cotangent: Output, wanted: Sequence[int]
-    ) -> Derivatives:
-        """As the generic rule."""
-        with switched_off(torch.backends.mkldnn, torch.backends.cudnn):
-            return super().second(call, tangents, cotangent, wanted)
+    def second(self, *call: Any) -> Any:
+        """Return the derivative of ⟨δ, JVP⟩."""
+        with _plainly():
+            return super().second(*call)
+
+
+def _plainly() -> Any:
+    return switched_off(torch.backends.mkldnn, torch.backends.cudnn)
+
+
+for _name, _gates in {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}.items():
+    _state = X((1, 3, 2))
+    _weights = [W((2 * _gates, 5)), W((2 * _gates, 2)), W((2 * _gates,)), W((2 * _gates,))]
+    _example = (X((3, 4, 5)), [_state] * 2 if _name == "lstm" else _state, _weights, True, 1, 0.0, False, False, True)
+    add(f"{_name}.input", Recurrent(), None, _example)
