@@ -226,16 +226,23 @@ class Cotangents:
             value = laid_out(value.to(like.dtype), like)
         self._sums[node] = value if node not in self._sums else self._sums[node] + value
 
-    def add_element(self, node: fx.Node, index: int, count: int, value: Tensor) -> None:
-        """Add a contribution to one output of a node that has several."""
-        elements = list(self._sums.get(node) or [None] * count)
-        elements[index] = value if elements[index] is None else elements[index] + value
-        self._sums[node] = elements
+    def pass_on(self, run: Run, node: fx.Node, cotangent: Tensor | None) -> None:
+        """Add the cotangent of ``parent[index]`` to that element of the parent's."""
+        parent, index = node.args
+        if cotangent is None:
+            return
+        elements = list(self._sums.get(parent) or [None] * len(run.values[parent]))  # type: ignore[arg-type,index]
+        elements[index] = cotangent if elements[index] is None else elements[index] + cotangent  # type: ignore[index]
+        self._sums[parent] = elements  # type: ignore[index]
 
     def pull(self, run: Run, node: fx.Node, wanted: Sequence[fx.Node], gradients: Sequence[Tensor | None]) -> None:
         """Add one gradient per wanted operand of ``node``."""
         for source, gradient in zip(wanted, gradients):
             self.add(source, gradient, run.values[source])
+
+
+Pull = Callable[[list[int], Sequence[Tensor | None]], None]
+"""Adds the gradients of the operands with these numbers."""
 
 
 @dataclass
@@ -307,9 +314,7 @@ class FourPasses:
         if cotangent is None:
             return
         if node.target is operator.getitem:
-            parent, index = node.args
-            if chosen(parent):  # type: ignore[arg-type]
-                into.add_element(parent, index, len(run.values[parent]), cotangent)  # type: ignore[arg-type,index]
+            into.pass_on(run, node, cotangent if chosen(node.args[0]) else None)  # type: ignore[arg-type]
             return
         call = self._call(run, node)
         if call is None:
@@ -386,9 +391,7 @@ class FourPasses:
             if node not in self.roles.learned:
                 continue
             if node.target is operator.getitem:
-                if node in beta:
-                    parent, index = node.args
-                    beta.add_element(parent, index, len(self.block.run.values[parent]), beta.get(node))  # type: ignore[arg-type,index]
+                beta.pass_on(self.block.run, node, beta.get(node))
                 continue
             call = self._call(self.block.run, node)
             if call is None:
@@ -421,47 +424,72 @@ class FourPasses:
             beta.pull(points, node, sources, rule.vjp(call, beta.get(node), inner))
 
     def _weights(self, node: fx.Node, call: Call, operands: list[fx.Node], weights: list[int], beta: Any) -> None:
-        points, loss, rule = self.block.points, self.block.loss, rule_for(node.target)
-        delta = self.delta.get(node)
+        """Add the gradients of a node's weights, for loss and penalty together where one VJP serves both."""
+        rule, delta = rule_for(node.target), self.delta.get(node)
 
-        def pull(gradients: Sequence[Tensor | None], chosen: Sequence[int]) -> None:
+        def pull(chosen: list[int], gradients: Sequence[Tensor | None]) -> None:
             self.shared.pull(self.block.run, node, [operands[i] for i in chosen], gradients)
 
-        if points is None:
-            pull(rule.vjp(call, delta, weights), weights)
+        if self.block.points is None:
+            pull(weights, rule.vjp(call, delta, weights))
             return
-        point_call, point_delta = points.calls[node], self._point(node)
-        tangents = self._tangents_of(points, node, point_call)
-        factors = self.block.factors
         data = call.slot(rule.data) if rule.data else None
+        tangents = self._tangents_of(self.block.points, node, self.block.points.calls[node])
         linear = [i for i in weights if data is not None and i == call.slot("weight")]
         if linear and tangents[data] is not None and call.operands[data].shape[0] != 0:  # type: ignore[index]
             tangent: Tensor = tangents[data]  # type: ignore[assignment,index]
             if beta is not None:
-                # The curvature's cotangent stands where the penalty's was: the rest is an ordinary backward pass.
-                pull(rule.vjp(point_call.with_operand(data, tangent), point_delta, linear), linear)  # type: ignore[arg-type]
-                if factors is not None:
-                    beta = points.scale(node, point_delta, factors) + beta
-                pull(rule.vjp(call, points.put(node, delta, beta), weights), weights)
+                self._linear_and_curved(node, call, (linear, weights), data, tangent, beta, pull)  # type: ignore[arg-type]
                 return
-            # One VJP serves loss and penalty: the tangent stands where the points were.
-            source = operands[data]  # type: ignore[index]
-            if factors is not None:
-                tangent = points.scale(source, point_call.operands[data], factors) + tangent  # type: ignore[index]
-            joined = call.with_operand(data, points.put(source, call.operands[data], tangent))  # type: ignore[index,arg-type]
-            pull(rule.vjp(joined, delta, linear), linear)
+            joined = self._with_tangent(call, operands[data], data, tangent)  # type: ignore[index,arg-type]
+            pull(linear, rule.vjp(joined, delta, linear))
             others = [i for i in weights if i not in linear]
         else:
-            linear, others = [], weights
-        if loss is not None and others:
-            pull(rule.vjp(loss.calls[node], self._loss_rows(node, delta), others), others)
-        if factors is not None and others:
-            scaled = points.scale(node, point_delta, factors)
-            pull(rule.vjp(point_call, scaled, others), others)
+            others = weights
+        self._apart(node, others, tangents if data is None else [], pull)
         if beta is not None:
-            pull(rule.vjp(point_call, beta, weights), weights)
-        if others and data is None and any(t is not None for t in tangents):
-            pull(rule.second(point_call, tangents, point_delta, others), others)
+            pull(weights, rule.vjp(self.block.points.calls[node], beta, weights))
+
+    def _linear_and_curved(
+        self,
+        node: fx.Node,
+        call: Call,
+        weights: tuple[list[int], list[int]],
+        data: int,
+        tangent: Tensor,
+        beta: Tensor,
+        pull: Pull,
+    ) -> None:
+        """The curvature's cotangent stands where the penalty's was: the rest is an ordinary backward pass."""
+        points, rule, (linear, all_of_them) = self.block.points, rule_for(node.target), weights
+        assert points is not None
+        point_delta = self._point(node)
+        pull(linear, rule.vjp(points.calls[node].with_operand(data, tangent), point_delta, linear))
+        if self.block.factors is not None:
+            beta = points.scale(node, point_delta, self.block.factors) + beta
+        pull(all_of_them, rule.vjp(call, points.put(node, self.delta.get(node), beta), all_of_them))
+
+    def _with_tangent(self, call: Call, source: fx.Node, data: int, tangent: Tensor) -> Call:
+        """One VJP serves loss and penalty: the tangent stands where the points were."""
+        points = self.block.points
+        assert points is not None
+        if self.block.factors is not None:
+            tangent = points.scale(source, points.take(source, call.operands[data]), self.block.factors) + tangent
+        return call.with_operand(data, points.put(source, call.operands[data], tangent))
+
+    def _apart(self, node: fx.Node, weights: list[int], tangents: Sequence[Tensor | None], pull: Pull) -> None:
+        """Add the loss's share, the share of the points that the loss sees too, and the penalty's."""
+        points, loss, rule = self.block.points, self.block.loss, rule_for(node.target)
+        assert points is not None
+        if not weights:
+            return
+        call, delta = points.calls[node], self._point(node)
+        if loss is not None:
+            pull(weights, rule.vjp(loss.calls[node], self._loss_rows(node, self.delta.get(node)), weights))
+        if self.block.factors is not None:
+            pull(weights, rule.vjp(call, points.scale(node, delta, self.block.factors), weights))
+        if any(t is not None for t in tangents):
+            pull(weights, rule.second(call, tangents, delta, weights))
 
     def _loss_rows(self, node: fx.Node, value: Tensor) -> Tensor:
         return self.block.loss.take(node, value) if isinstance(self.block.loss, Rows) else value
@@ -473,8 +501,7 @@ def shared_gradients(run: Run, nodes: Iterator[fx.Node], learned: set[fx.Node], 
         if node not in learned or node not in into:
             continue
         if node.target is operator.getitem:
-            parent, index = node.args
-            into.add_element(parent, index, len(run.values[parent]), into.get(node))  # type: ignore[arg-type,index]
+            into.pass_on(run, node, into.get(node))
             continue
         call, operands = run.calls[node], run.operands(node)
         wanted = [i for i, source in enumerate(operands) if source in learned]
