@@ -5,13 +5,13 @@ import weakref
 
 import pytest
 import torch
+from four_passes import FourPassEngine
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from wgan_fast import reference
-from wgan_fast.engine.planned import FourPassEngine
 from wgan_fast.four_pass import Objective
 from wgan_fast.training import models
 
@@ -58,7 +58,7 @@ def wasserstein(real, fake):
 
 
 def step(critic, shape, schedule, **objective):
-    batches = {"real": torch.randn(shape), "fake": torch.randn(shape), "alpha": torch.rand(shape[0])}
+    batches = {"real": torch.randn(shape), "fake": torch.randn(shape), "points": torch.randn(shape)}
     engine = FourPassEngine(critic, Objective(wasserstein, **objective), schedule=schedule)
     engine(batches)
     return engine, batches
@@ -98,7 +98,11 @@ def test_piecewise_linear_critics_have_no_curvature_pass():
 )
 def test_batches_are_joined_unless_their_activations_are_large(make, batch, schedule):
     critic, (_, *sample) = make()
-    batches = {"real": torch.randn(batch, *sample), "fake": torch.randn(batch, *sample), "alpha": torch.rand(batch)}
+    batches = {
+        "real": torch.randn(batch, *sample),
+        "fake": torch.randn(batch, *sample),
+        "points": torch.randn(batch, *sample),
+    }
     for _ in range(3):
         assert FourPassEngine(critic, Objective(wasserstein)).plan(batches).schedule == schedule
 
@@ -132,7 +136,8 @@ def test_a_dcgan_step_keeps_at_most_0_6_of_the_memory_of_double_backward():
     real, fake, alpha = torch.randn(64, 3, 64, 64), torch.randn(64, 3, 64, 64), torch.rand(64)
     with LiveBytes() as plain:
         reference.critic_step(critic, real, fake, [reference.interpolate(real, fake, alpha)], loss=wasserstein)
-    engine, batches = FourPassEngine(critic, Objective(wasserstein)), {"real": real, "fake": fake, "alpha": alpha}
+    points = reference.interpolate(real, fake, alpha)
+    engine, batches = FourPassEngine(critic, Objective(wasserstein)), {"real": real, "fake": fake, "points": points}
     engine.plan(batches)
     with LiveBytes() as four_passes:
         engine(batches)

@@ -12,11 +12,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from four_passes import FourPassEngine
 from test_engine_exactness import Custom, assert_exact, batches_of, perturbed, truth, wasserstein
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from wgan_fast.engine.planned import FourPassEngine
 from wgan_fast.four_pass import CaptureError, Objective
 
 MOST_VALUES = 400
@@ -289,7 +289,7 @@ def random_problem(seed):
         labels = torch.randint(0, 5, (N,))
         arguments = (torch.randn(N, 4, dtype=torch.float64) if critic.condition == "vector" else labels,)
     loss, one_sided = draw.choice(LOSSES), draw.random() < 0.3
-    at = draw.choice(["interpolates", "real", "fake", "both", "given"])
+    at = draw.choice(["given", "real", "fake", "both", "given"])
     weight = None if loss and draw.random() < 0.05 else draw.uniform(0.1, 20)
     # Scales of the gradient vary with depth; a one-sided penalty far above every norm would compare nothing.
     target = draw.choice([0.0, 1e-4, 1e-2]) if one_sided else draw.choice([0.0, 1.0, 0.1])
@@ -313,7 +313,7 @@ def draws_numbers(critic):
 def calls_of(plan):
     """Which batches go through the critic together, which is what a draw of random numbers depends on."""
     losses = ["real", "fake"] if plan.objective.loss else []
-    points = [{"mixed": "points"}.get(name, name) for name in plan.objective.points()]
+    points = plan.objective.points()
     if not plan.coupled:
         losses = [name for name in losses if name not in points]
     return [losses + points] if plan.schedule == "batched" else [[name] for name in losses + points]

@@ -52,6 +52,6 @@ def test_an_import_upwards_would_be_found(tmp_path: Path, monkeypatch: pytest.Mo
     module = tmp_path / "ops" / "inner" / "one.py"
     module.parent.mkdir(parents=True)
     module.write_text(
-        "from ...engines import explain\nfrom ... import penalty\nfrom . import two\nimport wgan_fast.training.cli\n"
+        "from ...engines import explain\nfrom ... import penalty\nfrom . import two\nimport wgan_fast.cli\n"
     )
     assert imported(module) == {"engines", "penalty", "ops", "cli"}

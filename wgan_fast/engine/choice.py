@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checks import Engine
 from ..errors import users_level
 from ..four_pass import CaptureError, Objective
-from ..four_pass.plan import Schedule
+from ..four_pass.objective import Schedule
 from .autograd import Piecewise
 from .checked import Check, asked_for, is_due
 from .planned import ChangedError, FourPassEngine, Prepared, TooManyPlansError, lasting

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..errors import users_level
 from ..four_pass.capture import Captured, CaptureError, first_line
 from ..four_pass.counting import Cost
-from ..four_pass.plan import Objective, Plan, Schedule, StepOutput
+from ..four_pass.objective import Objective, Schedule, StepOutput
+from ..four_pass.plan import Plan
 from .autograd import attach
 from .cost import by_autograd, of_plan
 from .guarded import MOST_IN_A_ROW, GuardedCall, Look, Traced, hushed
@@ -180,7 +181,7 @@ class Prepared:
         """Run the step; its gradients are None exactly where autograd leaves none.
 
         Args:
-            batches: What the objective takes of ``real``, ``fake``, ``alpha`` ``[N]`` and ``points`` by name.
+            batches: What the objective takes of ``real``, ``fake`` and ``points`` by name.
             weight: The penalty's factor, in place of the objective's.
             target: The norm that costs nothing, likewise.
         """
@@ -265,37 +266,6 @@ class FourPassEngine:
         assert critic is not None, "an engine is called by those who hold its critic"
         return critic
 
-    def __call__(
-        self,
-        batches: Mapping[str, Tensor],
-        critic_args: tuple[Any, ...] = (),
-        critic_kwargs: Mapping[str, Any] | None = None,
-    ) -> StepOutput:
-        """Run one step; the gradients are those of the critic's trainable parameters, in order.
-
-        Args:
-            batches: As in ``Prepared.run``.
-            critic_args: Further positional arguments of the critic, given with every batch.
-            critic_kwargs: Keyword arguments of the critic.
-
-        Raises:
-            CaptureError: The critic cannot run in four passes; nothing has been computed then.
-        """
-        step = self.prepare(_example(batches), critic_args, critic_kwargs)
-        output = step.run(batches)
-        gradients = summed(step.tensors, output.gradients)
-        parameters = self.critic.parameters() if isinstance(self.critic, nn.Module) else step.tensors
-        return output._replace(gradients=[gradients.get(id(p)) for p in parameters if p.requires_grad])
-
-    def plan(
-        self,
-        batches: Mapping[str, Tensor],
-        critic_args: tuple[Any, ...] = (),
-        critic_kwargs: Mapping[str, Any] | None = None,
-    ) -> Plan:
-        """Return the plan for these batches, made now if there is none; the critic stays as it is."""
-        return self.planned(_example(batches), critic_args, critic_kwargs).plan
-
     def planned(
         self,
         x: Tensor,
@@ -303,7 +273,7 @@ class FourPassEngine:
         kwargs: Mapping[str, Any] | None = None,
         critic: Callable[..., Any] | None = None,
     ) -> Planned:
-        """As ``plan``, with what autograd would do."""
+        """Return the plan for batches like ``x``, made now if there is none; the critic stays as it is."""
         critic = self.critic if critic is None else critic
         look = self._look(critic, x, args, kwargs, lambda traced, inputs: False)
         return self._planned(critic, x, args, kwargs, look)
@@ -473,7 +443,3 @@ class _Compiled:
             result = self._graph(*args)
         self._proven = True
         return result
-
-
-def _example(batches: Mapping[str, Tensor]) -> Tensor:
-    return next(batches[name] for name in ("real", "points", "fake") if name in batches)
