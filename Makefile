@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OPERATOR_TESTS := $(wildcard $(patsubst %,tests/test_%.py,clipping optim norm_ops interpolate kernel_operators))
+OPERATOR_TESTS := $(wildcard $(patsubst %,tests/ops/test_%.py,clipping optim norm_ops interpolate kernel_operators))
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
 
 # A thread that waits by spinning for long takes the core from the thread that it waits for, where the machine is shared;
@@ -47,9 +47,8 @@ test-slow: $(VENV)/package  ## The exhaustive tests
 
 # The oldest versions that pyproject.toml allows. Torch 2.11 brings 5 GB of CUDA libraries, without which it does not import.
 OLDEST := .venv-oldest
-OLDEST_TESTS := $(patsubst %,tests/test_%.py,clipping optim norm_ops interpolate kernel_operators kernels mlp_step penalty \
-	critic_step engine_exactness engine_rules engine_use engine_counts gradients_left state structure stand_ins \
-	giving_way piecewise_linear checkpoint training resume speed_options)
+OLDEST_TESTS := tests/ops tests/four_pass tests/engine tests/face \
+	$(patsubst %,tests/training/test_%.py,checkpoint training resume speed_options)
 
 $(OLDEST)/environment: constraints.txt constraints-oldest.txt pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)

@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from wgan_fast import gradient_penalty, reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from test_engine_exactness import CRITICS as EXACT
-from test_engine_exactness import Custom
+from exact_critics import CRITICS as EXACT
+from exact_critics import Custom
 
 
 def recurrent(kind, length):

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from wgan_fast.engine import planned
+from wgan_fast.engine.guarded import Called
 from wgan_fast.engine.planned import summed
 from wgan_fast.four_pass import Plan, StepOutput
 
@@ -17,7 +18,7 @@ class FourPassEngine(planned.FourPassEngine):
         self, batches: Mapping[str, Tensor], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> StepOutput:
         """Run one step; the gradients are those of the critic's trainable parameters, in order."""
-        step = self.prepare(_example(batches), args, kwargs)
+        step = self.prepare(Called(self.critic, _example(batches), args, kwargs or {}))
         output = step.run(batches)
         gradients = summed(step.tensors, output.gradients)
         parameters = self.critic.parameters() if isinstance(self.critic, nn.Module) else step.tensors
@@ -27,7 +28,7 @@ class FourPassEngine(planned.FourPassEngine):
         self, batches: Mapping[str, Tensor], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Plan:
         """Return the plan for these batches, made now if there is none; the critic stays as it is."""
-        return self.planned(_example(batches), args, kwargs).plan
+        return self.planned(Called(self.critic, _example(batches), args, kwargs or {})).plan
 
 
 def _example(batches: Mapping[str, Tensor]) -> Tensor:

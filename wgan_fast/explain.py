@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .checks import check_batch, check_critic_arguments, check_floating, check_scores
 from .engine.fused_mlp import FusedMLP, fused_mlp
+from .engine.guarded import Called
 from .engine.planned import FourPassEngine
 from .four_pass import CaptureError, Objective
 from .losses import wasserstein
@@ -100,7 +101,7 @@ def explain(
     objective = Objective(wasserstein.critic, at="given", group_size=group_size)
     engine = FourPassEngine(critic, objective, cheaper_only=True)
     try:
-        planned = engine.planned(example_input, critic_args, critic_kwargs)
+        planned = engine.planned(Called(critic, example_input, critic_args, critic_kwargs or {}))
     except CaptureError as error:
         check_runs(critic, example_input, critic_args, critic_kwargs, group_size)
         return Explanation("autograd", str(error))

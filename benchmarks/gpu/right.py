@@ -195,7 +195,7 @@ def start_tests(session: Session) -> "subprocess.Popen[bytes] | None":
     if not session.on_gpu or "error" not in session.items.get("right/tests", {"error": ""}):
         return None
     report = session.folder / "tests.xml"
-    files = [str(path) for name in TESTS if (path := ROOT / "tests" / f"test_{name}.py").exists()]
+    files = [str(path) for name in TESTS for path in (ROOT / "tests").rglob(f"test_{name}.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "cuda or gpu", f"--junitxml={report}"]
     command += ["--tb=short", "--show-capture=no", *files]
     if subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True, check=False).returncode == 0:
@@ -215,7 +215,7 @@ def sanitizer(session: Session) -> Found:
     """memcheck over the compiled kernels and the fused MLP step."""
     if not session.on_gpu or shutil.which("compute-sanitizer") is None:
         return {"told": "not run: no GPU, or no compute-sanitizer"}
-    files = [str(ROOT / "tests" / f"test_{name}.py") for name in SANITIZED]
+    files = [str(ROOT / "tests" / "ops" / f"test_{name}.py") for name in SANITIZED]
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "86", "--target-processes", "all"]
     command += [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-k", "cuda and not compile", *files]
     log = session.folder / "sanitizer.txt"

@@ -16,6 +16,7 @@ from ..four_pass import CaptureError, Objective
 from ..four_pass.objective import Schedule
 from .autograd import Piecewise
 from .checked import Check, asked_for, is_due
+from .guarded import Called
 from .planned import ChangedError, FourPassEngine, Prepared, TooManyPlansError, lasting
 
 
@@ -79,7 +80,7 @@ class EngineChoice:
             x: A batch like those of the step.
             critic_args: Further positional arguments of the critic.
             critic_kwargs: Its keyword arguments.
-            critic: As in ``FourPassEngine.prepare``.
+            critic: A function of the same code, made anew; None for the critic itself.
 
         Returns:
             The step, or where autograd must take it, what to call once it has.
@@ -92,12 +93,11 @@ class EngineChoice:
         if self.four_pass is None:
             return GivenWay(self, None)
         try:
-            check = None
-            if self._checks and is_due(self.four_pass.planned(x, critic_args, critic_kwargs, critic)):
-                checked = self.four_pass.critic if critic is None else critic
-                check = Check(checked, critic_args, critic_kwargs or {})
-            prepared = self.four_pass.prepare(x, critic_args, critic_kwargs, critic)
-            prepared.check = check
+            called = Called(self.four_pass.critic if critic is None else critic, x, critic_args, critic_kwargs or {})
+            due = self._checks and is_due(self.four_pass.planned(called))
+            prepared = self.four_pass.prepare(called)
+            if due:
+                prepared.check = Check(called.critic, called.args, called.kwargs)
             return prepared
         except CaptureError as error:
             if self.engine == "four_pass":

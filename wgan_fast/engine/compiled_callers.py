@@ -14,6 +14,7 @@ from ..four_pass import CaptureError
 from ..ops.registry import operator
 from ..precision import accumulation_dtype
 from .choice import choice_by_number
+from .guarded import Called
 from .planned import summed
 
 
@@ -59,7 +60,9 @@ def run_by_number(
     assert isinstance(critic, nn.Module)
     # Inside an operator the dispatcher has switched autograd off for this thread, and looking at the critic needs it.
     with _outside_operators(), torch.enable_grad(), torch.autocast(device, autocast, enabled=autocast is not None):
-        prepared = four_pass.prepare(points, tuple(critic_args), dict(zip(names, critic_kwargs)))
+        prepared = four_pass.prepare(
+            Called(four_pass.critic, points, tuple(critic_args), dict(zip(names, critic_kwargs)))
+        )
         buffers = [buffer.clone() for buffer in buffers]
         given = dict(zip(map(id, [*critic.parameters(), *critic.buffers()]), [*parameters, *buffers]))
         trainable = {id(tensor) for tensor in prepared.tensors}

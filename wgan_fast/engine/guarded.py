@@ -84,6 +84,22 @@ def _forward(critic: Any, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str,
         return _scores(critic(x, *args, **kwargs))
 
 
+class Called(NamedTuple):
+    """A critic, and what it is called with.
+
+    Attributes:
+        critic: The critic.
+        x: Samples ``[N, *D]``.
+        args: Further positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    critic: Callable[..., Any]
+    x: Tensor
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
+
+
 class GuardedCall:
     """Calls of critics of one class, traced once for every form that their forwards take.
 
@@ -103,9 +119,9 @@ class GuardedCall:
         self._functions: dict[int, types.FunctionType] = {}
         self._call = torch.compile(function, backend=self._trace, fullgraph=True)
 
-    def serves(self, critic: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def serves(self, called: Called) -> bool:
         """Whether a critic that was never looked at takes a form that another one did."""
-        call, _ = _arguments(critic, x, args, kwargs, differentiable=True)
+        call, _ = _arguments(called, differentiable=True)
         try:
             with torch.enable_grad():
                 return self._matching(call) is not None
@@ -114,20 +130,14 @@ class GuardedCall:
 
     def look(
         self,
-        critic: Callable[..., Any],
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        called: Called,
         ready: Callable[["Traced", tuple[Any, ...]], bool],
         differentiable: bool = True,
     ) -> Look:
-        """Find out what ``critic(x, *args, **kwargs)`` depends on.
+        """Find out what a call depends on.
 
         Args:
-            critic: The critic.
-            x: Samples ``[N, *D]``.
-            args: Further positional arguments.
-            kwargs: Keyword arguments.
+            called: The critic and what it is called with.
             ready: Whether what the forward changes, besides tensors in place, is to be changed now.
             differentiable: Whether the samples require a gradient.
 
@@ -138,7 +148,7 @@ class GuardedCall:
         """
         if any(_GLOBAL_HOOKS) and not all(map(_only_watches, itertools.chain(*map(dict.values, _GLOBAL_HOOKS)))):
             raise CaptureError("hooks of all modules are registered")
-        call, sampled = _arguments(critic, x, args, kwargs, differentiable)
+        call, sampled = _arguments(called, differentiable)
         pending = _pending
         pending.call, pending.sampled, pending.ready, pending.traced, pending.fresh = call, sampled, ready, None, False
         try:
@@ -150,7 +160,7 @@ class GuardedCall:
             if pending.fresh:
                 raise CaptureError("what it reads changes while it is traced") from None
             self._begin()
-            return self.look(critic, x, args, kwargs, ready, differentiable)
+            return self.look(called, ready, differentiable)
         except CaptureError:
             raise
         except Exception as error:
@@ -496,10 +506,9 @@ def _without_modes() -> Iterator[None]:
             tell(flags.is_in_any_mode_without_ignore_compile_internals())
 
 
-def _arguments(
-    critic: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], differentiable: bool
-) -> tuple[tuple[Any, ...], list[Tensor]]:
+def _arguments(called: Called, differentiable: bool) -> tuple[tuple[Any, ...], list[Tensor]]:
     """Return the arguments of ``_forward``, and those of the critic's that have a row per sample."""
+    critic, x, args, kwargs = called
     x = x.detach().requires_grad_(differentiable)
     _mark_rows(x)
     sampled: list[Tensor] = []

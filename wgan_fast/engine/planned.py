@@ -18,7 +18,7 @@ from ..four_pass.objective import Objective, Schedule, StepOutput
 from ..four_pass.plan import Plan
 from .autograd import attach
 from .cost import by_autograd, of_plan
-from .guarded import MOST_IN_A_ROW, GuardedCall, Look, Traced, hushed
+from .guarded import MOST_IN_A_ROW, Called, GuardedCall, Look, Traced, hushed
 
 FREE_PLANS = 4
 """Of one form of a critic, for as many batch shapes and numbers; each further plan must be earned."""
@@ -107,13 +107,13 @@ def lasting(critic: Callable[..., Any]) -> Any:
     return owner if getattr(type(owner), "__weakrefoffset__", 0) else type(owner)
 
 
-def _known(critic: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Critic:
-    owner = lasting(critic)
+def _known(called: Called) -> _Critic:
+    owner = lasting(called.critic)
     known = _CRITICS.get(owner)
     if known is None:
         with _PLANNING:
             newest = _NEWEST.get(type(owner))
-            if newest is None or not newest.serves(critic, x, args, kwargs):
+            if newest is None or not newest.serves(called):
                 newest = _NEWEST[type(owner)] = GuardedCall()
             known = _CRITICS.setdefault(owner, _Critic(newest))
     return known
@@ -266,32 +266,15 @@ class FourPassEngine:
         assert critic is not None, "an engine is called by those who hold its critic"
         return critic
 
-    def planned(
-        self,
-        x: Tensor,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        critic: Callable[..., Any] | None = None,
-    ) -> Planned:
-        """Return the plan for batches like ``x``, made now if there is none; the critic stays as it is."""
-        critic = self.critic if critic is None else critic
-        look = self._look(critic, x, args, kwargs, lambda traced, inputs: False)
-        return self._planned(critic, x, args, kwargs, look)
+    def planned(self, called: Called) -> Planned:
+        """Return the plan for batches like the call's, made now if there is none; the critic stays as it is."""
+        return self._planned(called, self._look(called, lambda traced, inputs: False))
 
-    def prepare(
-        self,
-        x: Tensor,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        critic: Callable[..., Any] | None = None,
-    ) -> Prepared:
+    def prepare(self, called: Called) -> Prepared:
         """Look at the forward, and change what it changes besides tensors in place, as often as a step would.
 
         Args:
-            x: A batch ``[N, *D]`` like those of the step.
-            args: Further positional arguments of the critic.
-            kwargs: Its keyword arguments.
-            critic: A function of the same code, made anew; None for the engine's own critic.
+            called: The critic, or a function of the same code, made anew, and a batch like those of the step.
 
         Raises:
             CaptureError: The critic cannot run in four passes; nothing has been changed then, unless it is one that
@@ -300,7 +283,6 @@ class FourPassEngine:
             ValueError: The critic does not return one score per sample, or its scores do not depend on its input.
         """
         found: Planned | None = None
-        critic = self.critic if critic is None else critic
 
         def ready(traced: Traced, inputs: tuple[Any, ...]) -> bool:
             nonlocal found
@@ -309,8 +291,8 @@ class FourPassEngine:
                 found = None
             return found is not None
 
-        known = _known(critic, x, args, kwargs or {})
-        look = self._look(critic, x, args, kwargs, ready)
+        known = _known(called)
+        look = self._look(called, ready)
         thread = threading.get_ident()
         traced_in_a_row = known.traced_in_a_row.get(thread, 0) + 1 if look.fresh else 0
         if not look.fresh:
@@ -326,8 +308,8 @@ class FourPassEngine:
                     f"its forward had to be traced at {traced_in_a_row} calls in a row: what it reads, a number "
                     "or an object, is always new"
                 )
-            self._planned(critic, x, args, kwargs, look)
-            look = self._look(critic, x, args, kwargs, ready)
+            self._planned(called, look)
+            look = self._look(called, ready)
         if found is None:
             raise CaptureError("what its forward reads changes while it is planned")
         traced, inputs = look.traced, look.inputs
@@ -335,7 +317,7 @@ class FourPassEngine:
             looks = [look]
             try:
                 while len(looks) < batches:
-                    looks.append(self._look(critic, x, args, kwargs, lambda traced, inputs: True))
+                    looks.append(self._look(called, lambda traced, inputs: True))
             except CaptureError as error:
                 raise ChangedError(str(error), looks) from error
             if not all(_same(looks[0], other) for other in looks[1:]):
@@ -347,25 +329,11 @@ class FourPassEngine:
         return Prepared(self.objective, found, inputs)
 
     def _look(
-        self,
-        critic: Callable[..., Any],
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any] | None,
-        ready: Callable[[Traced, tuple[Any, ...]], bool],
-        differentiable: bool = True,
+        self, called: Called, ready: Callable[[Traced, tuple[Any, ...]], bool], differentiable: bool = True
     ) -> Look:
-        kwargs = kwargs or {}
-        return _known(critic, x, args, kwargs).call.look(critic, x, args, kwargs, ready, differentiable)
+        return _known(called).call.look(called, ready, differentiable)
 
-    def _planned(
-        self,
-        critic: Callable[..., Any],
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any] | None,
-        look: Look,
-    ) -> Planned:
+    def _planned(self, called: Called, look: Look) -> Planned:
         traced, inputs = look.traced, look.inputs
         plans, key = traced.plans, (self._options, *traced.key(inputs))
         with _PLANNING:
@@ -389,20 +357,12 @@ class FourPassEngine:
                     stacklevel=users_level(),
                 )
             with hushed():
-                planned = plans.made[key] = self._make(critic, x, args, kwargs, look, captured)
+                planned = plans.made[key] = self._make(called, look, captured)
             return self._worthwhile(planned)
 
-    def _make(
-        self,
-        critic: Callable[..., Any],
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any] | None,
-        look: Look,
-        captured: Captured,
-    ) -> Planned:
+    def _make(self, called: Called, look: Look, captured: Captured) -> Planned:
         if self.objective.loss and look.traced.asks:
-            self._ask(critic, x, args, kwargs, look)
+            self._ask(called, look)
         form = self.objective.form()
         plan = Plan(captured, form, look.inputs, schedule=self.schedule, in_place=not self.compile)
         if self.compile:
@@ -414,11 +374,9 @@ class FourPassEngine:
             raise CaptureError(planned.dearer)
         return planned
 
-    def _ask(
-        self, critic: Callable[..., Any], x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, look: Look
-    ) -> None:
+    def _ask(self, called: Called, look: Look) -> None:
         """Refuse a forward that treats samples whose gradient is not asked for, as real and fake are, differently."""
-        other = self._look(critic, x, args, kwargs, lambda traced, inputs: False, differentiable=False)
+        other = self._look(called, lambda traced, inputs: False, differentiable=False)
         if str(other.traced.captured(other.inputs).graph) != str(look.traced.captured(look.inputs).graph):
             raise CaptureError("its forward asks whether its input requires a gradient, and goes another way then")
 

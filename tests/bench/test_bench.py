@@ -23,7 +23,7 @@ from wgan_fast.bench.variants import VARIANTS, Variant, naive, ours
 from wgan_fast.errors import InputError
 from wgan_fast.training.cli import main
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 EAGER = [name for name, variant in VARIANTS.items() if not variant.compiled and variant.computes != "nothing"]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 SHELLS_OWN = {"PWD", "OLDPWD", "SHLVL", "_"}
 
 

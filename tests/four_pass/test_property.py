@@ -12,8 +12,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from exact_critics import Custom, assert_exact, batches_of, perturbed, truth, wasserstein
 from four_passes import FourPassEngine
-from test_engine_exactness import Custom, assert_exact, batches_of, perturbed, truth, wasserstein
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import textbook
 import torch
-from test_critic_step import PENALTIES, assert_equal_figures, points_of
+from critic_steps import PENALTIES, assert_equal_figures, points_of
 from textbook import CASES, CRITIC_LOSSES, LAYOUTS, Case, assert_equal_gradients, distance, gradients_left_in
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel

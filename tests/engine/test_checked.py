@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_engine_exactness import CRITICS, perturbed
+from exact_critics import CRITICS, perturbed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wgan_fast import CriticStep, gradient_penalty
