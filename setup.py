@@ -36,6 +36,7 @@ PACKAGES = [
     "wgan_fast.kernels",
     "wgan_fast.ops",
     "wgan_fast.training",
+    "wgan_fast.training.data",
 ]
 
 CPU_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp"))

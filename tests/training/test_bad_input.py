@@ -240,7 +240,7 @@ def test_image_that_becomes_unreadable_while_streaming_is_named(workplace, refus
     # Its header is whole, so that only decoding finds it torn.
     torn = workplace / "images" / "3.png"
     torn.write_bytes(torn.read_bytes()[:150])
-    monkeypatch.setattr("wgan_fast.training.data.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("wgan_fast.training.data.splits.RESIDENT_BYTES", 0)
     arguments = [*TINY, "--data", "images", "--holdout", "0", "--steps", "9", "--out", "run"]
     mentions(refused("train", *arguments, unchanged=False), "3.png")
 

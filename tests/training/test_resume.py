@@ -95,7 +95,7 @@ def child(order):
     # A process of its own would not share the parent's random numbers.
     random.seed(), np.random.seed(), torch.seed()
     if order["resident_bytes"] is not None:
-        wgan_fast.training.data.RESIDENT_BYTES = order["resident_bytes"]
+        wgan_fast.training.data.splits.RESIDENT_BYTES = order["resident_bytes"]
     if order["disk_call"] is not None:
         die_at_disk_call(order["disk_call"])
     try:

@@ -163,7 +163,7 @@ def test_streamed_data_trains_the_same_networks_bit_for_bit(tmp_path, monkeypatc
     settings = {"batch_size": 6, "n_critic": 3, "steps": STEPS, "device": "cpu", "engine": "autograd"}
     trainers = []
     for name, resident in (("resident", 1 << 30), ("streamed", 0)):
-        monkeypatch.setattr("wgan_fast.training.data.RESIDENT_BYTES", resident)
+        monkeypatch.setattr("wgan_fast.training.data.splits.RESIDENT_BYTES", resident)
         config = TrainConfig(out=tmp_path / name, workers=workers, **settings)
         trainers.append(Trainer(*networks(), load_data(tmp_path / "images"), config))
         trainers[-1].fit()
