@@ -1,7 +1,5 @@
 // x̂ = αx + (1−α)x̃ on a CPU: one read of real and fake, one write.
 
-#include <optional>
-
 #include "samples.h"
 
 namespace wgan_fast {
@@ -30,11 +28,6 @@ inline __attribute__((always_inline)) void mix_elements(const C* real, const C* 
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) out[i] = mix(real[i], fake[i], alpha[i]);
 }
-template <typename C>
-inline __attribute__((always_inline)) void normalise(const C* from, C* to, int64_t count, C scale, C shift) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i] * scale + shift;
-}
 
 #define WGAN_FAST_MIX(C)                                                                               \
   WGAN_FAST_CPU_CLONES void run_sample(const C* real, const C* fake, C* out, int64_t count, C alpha) { \
@@ -43,9 +36,6 @@ inline __attribute__((always_inline)) void normalise(const C* from, C* to, int64
   WGAN_FAST_CPU_CLONES void run_elements(const C* real, const C* fake, C* out, int64_t count,          \
                                          const C* alpha) {                                             \
     mix_elements(real, fake, out, count, alpha);                                                       \
-  }                                                                                                    \
-  WGAN_FAST_CPU_CLONES void run_normalise(const C* from, C* to, int64_t count, C scale, C shift) {     \
-    normalise(from, to, count, scale, shift);                                                          \
   }
 
 WGAN_FAST_MIX(float)
@@ -54,23 +44,16 @@ WGAN_FAST_MIX(double)
 #undef WGAN_FAST_MIX
 
 template <typename C>
-void interpolate_as(const Tensor& out, const Tensor& real, const Tensor& fake, const Tensor& alpha, C scale,
-                    C shift) {
+void interpolate_as(const Tensor& out, const Tensor& real, const Tensor& fake, const Tensor& alpha) {
   const int64_t size = real.numel(), samples = real.sizes()[0], features = size / samples;
   const int64_t group = features * (samples / alpha.numel());  // elements that share one α
   const Source<C> reals(real), fakes(fake);
   const Target<C> target(out);
   const auto* const alphas = static_cast<const C*>(alpha.const_data_ptr());
-  const bool batch = out.numel() != size, normalised = scale != 1 || shift != 0;
-  const bool direct = reals.direct() && fakes.direct() && target.direct() && !normalised && !batch;
+  const bool direct = reals.direct() && fakes.direct() && target.direct();
 
   parallel_grains(size, kGrainSize, [&](int64_t begin, int64_t end) {
     C real_buffer[kBufferSize], fake_buffer[kBufferSize], out_buffer[kBufferSize], alpha_buffer[kBufferSize];
-    const auto copy = [&](const C* values, int64_t at, int64_t count) {
-      C* const place = target.place(at, out_buffer);
-      std::copy_n(values, count, place);
-      target.flush(at, count, place);
-    };
     for (int64_t at = begin; at < end;) {
       const int64_t first = at / group;
       int64_t count;
@@ -82,23 +65,14 @@ void interpolate_as(const Tensor& out, const Tensor& real, const Tensor& fake, c
         count = std::min(end, (first + 1) * group) - at;
         if (!direct) count = std::min(count, kBufferSize);
       }
-      const C* x = reals.read(at, count, real_buffer);
+      const C* const x = reals.read(at, count, real_buffer);
       const C* const y = fakes.read(at, count, fake_buffer);
-      if (normalised) {
-        run_normalise(x, real_buffer, count, scale, shift);
-        x = real_buffer;
-      }
-      if (batch) {
-        copy(x, at, count);
-        copy(y, size + at, count);
-      }
-      const int64_t to = batch ? 2 * size + at : at;
-      C* const place = target.place(to, out_buffer);
+      C* const place = target.place(at, out_buffer);
       if (group < kShortSample)
         run_elements(x, y, place, count, alpha_buffer);
       else
         run_sample(x, y, place, count, alphas[first]);
-      target.flush(to, count, place);
+      target.flush(at, count, place);
       at += count;
     }
   });
@@ -133,38 +107,32 @@ void prepare(Tensor& real, Tensor& fake, Tensor& alpha) {
   if (!alpha.is_contiguous()) alpha = torch::stable::contiguous(alpha);
 }
 
-void write(const Tensor& out, const Tensor& real, const Tensor& fake, const Tensor& alpha, double scale,
-           double shift) {
+void write(const Tensor& out, const Tensor& real, const Tensor& fake, const Tensor& alpha) {
   if (alpha.scalar_type() == ScalarType::Double)
-    interpolate_as<double>(out, real, fake, alpha, scale, shift);
+    interpolate_as<double>(out, real, fake, alpha);
   else
-    interpolate_as<float>(out, real, fake, alpha, static_cast<float>(scale), static_cast<float>(shift));
+    interpolate_as<float>(out, real, fake, alpha);
 }
 
-void interpolate_into(Tensor out, Tensor real, Tensor fake, Tensor alpha, double scale, double shift) {
+void interpolate_into(Tensor out, Tensor real, Tensor fake, Tensor alpha) {
   const NoGradGuard no_grad;
   prepare(real, fake, alpha);
-  STD_TORCH_CHECK(out.dim() == real.dim() &&
-                      (out.numel() == real.numel() || out.numel() == 3 * real.numel()) &&
-                      out.sizes().slice(1).equals(real.sizes().slice(1)),
-                  "expected room for the interpolates or for the whole batch");
+  STD_TORCH_CHECK(out.sizes().equals(real.sizes()), "expected room for the interpolates");
   const bool aside = !has_dense_samples(out) || !same_layout(out, real) || clash(out, real) ||
                      clash(out, fake) || clash(out, alpha);
   const Tensor target = aside ? empty_samples(real, out.sizes()[0], out.scalar_type()) : out;
-  write(target, real, fake, alpha, scale, shift);
+  write(target, real, fake, alpha);
   if (aside)
     torch::stable::copy_(out, target);
   else
     bump_version(out);
 }
 
-Tensor interpolate(Tensor real, Tensor fake, Tensor alpha, double scale, double shift,
-                   std::optional<ScalarType> dtype, bool batch) {
+Tensor interpolate(Tensor real, Tensor fake, Tensor alpha) {
   const NoGradGuard no_grad;
   prepare(real, fake, alpha);
-  const int64_t rows = real.sizes()[0] * (batch ? 3 : 1);
-  const Tensor out = empty_samples(real, rows, dtype.value_or(fake.scalar_type()));
-  write(out, real, fake, alpha, scale, shift);
+  const Tensor out = empty_samples(real, real.sizes()[0], fake.scalar_type());
+  write(out, real, fake, alpha);
   return out;
 }
 

@@ -25,10 +25,8 @@ inline __attribute__((always_inline)) void convert(const void* from, void* to, i
     convert<From, To>(from, to, count);                                       \
   }
 
-WGAN_FAST_CONVERSION(float32_from_uint8, uint8_t, float)
 WGAN_FAST_CONVERSION(float32_from_float16, Half, float)
 WGAN_FAST_CONVERSION(float32_from_bfloat16, BFloat16, float)
-WGAN_FAST_CONVERSION(float64_from_uint8, uint8_t, double)
 WGAN_FAST_CONVERSION(float64_from_float16, Half, double)
 WGAN_FAST_CONVERSION(float64_from_bfloat16, BFloat16, double)
 WGAN_FAST_CONVERSION(float64_from_float32, float, double)
@@ -71,8 +69,6 @@ Conversion conversion(ScalarType from, ScalarType to) {
   if (to == ScalarType::Float) switch (from) {
       case ScalarType::Float:
         return nullptr;
-      case ScalarType::Byte:
-        return float32_from_uint8;
       case ScalarType::Half:
         return has_f16c ? float32_from_float16_f16c : float32_from_float16;
       case ScalarType::BFloat16:
@@ -83,8 +79,6 @@ Conversion conversion(ScalarType from, ScalarType to) {
   if (to == ScalarType::Double) switch (from) {
       case ScalarType::Double:
         return nullptr;
-      case ScalarType::Byte:
-        return float64_from_uint8;
       case ScalarType::Half:
         return float64_from_float16;
       case ScalarType::BFloat16:
@@ -98,7 +92,7 @@ Conversion conversion(ScalarType from, ScalarType to) {
     return has_f16c ? float16_from_float32_f16c : float16_from_float32;
   if (from == ScalarType::Float && to == ScalarType::BFloat16) return bfloat16_from_float32;
   STD_TORCH_CHECK(false,
-                  "expected uint8, float16, bfloat16 or float32 samples computed in float32, or samples "
+                  "expected float16, bfloat16 or float32 samples computed in float32, or samples "
                   "computed in float64 and written as float64");
   return nullptr;
 }

@@ -51,8 +51,6 @@ inline int64_t element_size(ScalarType dtype) {
       return 8;
     case ScalarType::Float:
       return 4;
-    case ScalarType::Byte:
-      return 1;
     default:
       return 2;
   }

@@ -20,13 +20,10 @@ def interpolate_fwd_kernel(
     p_real,  # [N, D]
     p_fake,  # [N, D]
     p_alpha,  # [N // group_size]
-    p_out,  # [N, D], or [3N, D] for the whole batch
+    p_out,  # [N, D]
     N,
     D,
     group_size,
-    SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BATCH: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -48,41 +45,23 @@ def interpolate_fwd_kernel(
     m = m_n[:, None] & (o_d[None, :] < D)
     b_real = tl.load(p_real + o, mask=m).to(COMPUTE)
     b_fake = tl.load(p_fake + o, mask=m).to(COMPUTE)
-    if SCALE != 1 or SHIFT != 0:
-        b_real = b_real * SCALE + SHIFT
 
     # From the nearer end, as torch.lerp: both ends come out bit for bit.
     near_fake = b_alpha < 0.5
     b_step = tl.where(near_fake, b_alpha, b_alpha - 1) * (b_real - b_fake)
     b_mixed = tl.where(near_fake, b_fake, b_real) + b_step
 
-    if BATCH:
-        size = N.to(tl.int64) * D
-        tl.store(p_out + o, b_real.to(p_out.dtype.element_ty), mask=m)
-        tl.store(p_out + size + o, b_fake.to(p_out.dtype.element_ty), mask=m)
-        tl.store(p_out + 2 * size + o, b_mixed.to(p_out.dtype.element_ty), mask=m)
-    else:
-        tl.store(p_out + o, b_mixed.to(p_out.dtype.element_ty), mask=m)
+    tl.store(p_out + o, b_mixed.to(p_out.dtype.element_ty), mask=m)
 
 
-def interpolate(
-    real: Tensor,
-    fake: Tensor,
-    alpha: Tensor,
-    out: Tensor,
-    *,
-    scale: float = 1.0,
-    shift: float = 0.0,
-) -> None:
-    """Write x̂ = α(scale·x + shift) + (1−α)x̃, computed in the dtype of ``alpha``.
+def interpolate(real: Tensor, fake: Tensor, alpha: Tensor, out: Tensor) -> None:
+    """Write x̂ = αx + (1−α)x̃, computed in the dtype of ``alpha``.
 
     Args:
-        real: x ``[N, *D]``, uint8 or floating point; each sample dense in memory, one after another.
+        real: x ``[N, *D]``, floating point; each sample dense in memory, one after another.
         fake: x̃ ``[N, *D]``, floating point, with the strides of ``real``.
         alpha: α ``[N // group_size]``, float32 or float64.
-        out: x̂ ``[N, *D]``, or [x; x̃; x̂] ``[3N, *D]``, floating point, laid out as ``real``.
-        scale: Factor of x, such as 1/127.5 for 8-bit images.
-        shift: Summand of x, such as -1.
+        out: x̂ ``[N, *D]``, floating point, laid out as ``real``.
     """
     N = real.shape[0]
     D = real.numel() // N
@@ -99,18 +78,13 @@ def interpolate(
         N,
         D,
         N // alpha.shape[0],
-        SCALE=scale,
-        SHIFT=shift,
-        BATCH=out.shape[0] != N,
         COMPUTE=tl.float64 if alpha.dtype == torch.float64 else tl.float32,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
     )
 
 
-def _specialisation(
-    name: str, real: str, fake: str, D: str, block: tuple[int, int], *, batch: bool = False
-) -> Specialisation:
+def _specialisation(name: str, real: str, fake: str, D: str, block: tuple[int, int]) -> Specialisation:
     return Specialisation(
         name,
         interpolate_fwd_kernel,
@@ -125,9 +99,6 @@ def _specialisation(
         {
             **({"D": 1} if D == "1" else {}),
             "group_size": 1,
-            "SCALE": 1 / 127.5 if real == "u8" else 1.0,
-            "SHIFT": -1.0 if real == "u8" else 0.0,
-            "BATCH": batch,
             "COMPUTE": tl.float32,
             "BLOCK_N": block[0],
             "BLOCK_D": block[1],
@@ -140,5 +111,4 @@ SPECIALISATIONS = [
     _specialisation("bfloat16", "bf16", "bf16", "i32:16", (1, 4096)),
     _specialisation("float32, narrow", "fp32", "fp32", "i32", (1024, 2)),
     _specialisation("float32, one column", "fp32", "fp32", "1", (2048, 1)),
-    _specialisation("uint8 and bfloat16, whole batch", "u8", "bf16", "i32:16", (1, 4096), batch=True),
 ]

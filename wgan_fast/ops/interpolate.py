@@ -1,7 +1,7 @@
 """``wgan_fast::interpolate`` and ``interpolate_into``: mix real and fake samples.
 
-x̂ = α(scale·x + shift) + (1−α)x̃, with α in the accumulation dtype, one per group of samples; ``batch`` asks for
-[x; x̃; x̂]. Batches that ``samples.layout_reason`` objects to are copied first.
+x̂ = αx + (1−α)x̃, with α in the accumulation dtype, one per group of samples. Batches whose samples are not dense in
+memory are copied first.
 """
 
 from typing import Any
@@ -22,16 +22,14 @@ def _clash(out: Tensor, given: Tensor) -> bool:
     return start < other + given.nbytes and other < start + out.nbytes
 
 
-def _launch_into(
-    out: Tensor, real: Tensor, fake: Tensor, alpha: Tensor, scale: float = 1.0, shift: float = 0.0
-) -> None:
+def _launch_into(out: Tensor, real: Tensor, fake: Tensor, alpha: Tensor) -> None:
     real = real if samples.is_dense(real) else real.contiguous()
     fake = samples.arranged(fake, real)
     target = samples.arranged(out, real, copy=False)
     if target is out and any(_clash(out, given) for given in (real, fake, alpha)):
         target = samples.empty(real, out.shape[0], out.dtype)
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
-        kernels("interpolate").interpolate(real, fake, alpha, target, scale=scale, shift=shift)
+        kernels("interpolate").interpolate(real, fake, alpha, target)
     if target is out:
         torch.autograd.graph.increment_version(out)
     else:
@@ -39,55 +37,29 @@ def _launch_into(
 
 
 @operator(
-    "interpolate_into(Tensor(a!) out, Tensor real, Tensor fake, Tensor alpha, float scale=1.0, float shift=0.0) -> ()",
+    "interpolate_into(Tensor(a!) out, Tensor real, Tensor fake, Tensor alpha) -> ()",
     fake=writes_only,
     launch=_launch_into,
 )
-def interpolate_into_plain(
-    out: Tensor, real: Tensor, fake: Tensor, alpha: Tensor, scale: float = 1.0, shift: float = 0.0
-) -> None:
-    """Write with ``torch.lerp``."""
+def interpolate_into_plain(out: Tensor, real: Tensor, fake: Tensor, alpha: Tensor) -> None:
+    """Write with ``torch.lerp``, which is exact at both ends."""
     with torch.no_grad():
         alpha = per_sample(alpha.repeat_interleave(real.shape[0] // alpha.shape[0]), real)
         x, y = real.to(alpha.dtype), fake.to(alpha.dtype)
-        if scale != 1 or shift != 0:
-            x = x * scale + shift
-        if out.shape[0] == real.shape[0] and out.dtype == alpha.dtype:
-            # lerp, because it is exact at both ends.
+        if out.dtype == alpha.dtype:
             torch.lerp(y, x, alpha, out=out)
         else:
-            mixed = torch.lerp(y, x, alpha)
-            out.copy_(mixed if out.shape[0] == real.shape[0] else torch.cat([x, y, mixed]))
+            out.copy_(torch.lerp(y, x, alpha))
 
 
-def _empty(
-    real: Tensor,
-    fake: Tensor,
-    alpha: Tensor,
-    scale: float = 1.0,
-    shift: float = 0.0,
-    dtype: torch.dtype | None = None,
-    batch: bool = False,
-) -> Tensor:
-    return samples.empty(real, real.shape[0] * (3 if batch else 1), dtype or fake.dtype)
+def _empty(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
+    return samples.empty(real, real.shape[0], fake.dtype)
 
 
-@operator(
-    "interpolate(Tensor real, Tensor fake, Tensor alpha, float scale=1.0, float shift=0.0, ScalarType? dtype=None, "
-    "bool batch=False) -> Tensor",
-    fake=_empty,
-)
-def _interpolate(
-    real: Tensor,
-    fake: Tensor,
-    alpha: Tensor,
-    scale: float = 1.0,
-    shift: float = 0.0,
-    dtype: torch.dtype | None = None,
-    batch: bool = False,
-) -> Tensor:
-    out = _empty(real, fake, alpha, scale, shift, dtype, batch)
-    torch.ops.wgan_fast.interpolate_into(out, real, fake, alpha, scale, shift)
+@operator("interpolate(Tensor real, Tensor fake, Tensor alpha) -> Tensor", fake=_empty)
+def _interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
+    out = _empty(real, fake, alpha)
+    torch.ops.wgan_fast.interpolate_into(out, real, fake, alpha)
     return out
 
 
@@ -103,7 +75,7 @@ class _Interpolate(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        real, fake, alpha, ctx.scale, ctx.shift, _, ctx.batch = inputs
+        real, fake, alpha = inputs
         # α's gradient alone needs the samples.
         ctx.save_for_backward(alpha, *((real, fake) if ctx.needs_input_grad[2] else ()))
         ctx.dtypes = real.dtype, fake.dtype
@@ -111,23 +83,17 @@ class _Interpolate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         alpha, *pair = ctx.saved_tensors
-        cotangent = cotangents[0].to(alpha.dtype)
-        parts = cotangent.chunk(3) if ctx.batch else (cotangent,)
-        mixed = parts[-1]
+        mixed = cotangents[0].to(alpha.dtype)
         weight = per_sample(alpha.repeat_interleave(mixed.shape[0] // alpha.shape[0]), mixed)
-        of_real, of_fake = weight * mixed, (1 - weight) * mixed
-        if ctx.batch:
-            of_real, of_fake = parts[0] + of_real, parts[1] + of_fake
         of_alpha = None
         if pair:
-            difference = pair[0].to(alpha.dtype) * ctx.scale + ctx.shift - pair[1].to(alpha.dtype)
+            difference = pair[0].to(alpha.dtype) - pair[1].to(alpha.dtype)
             of_alpha = (mixed * difference).reshape(alpha.shape[0], -1).sum(1)
         real, fake = ctx.dtypes
         return (
-            (of_real * ctx.scale).to(real) if ctx.needs_input_grad[0] else None,
-            of_fake.to(fake) if ctx.needs_input_grad[1] else None,
+            (weight * mixed).to(real) if ctx.needs_input_grad[0] else None,
+            ((1 - weight) * mixed).to(fake) if ctx.needs_input_grad[1] else None,
             of_alpha,
-            *[None] * 4,
         )
 
 
@@ -139,7 +105,7 @@ torch.library.register_autograd(
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     """Return x̂ with α ``[N]``, differentiable also under torch.func, whose transforms no registered formula passes."""
     if differentiated(real, fake, alpha):
-        mixed: Tensor = _Interpolate.apply(real, fake, alpha, 1.0, 0.0, None, False)  # type: ignore[no-untyped-call]
+        mixed: Tensor = _Interpolate.apply(real, fake, alpha)  # type: ignore[no-untyped-call]
         return mixed
     with below_autograd():
         plain: Tensor = torch.ops.wgan_fast.interpolate.default(real, fake, alpha)
