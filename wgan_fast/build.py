@@ -19,7 +19,7 @@ _RECORD = Path(__file__).with_name("_build.json")
 
 
 def _load_extension() -> tuple[ModuleType | None, str | None]:
-    """The extension, or why there is none."""
+    """Load the extension, or say why there is none."""
     try:
         return importlib.import_module("wgan_fast._C"), None
     except ModuleNotFoundError:
@@ -42,7 +42,7 @@ extension, _extension_missing = _load_extension()
 
 
 def build_info() -> dict[str, Any]:
-    """What is active in this installation and, for what is not, why.
+    """Say what is active in this installation and, for what is not, why.
 
     Returns:
         A dictionary that JSON can hold: ``wgan_fast``, ``python`` and ``torch`` with their versions, and for each of

@@ -56,7 +56,7 @@ def check_loss(loss: object) -> Tensor:
 
 
 def unconnected() -> ValueError:
-    """What to raise where a critic has no input gradient."""
+    """Return the error to raise where a critic has no input gradient."""
     return ValueError("critic's scores do not depend on its input: it was detached or computed under torch.no_grad()")
 
 

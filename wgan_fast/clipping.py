@@ -64,7 +64,7 @@ def clip_weights_(module_or_tensors: Weights, bound: float | tuple[float, float]
 
 
 def clip_range(bound: float | tuple[float, float], name: str = "bound") -> tuple[float, float]:
-    """The range that ``bound`` stands for.
+    """Return the range that ``bound`` stands for.
 
     Args:
         bound: A number c > 0 for [-c, c], or a pair (low, high) with low <= high.

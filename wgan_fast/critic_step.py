@@ -232,7 +232,7 @@ class CriticStep:
         return _Part(value.detach(), norm, value.backward if value.requires_grad else lambda: None)
 
     def _fused(self, step: Prepared, penalty: PenaltyConfig, real: Tensor) -> FusedMLP | str:
-        """What the operator for MLPs needs, or why it cannot be taken."""
+        """Return what the operator for MLPs needs, or why it cannot be taken."""
         if self.loss.critic is not wasserstein.critic or penalty.at != "interpolates" or step.check is not None:
             return "the step is not WGAN-GP's, or is compared with autograd"
         planned = step.planned

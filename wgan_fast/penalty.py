@@ -287,7 +287,7 @@ class GradientPenalty:
     def _compiled(
         self, critic: nn.Module, points: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Tensor:
-        """The same under ``torch.compile``, where one operator stands for the four passes."""
+        """Compute the penalty under ``torch.compile``, where one operator stands for the four passes."""
         for name, value in (*enumerate(args), *kwargs.items()):
             if not isinstance(value, Tensor):
                 kind = type(value).__name__

@@ -119,7 +119,7 @@ def critic_step(
     critic_kwargs: Mapping[str, Any] | None = None,
     **penalty: Any,
 ) -> StepTruth:
-    """The whole critic objective and its gradient for every trainable parameter: one backward over all of it."""
+    """Compute the whole critic objective and its gradient for every trainable parameter: one backward over it all."""
     real_scores = critic(real, *critic_args, **(critic_kwargs or {}))
     fake_scores = critic(fake.detach(), *critic_args, **(critic_kwargs or {}))
     value, norm = gradient_penalty(critic, points, critic_args=critic_args, critic_kwargs=critic_kwargs, **penalty)

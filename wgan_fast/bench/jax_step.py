@@ -52,7 +52,7 @@ class _Run:
         return self._jax.device_put(tensor.detach().cpu().numpy(), self._device)
 
     def _jit(self, mode: tuple[bool, ...]) -> Callable[..., Any]:
-        """The gradient for one state of the critic's dropout, as ``_mode`` tells it."""
+        """Return the compiled gradient for one state of the critic's dropout, as ``_mode`` tells it."""
         jax, workload, penalty = self._jax, self._workload, self._workload.penalty
         critic = _in_jax(workload)
 
@@ -103,7 +103,7 @@ def in_jax(workload: Workload) -> Step:
 
 
 def _in_jax(workload: Workload) -> Callable[[list[Array], Array, Array], Array]:
-    """The critic as a function of (parameters, samples, random key)."""
+    """Return the critic as a function of (parameters, samples, random key)."""
     import jax
 
     exported = torch.export.export(workload.critic, (workload.real,), strict=False)

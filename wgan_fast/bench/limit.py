@@ -44,7 +44,7 @@ class _Call:
         return self.function(*self.args, **self.kwargs)
 
     def layouts(self) -> list["_Call"]:
-        """The call on contiguous and on channels-last images; on other tensors as it is."""
+        """Return the call on contiguous and on channels-last images; on other tensors as it is."""
         if not any(isinstance(x, Tensor) and x.dim() == 4 for x in self.args):
             return [self]
         return [self._laid_out(memory_format) for memory_format in (torch.contiguous_format, torch.channels_last)]

@@ -36,7 +36,7 @@ def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) ->
 
 
 def fastest_of(call: Callable[[], object], device: torch.device, repeats: int = 2) -> float:
-    """The least seconds of a call after a first one that warms up: for choosing, not for reporting."""
+    """Return the least seconds of a call after a first one that warms up: for choosing, not for reporting."""
     call()
     return min(seconds(call, device) for _ in range(repeats))
 
@@ -145,7 +145,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
-    """The most bytes alive during a step beyond the critic and its samples; the gradients that it leaves count.
+    """Measure the most bytes alive during a step beyond the critic and its samples; gradients that it leaves count.
 
     On a CUDA device this is what the allocator counted. On a CPU it is what PyTorch's operators returned, without
     what they allocate and free inside: the same on every machine, where the allocator's count is not.

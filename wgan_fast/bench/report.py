@@ -53,7 +53,7 @@ def _row(workload: dict[str, Any], name: str) -> list[str]:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """The README's table: one row a workload, ours against each baseline; bold where we lose.
+    """Return the README's table: one row a workload, ours against each baseline; bold where we lose.
 
     A cell is empty where nothing was measured, and "too slow" where that would have filled the rounds.
     """
@@ -159,7 +159,7 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def readme_section(folder: Path) -> str:
-    """What stands between the README's markers: a table and a plot for each results file in a folder."""
+    """Return what stands between the README's markers: a table and a plot for each results file in a folder."""
     parts = []
     for path in sorted(folder.glob("*.json")):
         picture = f"benchmarks/results/{path.stem}.png"

@@ -44,7 +44,7 @@ def slug(described: dict[str, Any]) -> str:
 
 
 def version(package: str) -> str:
-    """The installed version of a package; "" without one."""
+    """Return the installed version of a package; "" without one."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -67,7 +67,7 @@ def _cpu_flags() -> list[str]:
 
 
 def _commit() -> str:
-    """The last commit of what is measured, with "+" where files differ from it; "" in an installed package."""
+    """Find the last commit of what is measured, with "+" where files differ from it; "" in an installed package."""
     here, measured = Path(__file__), [":/wgan_fast", ":/csrc", ":/kernels"]
     commands = (
         ["git", "ls-files", "--error-unmatch", here.name],
@@ -116,5 +116,5 @@ def ratio(workload: dict[str, Any], slower: str, faster: str) -> Ratio | None:
 
 
 def milliseconds(workload: dict[str, Any], name: str) -> float:
-    """The median time of a variant that was timed."""
+    """Return the median time of a variant that was timed."""
     return float(statistics.median(workload["variants"][name]["milliseconds"]))

@@ -26,7 +26,7 @@ def points() -> list[tuple[str, str, int | None]]:
 
 
 def key(model: str, batch_size: int) -> str:
-    """What a results file files a point of a series under."""
+    """Return the name under which a results file keeps a point of a series."""
     return f"{model}/wgan-gp/{batch_size}"
 
 
@@ -71,7 +71,7 @@ def section(results: dict[str, Any]) -> str:
 
 
 def _measured(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The points of the series, by their keys, of which every variant was timed."""
+    """Find the points of the series, by their keys, of which every variant was timed."""
     keys = [key(model, batch_size or 0) for model, _, batch_size in points()]
     found = {name: results["workloads"][name] for name in keys if name in results["workloads"]}
     return {
@@ -109,7 +109,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def page_section(folder: Path) -> str:
-    """What stands between the page's markers: a plot and the tables for each results file in a folder."""
+    """Return what stands between the page's markers: a plot and the tables for each results file in a folder."""
     parts = []
     for path in sorted(folder.glob("*.json")):
         picture = f"../benchmarks/results/scaling/{path.stem}.png"

@@ -27,5 +27,5 @@ class Step:
         self.run(alpha)
 
     def gradients(self) -> list[Tensor]:
-        """The gradients that the last call left, in the order of ``critic.parameters()``; zeros where it left none."""
+        """Return the gradients of the last call, in the order of ``critic.parameters()``; zeros where it left none."""
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.critic.parameters()]

@@ -60,7 +60,7 @@ def critic_loss(
     alpha: Tensor | None,
     computes: Computes = "step",
 ) -> Tensor:
-    """The critic's objective, written well: where real or fake are penalised, their one forward serves both terms.
+    """Compute the critic's objective, written well: one forward of penalised real or fake serves both terms.
 
     Args:
         scores: Maps samples to scores.
@@ -151,7 +151,7 @@ def field(workload: Workload, computes: Computes = "step") -> Step:
 
 
 def naive_compiled(workload: Workload, precision: Precision = "fp32") -> Step:
-    """The same objective in one compiled function through torch.func, the form that needs no private flag.
+    """Make a step of the same objective: one compiled function through torch.func, which needs no private flag.
 
     ``torch.autograd.grad`` inside a compiled function, under ``torch._dynamo.config.trace_autograd_ops``, compiles
     too (torch 2.13): to code that takes the same time, in up to three times as long.
@@ -185,7 +185,7 @@ def naive_compiled(workload: Workload, precision: Precision = "fp32") -> Step:
 
 
 def drop_in(workload: Workload, precision: Precision = "fp32", computes: Computes = "step") -> Step:
-    """The naive loop with ``wgan_fast.gradient_penalty`` in place of its own."""
+    """Make a step of the naive loop with ``wgan_fast.gradient_penalty`` in place of its own."""
     critic, real, fake, penalty = workload.critic, workload.real, workload.fake, workload.penalty
     if penalty is None:
         raise Skipped("there is no penalty")
@@ -218,7 +218,7 @@ def ours(workload: Workload, precision: Precision = "fp32", compile: bool = Fals
 
 
 def limit(workload: Workload, precision: Precision = "fp32") -> Step:
-    """What our step's arithmetic would take alone; see the module ``limit``."""
+    """Make a step that takes as long as our step's arithmetic would take alone; see the module ``limit``."""
     return _limit(workload, ours(workload, precision), precision)
 
 

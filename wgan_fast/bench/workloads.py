@@ -74,19 +74,19 @@ class Workload:
         return reference.interpolate(self.real, self.fake, alpha)
 
     def redrawn(self, seed: int) -> "Workload":
-        """The same critic on another batch; what is drawn by ``SEED`` is the batch that ``build`` gives."""
+        """Return the same critic on another batch; what is drawn by ``SEED`` is the batch that ``build`` gives."""
         generator = torch.Generator().manual_seed(seed)
         real, fake = torch.randn(2, *self.real.shape, generator=generator).to(self.real)
         alpha = draw_alpha(self.real.cpu(), generator, self.group_size).to(self.alpha)
         return replace(self, real=real, fake=fake, alpha=alpha)
 
     def double(self) -> "Workload":
-        """The same in float64, on a copy of the critic."""
+        """Return the workload in float64, on a copy of the critic."""
         real, fake, alpha = (tensor.double() for tensor in (self.real, self.fake, self.alpha))
         return replace(self, critic=copy_of(self.critic).double(), real=real, fake=fake, alpha=alpha)
 
     def channels_last(self) -> "Workload":
-        """The same with images and a copy of the critic in channels-last memory; other samples stay as they are."""
+        """Return the workload with images and a copied critic in channels-last memory; with other samples as it is."""
         if self.real.dim() != 4:
             return self
         critic = copy_of(self.critic)
@@ -160,7 +160,7 @@ _FAMILIES: dict[str, Callable[..., CriticSpec]] = {
 
 
 def spec(name: str) -> CriticSpec | None:
-    """The critic of this name: a key of ``CRITICS``, or "mlp-4x256", "dcgan-28x32", "resnet-64" with any numbers."""
+    """Find a critic by name: a key of ``CRITICS``, or "mlp-4x256", "dcgan-28x32", "resnet-64" with any numbers."""
     if name in CRITICS:
         return CRITICS[name]
     for pattern, make in _FAMILIES.items():

@@ -129,7 +129,7 @@ def _with_zeros(penalty: Tensor, before: list[Any], x: Tensor) -> Tensor:
 
 
 def _leaves(functions: list[Any]) -> Iterator[Tensor]:
-    """The tensors in which a graph ends, some of them more than once."""
+    """Yield the tensors in which a graph ends, some of them more than once."""
     pending, seen = list(functions), set(functions)
     while pending:
         function = pending.pop()

@@ -128,7 +128,7 @@ class GivenWay(NamedTuple):
     error: CaptureError | None
 
     def forwards(self) -> list[Callable[[Tensor], Tensor]]:
-        """What the forward was for those batches of this step for which it has been called already."""
+        """Return the forward as it was for those batches of this step for which it has been called already."""
         return self.error.forwards() if isinstance(self.error, ChangedError) else []
 
     def confirm(self) -> None:
@@ -163,7 +163,7 @@ def penalty_choice(critic: Callable[..., Tensor], one_sided: bool, group_size: i
 
 
 def traced_choice(identity: int, one_sided: bool, group_size: int, engine: Engine) -> EngineChoice:
-    """As ``penalty_choice``, for a compiler, which calls this as it traces instead of looking into it.
+    """Return what ``penalty_choice`` does, for a compiler, which calls this as it traces instead of looking into it.
 
     Args:
         identity: The critic's ``id``: PyTorch 2.11 takes constants alone here. Dynamo guards it.

@@ -300,7 +300,7 @@ class Traced:
         return [None if i is None else every[i] for i in self._outputs]
 
     def key(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What may differ from call to call of this form, besides the values of tensors: sizes and numbers."""
+        """Return what may differ from call to call of this form besides the values of tensors: sizes and numbers."""
         values = [inputs[i] for i in self._changing]
         numbers = [inputs[i].item() for i in self._numbers or ()]
         return (*[value.shape if isinstance(value, Tensor) else value for value in values], *numbers)
@@ -558,7 +558,7 @@ def _guard_more(output: Any) -> None:
 
 
 def _loosely_guarded(output: Any) -> Iterator[tuple[types.CodeType, Any]]:
-    """What Dynamo compares by ``==`` with a value that may equal another: zeros, and lists inside of tuples.
+    """Find what Dynamo compares by ``==`` with a value that may equal another: zeros, and lists inside of tuples.
 
     Yields:
         How to read it, and a copy of what it is.
@@ -589,7 +589,7 @@ def _is_still(before: Any, now: Any) -> bool:
 
 
 def _methods(classes: set[Any], codes: set[types.CodeType]) -> Iterator[tuple[type, str, Any]]:
-    """The methods that were traced, by the classes that define them and by those of the critic's own modules."""
+    """Find the methods that were traced, by the classes that define them and by those of the critic's own modules."""
     pending, seen = [nn.Module], {nn.Module}
     while pending:
         owner = pending.pop()
@@ -607,7 +607,7 @@ def _methods(classes: set[Any], codes: set[types.CodeType]) -> Iterator[tuple[ty
 
 
 def _attributes(classes: set[Any], codes: list[types.CodeType]) -> Iterator[tuple[Any, str, Any]]:
-    """What the user's code may read from the classes of what it meets: numbers kept there, inherited methods."""
+    """Find what the user's code may read from the classes of what it meets: numbers kept there, inherited methods."""
     own = [code for code in codes if not code.co_filename.startswith(_TORCH)]
     names = {"forward", "__call__"}.union(*[code.co_names for code in own])
     for kind in classes:
@@ -619,7 +619,7 @@ def _attributes(classes: set[Any], codes: list[types.CodeType]) -> Iterator[tupl
 
 
 def _classes(critic: Any, output: Any) -> set[Any]:
-    """The classes of what the forward meets: the critic's modules, and objects that are held otherwise."""
+    """Return the classes of what the forward meets: the critic's modules, and objects that are held otherwise."""
     # Of some it is a property, which raises.
     met = [vars(variable).get("value") for variable in output.side_effects.id_to_variable.values()]
     objects = [value for value in met if value is not None and type(value).__module__ != "builtins"]
@@ -637,7 +637,7 @@ _TORCH, _PYTHON = os.path.dirname(torch.__file__), os.path.dirname(os.__file__)
 
 
 def _modified(side_effects: Any) -> list[Any]:
-    """What of that which was there before a forward changes."""
+    """Find what a forward changes of that which was there before it."""
     return [
         variable
         for variable in side_effects.id_to_variable.values()

@@ -50,7 +50,7 @@ class ChangedError(CaptureError):
         self.looks = looks
 
     def forwards(self) -> list[Callable[[Tensor], Tensor]]:
-        """The forward as it was at each call, the samples its only argument; autograd differentiates it."""
+        """Return the forward as it was at each call, the samples its only argument; autograd differentiates it."""
 
         def forward(look: Look, x: Tensor) -> Tensor:
             captured, inputs = look.traced.captured(look.inputs), list(look.inputs)
@@ -195,7 +195,7 @@ class Prepared:
     def differentiate(
         self, batches: Mapping[str, Tensor], weight: float | None = None, target: float = 0.0
     ) -> StepOutput:
-        """As ``run``, with None also for gradients of zeros."""
+        """Run the step as ``run`` does, with None also for gradients of zeros."""
         if weight is None:
             weight, target = self.objective.weight, self.objective.target
         output = self.planned.plan.run(self.inputs, batches, weight, target)

@@ -101,7 +101,7 @@ def where(node: fx.Node) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, short enough for a message."""
+    """Return what an exception says, short enough for a message."""
     return (str(error).strip().splitlines() or [repr(error)])[0]
 
 
@@ -405,5 +405,5 @@ def _aliases(mutated: fx.Node, writer: fx.Node, graph: fx.Graph) -> list[fx.Node
 
 
 def _chain(node: fx.Node) -> list[fx.Node]:
-    """The tensors that ``node`` is, followed through in-place operators."""
+    """Return the in-place operators that take ``node``: what they give is the same tensor."""
     return [user for user in node.users if getattr(getattr(user.target, "_schema", None), "is_mutable", False)]

@@ -31,7 +31,7 @@ class Objective:
     group_size: int = 1
 
     def parts(self) -> list[str]:
-        """The batches that go through the critic, in the order of a plain implementation."""
+        """Return the batches that go through the critic, in the order of a plain implementation."""
         losses = ["real", "fake"] if self.loss else []
         return losses + [f"{name} points" for name in self.points()]
 
@@ -41,17 +41,17 @@ class Objective:
         return {name: getattr(self, name) for name in ("weight", "target", "one_sided", "group_size")}
 
     def form(self) -> "Objective":
-        """The same with the numbers left out that a plan takes at every step."""
+        """Return the objective with the numbers left out that a plan takes at every step."""
         return self if self.weight is None else replace(self, weight=1.0, target=0.0)
 
     def points(self) -> list[str]:
-        """The batches at which the gradient is penalised."""
+        """Return the batches at which the gradient is penalised."""
         if self.weight is None:
             return []
         return {"both": ["real", "fake"], "given": ["points"]}.get(self.at, [self.at])
 
     def inputs(self) -> list[str]:
-        """The batches that a step is given."""
+        """Return the batches that a step is given."""
         losses = ["real", "fake"] if self.loss else []
         return [*losses, *(name for name in self.points() if name not in losses)]
 

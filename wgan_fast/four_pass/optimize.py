@@ -101,7 +101,7 @@ def _order_by_first_use(graph: fx.Graph) -> None:
 
 
 def _memory_order(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """What memory asks to run before each node: the last write to what it touches, the reads of what it overwrites."""
+    """Find what memory needs before each node: the last write to what it touches, the reads of what it overwrites."""
     before: dict[fx.Node, list[fx.Node]] = {node: [] for node in graph.nodes}
     writer: dict[int | None, fx.Node] = {}
     readers: dict[int | None, list[fx.Node]] = {}
@@ -124,7 +124,7 @@ def _memory(node: fx.Node) -> int | None:
 
 
 def _written(node: fx.Node) -> set[int | None]:
-    """The memory that a node writes to, of what it was given."""
+    """Return the memory that a node writes to, of what it was given."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:
         return set()

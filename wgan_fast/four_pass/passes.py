@@ -94,7 +94,7 @@ class Run:
         )  # fmt: skip
 
     def operands(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes of a call's operands, in the order of its slots."""
+        """Return the nodes of a call's operands, in the order of its slots."""
         found: dict[fx.Node, None] = {}
         fx.node.map_arg(
             (node.args, dict(node.kwargs)),
@@ -215,7 +215,7 @@ class Cotangents:
         return node in self._sums
 
     def get(self, node: fx.Node) -> Any:
-        """The sum so far; None for nothing."""
+        """Return the sum so far; None for nothing."""
         return self._sums.get(node)
 
     def add(self, node: fx.Node, value: Tensor | None, like: Any = None) -> None:
@@ -460,7 +460,7 @@ class FourPasses:
         beta: Tensor,
         pull: Pull,
     ) -> None:
-        """The curvature's cotangent stands where the penalty's was: the rest is an ordinary backward pass."""
+        """Put the curvature's cotangent where the penalty's was: the rest is an ordinary backward pass."""
         points, rule, (linear, all_of_them) = self.block.points, rule_for(node.target), weights
         assert points is not None
         point_delta = self._point(node)
@@ -532,5 +532,5 @@ def penalty_seed(
 
 
 def number_values(values: Mapping[fx.Node, Any]) -> Values:
-    """The values that are plain numbers, such as sizes."""
+    """Return the values that are plain numbers, such as sizes."""
     return {node: value for node, value in values.items() if not isinstance(value, Tensor | list | tuple)}

@@ -16,7 +16,7 @@ from .registry import below_autograd, differentiated, kernels, library, operator
 
 
 def _factor(norm: Tensor, weight: float, target: float, one_sided: bool) -> tuple[Tensor, Tensor]:
-    """The norm in excess of the target, and s of v = s·g."""
+    """Return the norm in excess of the target, and s of v = s·g."""
     excess = norm - target
     if one_sided:
         excess = excess.clamp(min=0)

@@ -16,7 +16,7 @@ def is_dense(batch: Tensor) -> bool:
 
 
 def empty(like: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """New memory for ``rows`` samples, dense: with the elements of a sample in the order of ``like`` if that is."""
+    """Return new memory for ``rows`` samples, dense: the elements of a sample in the order of ``like`` if that is."""
     size = (rows, *like.shape[1:])
     if not is_dense(like):
         return torch.empty(size, dtype=dtype, device=like.device)

@@ -178,7 +178,7 @@ def _prune(folder: Path, step: int, keep: int) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> Tree:
-    """An optimizer's state as a tree with string keys."""
+    """Return an optimizer's state as a tree with string keys."""
     state = optimizer.state_dict()
     return {**state, "state": {str(index): values for index, values in state["state"].items()}}
 

@@ -239,7 +239,7 @@ class Bench:
 
 
 def _commands(arguments: list[str]) -> Any:
-    """The subcommands; where a run is resumed, its own settings are the defaults of ``train``."""
+    """Return the subcommands; where a run is resumed, its own settings are the defaults of ``train``."""
     folder = _option(arguments, "--resume") if arguments[:1] == ["train"] else None
     train = Train()
     if folder is not None:
@@ -292,7 +292,7 @@ _REWORDED = (
 
 
 def _hint(text: str, arguments: list[str]) -> str:
-    """What tyro suggests in place of an unknown option or command."""
+    """Say what tyro suggests in place of an unknown option or command."""
     if commands := re.search(r"Available subcommands: (.*)", text):
         return f"; the commands are {commands[1].strip()}"
     suggestions = re.findall(r"(--[\w-]+)(?:(?!--)[\s\S])*?in wgan-fast (\w+) --help", text)

@@ -63,7 +63,7 @@ class Replicas:
                 raise InputError(f"{name} must be a multiple of the {self.world} processes, got {size}")
 
     def rows(self, batch_size: int) -> slice:
-        """The rows of a whole batch that are this process's."""
+        """Return the rows of a whole batch that are this process's."""
         share = batch_size // self.world
         return slice(self.rank * share, (self.rank + 1) * share)
 
@@ -154,7 +154,7 @@ class _Bucket:
         self._figures.copy_(torch.stack([figure.to(self.flat.dtype) for figure in figures]))
 
     def figures(self) -> tuple[Tensor, ...]:
-        """The figures as they are now, apart from the bucket, which is filled again."""
+        """Return the figures as they are now, in memory of their own: the bucket is filled again."""
         return tuple(self._figures.clone().unbind())
 
 
@@ -169,7 +169,7 @@ def restarted() -> bool:
 
 
 def _attempt() -> str:
-    """What keeps the addresses of processes that torchrun has restarted from those of the dead, in the store it keeps.
+    """Return what keeps apart, in torchrun's store, the addresses of restarted processes and those of the dead.
 
     Its count of restarts is the same for all processes of one machine only.
     """

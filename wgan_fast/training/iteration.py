@@ -162,7 +162,7 @@ class Iteration:
         return IterationResult(result, loss, stopping)
 
     def _fakes(self, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Generated samples and α for every critic step, drawn in the same order one by one and all at once."""
+        """Draw generated samples and α for every critic step, in the same order one by one and all at once."""
         if not self._ahead:
             for k in range(count):
                 fake = self._generate(self._noise())
@@ -178,7 +178,7 @@ class Iteration:
             return self.laid_out(self.generator(noise))
 
     def laid_out(self, samples: Tensor) -> Tensor:
-        """Samples as the critic takes them: of its dtype, and channels last where that is asked for."""
+        """Return samples as the critic takes them: of its dtype, and channels last where that is asked for."""
         samples = samples.to(self.dtype)
         return channels_last(samples) if self.config.channels_last else samples
 
@@ -282,7 +282,7 @@ def _averaged(generator: nn.Module) -> nn.Module:
 
 
 def trainable(name: str, network: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a network that training moves.
+    """Return the parameters of a network that training moves.
 
     Raises:
         InputError: There are none.
@@ -333,7 +333,7 @@ def make_optimizer(
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
-    """What the learning rate is multiplied with at ``step`` (from 1) of ``steps``.
+    """Return what the learning rate is multiplied with at ``step`` (from 1) of ``steps``.
 
     "constant" stays at 1; "linear" and "cosine" fall from 1 at the first step towards 0 after the last.
     """

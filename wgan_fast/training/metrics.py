@@ -226,7 +226,7 @@ def mode_coverage(samples: _Samples, modes: _Samples, std: float) -> ModeCoverag
 
 
 def wasserstein_estimate(critic: nn.Module, real: Tensor, fake: Tensor, batch_size: int = 256) -> float:
-    """The critic's estimate of the Wasserstein distance, mean D(real) - mean D(fake).
+    """Return the critic's estimate of the Wasserstein distance, mean D(real) - mean D(fake).
 
     The critic runs in evaluation mode and without gradients; the modes of its modules are restored. For a critic
     with unit gradient norm this is the estimate of Arjovsky et al. 2017 (arXiv:1701.07875); on held-out samples it

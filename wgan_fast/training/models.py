@@ -199,7 +199,7 @@ def dense_generator(sample_shape: Sequence[int], latent_dim: int, width: int) ->
 def dcgan_generator(
     sample_shape: Sequence[int], latent_dim: int, width: int, *, stages: int = 3, batch_norm: bool = True
 ) -> Generator:
-    """A linear layer and `stages` transposed 5x5 convolutions of stride 2, ReLU between them, tanh at the end.
+    """Build a linear layer and `stages` transposed 5x5 convolutions of stride 2, ReLU between them, tanh at the end.
 
     Args:
         sample_shape: Shape of one image, `(C, H, W)`, any size.
@@ -267,7 +267,7 @@ def dcgan_critic(
 
 
 def resnet_generator(sample_shape: Sequence[int], latent_dim: int, width: int) -> Generator:
-    """The CIFAR ResNet generator: a linear layer to 4x4, three upsampling residual blocks with batch norm, tanh.
+    """Build the CIFAR ResNet generator: a linear layer to 4x4, three upsampling residual blocks with batch norm, tanh.
 
     Args:
         sample_shape: `(C, 32, 32)`.
@@ -289,7 +289,7 @@ def resnet_generator(sample_shape: Sequence[int], latent_dim: int, width: int) -
 
 
 def resnet_critic(sample_shape: Sequence[int], width: int, *, layer_norm: bool = True) -> Critic:
-    """The CIFAR ResNet critic: four residual blocks, the first two halving the image, then the spatial mean.
+    """Build the CIFAR ResNet critic: four residual blocks, the first two halving the image, then the spatial mean.
 
     Args:
         sample_shape: `(C, H, W)` with H and W divisible by 4; the paper has `(3, 32, 32)`.
@@ -311,7 +311,7 @@ def resnet_critic(sample_shape: Sequence[int], width: int, *, layer_norm: bool =
 
 
 def language_critic(sample_shape: Sequence[int], width: int) -> Critic:
-    """The character-level 1-D ResNet critic of the paper's language model: five residual blocks, a linear layer.
+    """Build the character-level 1-D ResNet critic of the paper's language model: five residual blocks, a linear layer.
 
     Args:
         sample_shape: `(V, L)`: texts of L characters as distributions over an alphabet of V.

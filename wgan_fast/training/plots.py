@@ -381,7 +381,7 @@ def _rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float |
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps and values of the records in which `key` has a finite value, in the order of the steps."""
+    """Return steps and values of the records in which `key` has a finite value, in the order of the steps."""
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
     order = np.argsort(steps, kind="stable")
@@ -390,7 +390,7 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.
 
 
 def _smooth(steps: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Moving mean of the middle half of a twentieth of the values, at no more than 300 of the steps."""
+    """Return the moving mean of the middle half of a twentieth of the values, at no more than 300 of the steps."""
     centres = np.linspace(0, len(values) - 1, min(len(values), 300)).round().astype(int)
     half = len(values) // 40
     means = []

@@ -334,7 +334,7 @@ class Trainer:
                 raise InterruptedTraining(f"stopped after step {self.step}; {self._kept()}", stop.number)
 
     def _read(self, reals: Iterator[Tensor]) -> list[Tensor]:
-        """The real samples of one iteration, read before it begins: an error leaves nothing half done."""
+        """Read the real samples of one iteration before it begins: an error leaves nothing half done."""
         try:
             return list(itertools.islice(reals, self._iteration.n_critic))
         except Exception as error:

@@ -59,7 +59,7 @@ def try_step(iteration: Iteration, sample_shape: tuple[int, ...], n: int) -> Non
 
 @torch.no_grad()
 def _try(name: str, network: nn.Module, shape: list[int]) -> Any:
-    """What the network returns for zeros in training mode; its buffers stay as they were."""
+    """Return the network's output for zeros in training mode; its buffers stay as they were."""
     before = copy.deepcopy(network.state_dict())
     parameter = next(network.parameters(), torch.empty(0))
     try:

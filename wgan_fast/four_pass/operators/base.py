@@ -67,7 +67,7 @@ class Call:
         return self.op(*args, **kwargs)
 
     def argument(self, name: str) -> Any:
-        """The argument that the operator's schema calls ``name``; a ``Slot`` where it is a tensor."""
+        """Return the argument that the operator's schema calls ``name``; a ``Slot`` where it is a tensor."""
         for position, argument in enumerate(self.op._schema.arguments):
             if argument.name == name:
                 if position < len(self.args):
@@ -76,17 +76,17 @@ class Call:
         raise KeyError(name)
 
     def slot(self, name: str) -> int | None:
-        """The index of the operand called ``name``; None where it was not given."""
+        """Return the index of the operand called ``name``; None where it was not given."""
         value = self.argument(name)
         return value.index if isinstance(value, Slot) else None
 
     def tensor(self, name: str) -> Tensor | None:
-        """The operand called ``name``; None where it was not given."""
+        """Return the operand called ``name``; None where it was not given."""
         slot = self.slot(name)
         return None if slot is None else self.operands[slot]
 
     def with_operand(self, index: int, value: Tensor) -> "Call":
-        """The same call with one operand replaced."""
+        """Return the same call with one operand replaced."""
         operands = list(self.operands)
         operands[index] = value
         return replace(self, operands=operands)
@@ -225,7 +225,7 @@ def add(name: str, rule: Rule, rows: Where | None, *examples: Example) -> None:
 
 
 def register(name: str, rows: Where | None, *examples: Example) -> Callable[[type[Rule]], type[Rule]]:
-    """As ``add``, for a class of rules."""
+    """Give an overload its entry, with the decorated class as its rule."""
 
     def decorate(rule: type[Rule]) -> type[Rule]:
         add(name, rule(), rows, *examples)

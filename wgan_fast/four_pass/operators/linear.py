@@ -36,7 +36,7 @@ class Affine(Rule):
         return [gradients[0] if i == weight else None for i in wanted]
 
     def jvp(self, call: Call, tangents: Sequence[Tensor | None]) -> Output:
-        """The layer without its bias, at the tangent."""
+        """Apply the layer without its bias to the tangent."""
         data = call.slot("input")
         if any(t is not None for i, t in enumerate(tangents) if i != data):
             return super().jvp(call, tangents)
@@ -128,7 +128,7 @@ class Convolution(Affine):
         return [{data: gx, weight: gw, bias: gb}[i] for i in wanted]
 
     def apply(self, call: Call, x: Tensor) -> Tensor:
-        """The convolution of x without a bias."""
+        """Return the convolution of x without a bias."""
         if _goes_along_channels(call):
             x = _channels_last(x)
         return aten.convolution(x, call.tensor("weight"), None, *self._settings(call))  # type: ignore[no-any-return]
@@ -191,7 +191,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _computed_in(x: Tensor) -> torch.dtype:
-    """The dtype that autocast, where it is on, has a product take an operand in."""
+    """Return the dtype in which a product takes an operand: autocast's for float32 where it is on, else its own."""
     device = x.device.type
     return (
         torch.get_autocast_dtype(device) if x.dtype == torch.float32 and torch.is_autocast_enabled(device) else x.dtype

@@ -78,7 +78,7 @@ class GroupNorm(Rule):
     def second(
         self, call: Call, tangents: Sequence[Tensor | None], cotangent: Output, wanted: Sequence[int]
     ) -> Derivatives:
-        """The curvature for x, Σ δ J t for γ, nothing for β."""
+        """Return the curvature for x, Σ δ J t for γ, nothing for β."""
         if any(t is not None for t in tangents[1:]):
             return super().second(call, tangents, cotangent, wanted)
         tangent, delta = self.channels(call, tangents[0]), self.channels(call, cotangent)  # type: ignore[arg-type]
@@ -101,11 +101,11 @@ class InstanceNorm(GroupNorm):
     """Group normalisation with one channel per group."""
 
     def groups(self, call: Call) -> int:
-        """One channel each."""
+        """Count the channels: each is a set of its own."""
         return call.operands[0].shape[1]
 
     def forward(self, call: Call) -> Output:
-        """As group normalisation; running statistics have no rule."""
+        """Run group normalisation; refuse running statistics, which have no rule."""
         if not call.argument("use_input_stats") or call.slot("running_mean") is not None:
             raise NotImplementedError("instance normalisation with running statistics has no rule")
         return super().forward(call)
@@ -121,7 +121,7 @@ class LayerNorm(GroupNorm):
     """One group whose channels are all the elements that share statistics."""
 
     def groups(self, call: Call) -> int:
-        """All of them."""
+        """Return 1: all channels are one set."""
         return 1
 
     def channels(self, call: Call, x: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class BatchNorm(Rule):
     def second(
         self, call: Call, tangents: Sequence[Tensor | None], cotangent: Output, wanted: Sequence[int]
     ) -> Derivatives:
-        """The curvature for x, none in evaluation; Σ δ J t for γ."""
+        """Return the curvature for x, none in evaluation; Σ δ J t for γ."""
         if any(t is not None for t in tangents[1:]):
             return super().second(call, tangents, cotangent, wanted)
         tangent: Tensor = tangents[0]  # type: ignore[assignment]
@@ -238,5 +238,5 @@ class BatchNorm(Rule):
 
 
 def _shared(x: Tensor) -> list[int]:
-    """The dimensions over which the elements of a channel lie."""
+    """Return the dimensions over which the elements of a channel lie."""
     return [0, *range(2, x.dim())]

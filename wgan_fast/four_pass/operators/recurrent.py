@@ -16,22 +16,22 @@ class Recurrent(Rule):
     """The generic rule without oneDNN and cuDNN."""
 
     def forward(self, *call: Any) -> Any:
-        """Run the layer."""
+        """Run the layer without oneDNN and cuDNN."""
         with _plainly():
             return super().forward(*call)
 
     def vjp(self, *call: Any) -> Any:
-        """Return the VJP."""
+        """Return the VJP, computed without oneDNN and cuDNN."""
         with _plainly():
             return super().vjp(*call)
 
     def jvp(self, *call: Any) -> Any:
-        """Return the JVP."""
+        """Return the JVP, computed without oneDNN and cuDNN."""
         with _plainly():
             return super().jvp(*call)
 
     def second(self, *call: Any) -> Any:
-        """Return the derivative of ⟨δ, JVP⟩."""
+        """Return the derivative of ⟨δ, JVP⟩, computed without oneDNN and cuDNN."""
         with _plainly():
             return super().second(*call)
 

@@ -62,7 +62,7 @@ def looked_up(call: Call, at: Placed) -> int | None:
 
 
 def joined(call: Call, at: Placed) -> int | None:
-    """Joined along a dimension that is not the samples'."""
+    """Follow the rows where tensors are joined along a dimension that is not the samples'."""
     dims = set(at.dims)
     dim = dims.pop()
     if dims or dim is None:
@@ -86,7 +86,7 @@ def view(call: Call, dim: int, shape: torch.Size, at: Placed) -> int | None:
 
 
 def view_as(call: Call, at: Placed) -> int | None:
-    """As a view; the other tensor lends its shape alone."""
+    """Follow the rows as ``view`` does; the other tensor lends its shape alone."""
     return view(call, at._replace(dims=at.dims[:1]))
 
 
@@ -107,7 +107,7 @@ def movedim(call: Call, dim: int, shape: torch.Size, at: Placed) -> int | None:
 
 @of_first
 def transpose(call: Call, dim: int, shape: torch.Size, at: Placed) -> int | None:
-    """Swapped with another dimension, if it is one of the two."""
+    """Swap the dimension with another one, if it is one of the two."""
     name = call.op._schema.name.removeprefix("aten::")
     if name in ("t", "numpy_T"):
         return len(shape) - 1 - dim
@@ -146,7 +146,7 @@ def along(call: Call, dim: int, shape: torch.Size, at: Placed) -> int | None:
 
 @of_first
 def take(call: Call, dim: int, shape: torch.Size, at: Placed) -> int | None:
-    """A slice of the rows keeps samples apart only where it takes them all."""
+    """Keep the dimension unless a slice along it leaves out some of the rows."""
     return dim if at.out.shape[dim] == shape[dim] or dim not in _axes(call, shape) else None
 
 
@@ -170,13 +170,13 @@ def before_last(count: Callable[[Call], int]) -> Where:
 
 @of_first
 def expand(call: Call, dim: int, shape: torch.Size, at: Placed) -> int | None:
-    """Counted from the end."""
+    """Count the dimension from the end."""
     return dim + at.out.dim() - len(shape)
 
 
 @of_first
 def repeat(call: Call, dim: int, shape: torch.Size, at: Placed) -> int | None:
-    """Counted from the end, where the rows are not repeated themselves."""
+    """Count the dimension from the end, where the rows are not repeated themselves."""
     dim = dim + at.out.dim() - len(shape)
     return dim if call.argument("repeats")[dim] == 1 else None
 
@@ -201,7 +201,7 @@ def same(call: Call, dim: int, shape: torch.Size, at: Placed) -> int | None:
 
 
 def matmul(call: Call, at: Placed) -> int | None:
-    """Samples along a leading dimension of both factors, or along the rows of the left one alone."""
+    """Find samples along a leading dimension of both factors, or along the rows of the left one alone."""
     dims, shapes = (at.dims * 2, at.shapes * 2) if len(at.dims) == 1 else (at.dims, at.shapes)
     (left, right), (a, b) = dims[:2], shapes[:2]
     if left is not None and right is None:
@@ -219,7 +219,7 @@ def attention(call: Call, at: Placed) -> int | None:
 
 
 def einsum(call: Call, at: Placed) -> int | None:
-    """Samples along one letter that the output keeps."""
+    """Find samples along one letter that the output keeps."""
     equation = call.argument("equation")
     inputs, _, result = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")

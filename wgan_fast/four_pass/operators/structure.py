@@ -155,7 +155,7 @@ class AveragePooling(LinearMap):
 
     @staticmethod
     def _tiles(call: Call) -> list[int] | None:
-        """The windows' sizes where they tile the samples; None where they do not."""
+        """Return the windows' sizes where they tile the samples; None where they do not."""
         x, dims = call.operands[0], int(call.op._schema.name[-2])
 
         def each(name: str) -> list[int]:
