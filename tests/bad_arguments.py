@@ -7,13 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 Row = tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]
-
-
-def two_scores(x: Tensor) -> Tensor:
-    return x.flatten(1)[:, :2]
 
 
 NAN, INF = float("nan"), float("inf")
@@ -66,12 +61,11 @@ SAMPLE_ERRORS: list[Row] = [
     ("samples are empty", {"real": torch.ones(4, 0), "fake": torch.ones(4, 0)}, ValueError, ("real", "[4, 0]")),
     ("samples are scalars", {"real": torch.ones(4), "fake": torch.ones(4)}, ValueError, ("real", "[4]")),
     ("no batch", {"real": torch.tensor(1.0), "fake": torch.tensor(1.0)}, ValueError, ("real", "[]")),
-    ("alpha is a number", {"alpha": 0.5}, TypeError, ("alpha", "float")),
+    ("alpha is a word", {"alpha": "0.5"}, TypeError, ("alpha", "str")),
+    ("alpha is a bool", {"alpha": True}, TypeError, ("alpha", "bool")),
     ("alpha is integer", {"alpha": torch.ones(4, dtype=torch.int32)}, TypeError, ("alpha", "torch.int32")),
-    ("alpha is 0-dim", {"alpha": torch.tensor(0.5)}, ValueError, ("alpha", "[]", "[4]")),
     ("alpha is one short", {"alpha": torch.rand(3)}, ValueError, ("alpha", "[3]", "[4]")),
-    ("alpha would broadcast", {"alpha": torch.rand(1)}, ValueError, ("alpha", "[1]", "[4]")),
-    ("alpha is per element", {"alpha": torch.rand(4, 6)}, ValueError, ("alpha", "[4, 6]", "[4]")),
+    ("alpha has a dimension more", {"alpha": torch.rand(1, 4, 6)}, ValueError, ("alpha", "[1, 4, 6]", "[4]", "[4, 6]")),
     ("alpha is transposed", {"alpha": torch.rand(1, 4)}, ValueError, ("alpha", "[1, 4]", "[4]")),
     ("alpha is empty", {"alpha": torch.rand(0)}, ValueError, ("alpha", "[0]", "[4]")),
     ("alpha is elsewhere", {"alpha": torch.ones(4, device="meta")}, ValueError, ("alpha", "meta", "cpu")),
@@ -80,7 +74,6 @@ CRITIC_ERRORS: list[Row] = [
     ("critic packs what is not divided", {"group_size": 3}, ValueError, ("group_size", "3", "4 samples")),
     ("critic does not pack", {"group_size": 2}, ValueError, ("critic", "group of 2", "[2]", "[4, 1]")),
     ("critic packs unasked", {"critic": lambda x: x.view(2, 12).sum(1)}, ValueError, ("critic", "[4]", "[2]")),
-    ("two scores per sample", {"critic": two_scores}, ValueError, ("critic", "[4, 2]", "[4]", "[4, 1]")),
     ("the mean score", {"critic": lambda x: x.mean()}, ValueError, ("critic", "[]", "[4]")),
     ("the mean score, 1-dim", {"critic": lambda x: x.mean().view(1)}, ValueError, ("critic", "[1]", "[4]")),
     ("scores in a row", {"critic": lambda x: x.sum(1).view(1, 4)}, ValueError, ("critic", "[1, 4]", "[4]")),

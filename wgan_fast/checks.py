@@ -6,40 +6,63 @@ from typing import Literal, get_args
 import torch
 from torch import Generator, Tensor
 
+from .precision import accumulation_dtype
+
 Engine = Literal["auto", "four_pass", "autograd", "checked"]
 
 
-def check_alpha(alpha: Tensor, real: Tensor, group_size: int = 1) -> Tensor:
-    """Return a given α as ``[N]``, one value per sample of ``real`` ``[N, *D]``."""
-    check_floating("alpha", alpha)
+def check_alpha(alpha: Tensor | float, real: Tensor, group_size: int = 1) -> Tensor:
+    """Return a given α as ``[N]`` where it is one a sample of ``real`` ``[N, *D]`` (or a group), else as it is."""
     N = real.shape[0]
+    if isinstance(alpha, int | float) and not isinstance(alpha, bool):
+        return torch.full((N,), float(alpha), dtype=accumulation_dtype(real.dtype), device=real.device)
+    alpha = check_floating("alpha", alpha)
     if alpha.device != real.device:
         raise ValueError(f"alpha is on {alpha.device}, real on {real.device}: they must be on one device")
-    if alpha.dim() == 0 or alpha.numel() != alpha.shape[0] or alpha.shape[0] not in (N, N // group_size):
-        raise ValueError(f"alpha must have one value per sample, shape [{N}], got {list(alpha.shape)}")
-    alpha = alpha.reshape(-1)
-    return alpha if alpha.shape[0] == N else alpha.repeat_interleave(group_size)
+    if alpha.dim() == 0:
+        return alpha.expand(N)
+    if alpha.numel() == alpha.shape[0] and alpha.shape[0] in (N, N // group_size):
+        alpha = alpha.reshape(-1)
+        return alpha if alpha.shape[0] == N else alpha.repeat_interleave(group_size)
+    sizes = zip(reversed(alpha.shape), reversed(real.shape))
+    if alpha.dim() > real.dim() or not all(own in (1, size) for own, size in sizes):
+        raise ValueError(
+            f"alpha must be a number, have one value per sample, shape [{N}], or broadcast to {list(real.shape)}, "
+            f"got {list(alpha.shape)}"
+        )
+    return alpha
 
 
-def check_samples(real: Tensor, fake: Tensor, group_size: int = 1) -> None:
+def is_per_sample(alpha: Tensor, real: Tensor) -> bool:
+    """Say whether what ``check_alpha`` gave is one value a sample."""
+    return alpha.dim() == 1 and alpha.shape[0] == real.shape[0]
+
+
+def check_samples(real: object, fake: object, group_size: int = 1) -> None:
     """Raise unless real and fake are a usable pair of batches."""
-    check_floating("real", real)
+    real = check_floating("real", real)
     check_matches("fake", fake, real)
-    check_batch("real", real)
-    if real.shape[0] % group_size:
-        raise ValueError(f"group_size {group_size} does not divide the batch of {real.shape[0]} samples")
+    check_one("real", real, group_size)
 
 
-def check_scores(scores: object, x: Tensor, group_size: int = 1) -> Tensor:
-    """Return the critic's scores, or raise unless there is one per sample (or group) of ``x``."""
+def check_one(name: str, batch: object, group_size: int = 1) -> None:
+    """Raise unless a batch is usable by itself."""
+    batch = check_floating(name, batch)
+    check_batch(name, batch)
+    if batch.shape[0] % group_size:
+        raise ValueError(f"group_size {group_size} does not divide the batch of {batch.shape[0]} samples")
+
+
+def check_scores(scores: object, x: Tensor, group_size: int = 1, *, one: bool = False) -> Tensor:
+    """Return the critic's scores, or raise unless there is a row of them (or ``one``) per sample or group of ``x``."""
     groups = x.shape[0] // group_size
     if not isinstance(scores, Tensor):
         raise TypeError(f"critic must return a tensor of scores, got {type(scores).__name__}")
-    if scores.dim() == 0 or scores.shape[0] != groups or scores.numel() != groups:
+    if scores.dim() == 0 or scores.shape[0] != groups or (one and scores.numel() != groups):
         per = "sample" if group_size == 1 else f"group of {group_size} samples"
         raise ValueError(
-            f"critic must return one score per {per}, shape [{groups}] or [{groups}, 1], "
-            f"got {list(scores.shape)} for input {list(x.shape)} with group_size {group_size}"
+            f"critic must return {'one score' if one else 'a row of scores'} per {per}, shape [{groups}] or [{groups}, "
+            f"{'1' if one else '...'}], got {list(scores.shape)} for input {list(x.shape)} with group_size {group_size}"
         )
     if not scores.is_floating_point():
         raise TypeError(f"critic must return floating-point scores, got {scores.dtype}")
@@ -81,12 +104,13 @@ def check_engine(engine: str) -> None:
         raise ValueError(f"engine must be one of {', '.join(get_args(Engine))}, got {engine!r}")
 
 
-def check_floating(name: str, tensor: object) -> None:
-    """Raise unless ``tensor`` is a floating-point tensor."""
+def check_floating(name: str, tensor: object) -> Tensor:
+    """Return ``tensor``, or raise unless it is a floating-point one."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    return tensor
 
 
 def check_batch(name: str, tensor: Tensor) -> None:
@@ -105,9 +129,9 @@ def check_generator(generator: object, real: Tensor) -> None:
         raise ValueError(f"generator is on {generator.device}, real on {real.device}: they must be on one device")
 
 
-def check_matches(name: str, tensor: Tensor, real: Tensor) -> None:
+def check_matches(name: str, tensor: object, real: Tensor) -> None:
     """Raise unless ``tensor`` has the shape, dtype and device of ``real``."""
-    check_floating(name, tensor)
+    tensor = check_floating(name, tensor)
     if tensor.shape != real.shape:
         raise ValueError(f"{name} must have the shape of real, got {list(tensor.shape)} and {list(real.shape)}")
     if tensor.dtype != real.dtype:

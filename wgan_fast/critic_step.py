@@ -18,6 +18,7 @@ from .checks import (
     check_loss,
     check_samples,
     check_scores,
+    is_per_sample,
 )
 from .engine.autograd import Piecewise, forget_gradients, leave, penalty_at
 from .engine.choice import EngineChoice
@@ -140,7 +141,7 @@ class CriticStep:
         self,
         real: Tensor,
         fake: Tensor,
-        alpha: Tensor | None = None,
+        alpha: Tensor | float | None = None,
         accumulate: bool = False,
         *,
         critic_args: tuple[Any, ...] = (),
@@ -151,7 +152,7 @@ class CriticStep:
         Args:
             real: Real samples ``[N, *D]``, floating point.
             fake: Generated samples of the same shape, dtype and device; taken as constants.
-            alpha: α per sample, as in ``gradient_penalty``; None draws it before the critic runs.
+            alpha: α as in ``gradient_penalty``; None draws it before the critic runs.
             accumulate: Add to the parameters' ``.grad`` instead of replacing it.
             critic_args: Further positional arguments of the critic, given with every batch.
             critic_kwargs: Keyword arguments of the critic.
@@ -172,8 +173,9 @@ class CriticStep:
             check_part(self.penalty, real.shape[0])
         part = penalty if penalty and penalty.samples not in (None, real.shape[0]) else None
         real, fake = settled(real), settled(fake)
+        mixing = noise = None
         if penalty:
-            alpha, noise = draw(penalty, real, alpha)
+            mixing, noise = draw(penalty, real, alpha)
         elif alpha is not None:
             check_alpha(alpha, real, group_size)
 
@@ -181,17 +183,18 @@ class CriticStep:
             apart: list[_Part] = []
             if part:
                 further = thinned(part, (critic_args, critic_kwargs or {}), real.shape[0])
-                apart = [self._apart(part, x, *further) for x in mixed(part, real, fake, alpha, noise)]
+                apart = [self._apart(part, x, *further) for x in mixed(part, real, fake, mixing, noise)]
                 penalty = None
             step = self._four_passes(penalty).prepare(real, critic_args, critic_kwargs)
-            if penalty and isinstance(step, Prepared) and isinstance(mlp := self._fused(step, penalty, real), FusedMLP):
-                output = self._one_operator(mlp, step, penalty, real, fake, alpha)
+            mlp = self._fused(step, penalty, real, mixing) if penalty and isinstance(step, Prepared) else None
+            if isinstance(step, Prepared) and isinstance(mlp, FusedMLP) and penalty and mixing is not None:
+                output = self._one_operator(mlp, step, penalty, real, fake, mixing)
                 result = self._take(output, [step.inputs[i] for i in mlp.parameters], accumulate)
             else:
-                points = mixed(penalty, real, fake, alpha, noise) if penalty else []
+                points = mixed(penalty, real, fake, mixing, noise) if penalty else []
                 if isinstance(step, Prepared):
                     batches = {"real": real, "fake": fake}
-                    if penalty and alpha is not None:
+                    if mixing is not None and penalty:
                         (batches["points"],) = points
                     result = self._take(step.run(batches), step.tensors, accumulate)
                 else:
@@ -231,10 +234,12 @@ class CriticStep:
         step.confirm()
         return _Part(value.detach(), norm, value.backward if value.requires_grad else lambda: None)
 
-    def _fused(self, step: Prepared, penalty: PenaltyConfig, real: Tensor) -> FusedMLP | str:
+    def _fused(self, step: Prepared, penalty: PenaltyConfig, real: Tensor, alpha: Tensor | None) -> FusedMLP | str:
         """Return what the operator for MLPs needs, or why it cannot be taken."""
         if self.loss.critic is not wasserstein.critic or penalty.at != "interpolates" or step.check is not None:
             return "the step is not WGAN-GP's, or is compared with autograd"
+        if alpha is None or not is_per_sample(alpha, real):
+            return "there is not one α per sample"
         planned = step.planned
         if planned.fused is None:
             planned.fused = fused_mlp(planned.plan.captured, real, group_size=penalty.group_size)
@@ -242,9 +247,8 @@ class CriticStep:
         return fused
 
     def _one_operator(
-        self, mlp: FusedMLP, step: Prepared, penalty: PenaltyConfig, real: Tensor, fake: Tensor, alpha: Tensor | None
+        self, mlp: FusedMLP, step: Prepared, penalty: PenaltyConfig, real: Tensor, fake: Tensor, alpha: Tensor
     ) -> StepOutput:
-        assert alpha is not None
         precision: str = self.precision
         if precision == "fp32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
             precision = "tf32"

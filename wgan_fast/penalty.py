@@ -22,7 +22,9 @@ from .checks import (
     check_generator,
     check_gradients_allowed,
     check_matches,
+    check_one,
     check_samples,
+    is_per_sample,
 )
 from .engine import compiled_callers as compiled_callers  # registers the operator that compiled callers run
 from .engine.autograd import attach, penalty_at
@@ -118,14 +120,15 @@ class PenaltyConfig:
 
 def gradient_penalty(
     critic: Callable[..., Tensor],
-    real: Tensor,
-    fake: Tensor,
+    real: Tensor | None = None,
+    fake: Tensor | None = None,
     *,
+    points: Tensor | None = None,
     weight: float = 10.0,
     target: float = 1.0,
     one_sided: bool = False,
     at: At = "interpolates",
-    alpha: Tensor | None = None,
+    alpha: Tensor | float | None = None,
     generator: Generator | None = None,
     group_size: int = 1,
     critic_args: tuple[Any, ...] = (),
@@ -140,17 +143,21 @@ def gradient_penalty(
     A sample whose gradient is exactly 0 contributes ψ(0) to the value and nothing to the gradients.
 
     Args:
-        critic: Maps ``[N, *D]`` to one score per sample: ``[N]`` or ``[N, 1]`` (``[N // group_size]`` with packing). A
-            module, a method, a partial or a function; made anew at every step, it is planned once. Every trainable
-            tensor that its forward reads gets its gradient, further arguments included.
-        real: Real samples ``[N, *D]``, floating point.
-        fake: Generated samples, of the shape, dtype and device of ``real``.
+        critic: Maps ``[N, *D]`` to scores with a row per sample, ``[N]``, ``[N, 1]``, a map ``[N, 1, H, W]``
+            (``[N // group_size, ...]`` with packing); what is differentiated is their sum. A module, a method, a
+            partial or a function; made anew at every step, it is planned once. Every trainable tensor that its
+            forward reads gets its gradient, further arguments included.
+        real: Real samples ``[N, *D]``, floating point; not needed where ``at`` is "fake".
+        fake: Generated samples, of the shape, dtype and device of ``real``; not needed where ``at`` is "real" or
+            "perturbed".
+        points: The points themselves ``[N, *D]``, in place of ``real``, ``fake``, ``at`` and ``alpha``.
         weight: w, finite and at least 0.
         target: The norm that costs nothing; 1 for WGAN-GP, 0 for R1 and R2.
         one_sided: Penalise only norms above the target.
         at: "interpolates", "real", "fake", "both" (the sum of the penalties at real and at fake) or "perturbed".
-        alpha: α per sample ``[N]`` (or ``[N, 1, ...]``), or per group ``[N // group_size]``, in place of a draw from
-            U[0, 1]. Ignored where no point is drawn ("real", "fake", "both").
+        alpha: α in place of a draw from U[0, 1]: a number, one per sample ``[N]`` (or ``[N, 1, ...]``) or per group
+            ``[N // group_size]``, or a tensor that broadcasts to ``real``. Ignored where no point is drawn ("real",
+            "fake", "both").
         generator: Source of the draws; None means the default generator of the samples' device. α is drawn once
             per call, before the critic runs; "perturbed" then draws its noise.
         group_size: Consecutive samples packed into one critic decision: one α and one norm per group.
@@ -166,7 +173,7 @@ def gradient_penalty(
     Raises:
         TypeError: An argument is of the wrong type or dtype.
         ValueError: Shapes or devices disagree, a setting is out of range, the batch is empty, the critic does not
-            return one score per sample, or under ``torch.inference_mode()``. Nothing has been changed then.
+            return a row of scores per sample, or under ``torch.inference_mode()``. Nothing has been changed then.
         CaptureError: With ``engine="four_pass"``, where the critic cannot be captured.
         GradientsDifferError: With ``engine="checked"``, where the engine errs.
 
@@ -189,7 +196,7 @@ def gradient_penalty(
         critic_args=critic_args,
         critic_kwargs=critic_kwargs,
         engine=engine,
-    )(real, fake, alpha)
+    )(real, fake, alpha, points=points)
 
 
 class GradientPenalty:
@@ -239,19 +246,21 @@ class GradientPenalty:
 
     def __call__(
         self,
-        real: Tensor,
-        fake: Tensor,
-        alpha: Tensor | None = None,
+        real: Tensor | None = None,
+        fake: Tensor | None = None,
+        alpha: Tensor | float | None = None,
         *,
+        points: Tensor | None = None,
         critic_args: tuple[Any, ...] | None = None,
         critic_kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Compute the penalty of one batch.
 
         Args:
-            real: Real samples ``[N, *D]``.
+            real: Real samples ``[N, *D]``; this and the next three as in ``gradient_penalty``.
             fake: Generated samples ``[N, *D]``.
-            alpha: As in ``gradient_penalty``.
+            alpha: α.
+            points: The points themselves ``[N, *D]``.
             critic_args: This batch's further arguments (labels, say); None means those given at construction.
             critic_kwargs: Likewise.
 
@@ -262,12 +271,16 @@ class GradientPenalty:
         kwargs = self.critic_kwargs if critic_kwargs is None else critic_kwargs
         check_critic_arguments(args, kwargs)
         check_gradients_allowed("a gradient penalty")
-        points = penalty_points(self.config, real, fake, alpha, self.generator)
-        args, kwargs = thinned(self.config, (args, kwargs), real.shape[0])
+        if points is None:
+            batches = penalty_points(self.config, real, fake, alpha, self.generator)
+        else:
+            batches = [given_points(self.config, points, real, fake, alpha)]
+        given = next(x for x in (points, real, fake) if x is not None)
+        args, kwargs = thinned(self.config, (args, kwargs), given.shape[0])
         critic = self.critic
         if torch.compiler.is_compiling() and isinstance(critic, nn.Module) and self._four_passes.four_pass is not None:
-            return self._compiled(critic, points, args, kwargs or {})
-        penalties = [self._at(point, args, kwargs) for point in points]
+            return self._compiled(critic, batches, args, kwargs or {})
+        penalties = [self._at(batch, args, kwargs) for batch in batches]
         return sum(penalties[1:], penalties[0])
 
     def _at(self, points: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Tensor:
@@ -319,7 +332,7 @@ class GradientPenalty:
 def interpolate(
     real: Tensor,
     fake: Tensor,
-    alpha: Tensor | None = None,
+    alpha: Tensor | float | None = None,
     *,
     generator: Generator | None = None,
     out: Tensor | None = None,
@@ -329,7 +342,8 @@ def interpolate(
     Args:
         real: ``[N, *D]``, floating point.
         fake: Of the shape, dtype and device of ``real``.
-        alpha: ``[N]`` or ``[N, 1, ...]``; None draws it, in float32 (float64 for float64 samples).
+        alpha: α: ``[N]``, ``[N, 1, ...]``, a number, or a tensor that broadcasts to ``real``; None draws it, one per
+            sample, in float32 (float64 for float64 samples).
         generator: Source of the draw; None means the default generator of the device.
         out: Where to write the result, of the shape, dtype and device of ``real``; not differentiable then.
 
@@ -355,9 +369,11 @@ def interpolate(
     compute = accumulation_dtype(real.dtype)
     if alpha.dtype != compute:
         alpha = alpha.to(compute)
-    if torch.compiler.is_compiling():
-        # The compiler fuses the plain expression with what is around it.
-        mixed = torch.lerp(fake.to(compute), real.to(compute), reference.per_sample(alpha, real)).to(real.dtype)
+    per_sample = is_per_sample(alpha, real)
+    if torch.compiler.is_compiling() or not per_sample:
+        # The compiler fuses the plain expression with what is around it; the operators take one α a sample.
+        alpha = reference.per_sample(alpha, real) if per_sample else alpha
+        mixed = torch.lerp(fake.to(compute), real.to(compute), alpha).to(real.dtype)
         return mixed if out is None else out.copy_(mixed.detach())
     if out is None:
         return ops.interpolate(real, fake, alpha)
@@ -396,8 +412,26 @@ def penalty_from_gradient(
     return ops.gradient_norm_penalty(gradient, weight, target, one_sided)
 
 
+def given_points(config: PenaltyConfig, points: Tensor, *others: object) -> Tensor:
+    """Check points that are given in place of everything else, and return those that ``config`` penalises.
+
+    Raises:
+        TypeError: As ``gradient_penalty``.
+        ValueError: As ``gradient_penalty``.
+    """
+    if any(other is not None for other in others) or config.at != PenaltyConfig.at:
+        raise ValueError("points stand in place of real, fake, alpha and at: these must not be given")
+    check_one("points", points, config.group_size)
+    check_part(config, points.shape[0])
+    return thinned(config, settled(points.detach()), points.shape[0])  # type: ignore[no-any-return]
+
+
 def penalty_points(
-    config: PenaltyConfig, real: Tensor, fake: Tensor, alpha: Tensor | None, generator: Generator | None
+    config: PenaltyConfig,
+    real: Tensor | None,
+    fake: Tensor | None,
+    alpha: Tensor | float | None,
+    generator: Generator | None,
 ) -> list[Tensor]:
     """Check a batch and return the sets of points ``[N, *D]`` at which ``config`` penalises, as constants.
 
@@ -405,7 +439,16 @@ def penalty_points(
         TypeError: As ``gradient_penalty``.
         ValueError: As ``gradient_penalty``.
     """
-    check_samples(real, fake, config.group_size)
+    if fake is None and config.at in ("real", "perturbed"):
+        check_one("real", real, config.group_size)
+        fake = real
+    elif real is None and config.at == "fake":
+        check_one("fake", fake, config.group_size)
+        real = fake
+    else:
+        check_samples(real, fake, config.group_size)
+    assert real is not None
+    assert fake is not None
     real, fake = settled(real), settled(fake)
     return mixed(config, real, fake, *draw(config, real, alpha, generator))
 
@@ -433,9 +476,9 @@ def thinned(config: PenaltyConfig, values: Any, N: int) -> Any:
 
 
 def draw(
-    config: PenaltyConfig, real: Tensor, alpha: Tensor | None, generator: Generator | None = None
+    config: PenaltyConfig, real: Tensor, alpha: Tensor | float | None, generator: Generator | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return α ``[N]`` and the noise ``[N, *D]`` of a step, drawn where they are not given; None where not needed."""
+    """Return α as ``check_alpha`` gives it, and noise ``[N, *D]``, drawn where none is given; None where not needed."""
     check_generator(generator, real)
     check_part(config, real.shape[0])
     if alpha is not None:

@@ -34,7 +34,8 @@ def perturb(real: Tensor, alpha: Tensor, noise: Tensor) -> Tensor:
     compute = accumulation_dtype(real.dtype)
     x = real.to(compute)
     step = DRAGAN_NOISE * x.std(correction=0) * noise.to(compute)
-    return (x + per_sample(alpha.to(compute), real) * step).to(real.dtype)
+    alpha = alpha.to(compute)
+    return (x + (per_sample(alpha, real) if alpha.shape == real.shape[:1] else alpha) * step).to(real.dtype)
 
 
 def gradient_norm(gradient: Tensor, group_size: int = 1) -> Tensor:

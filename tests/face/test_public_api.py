@@ -38,8 +38,8 @@ CALL_OPTIONS = {"generator": None, "group_size": 1, "critic_args": (), "critic_k
 SIGNATURES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     "gradient_penalty": (
         wgan_fast.gradient_penalty,
-        {"critic": REQUIRED, "real": REQUIRED, "fake": REQUIRED},
-        {**PENALTY_OPTIONS, "at": "interpolates", "alpha": None, **CALL_OPTIONS},
+        {"critic": REQUIRED, "real": None, "fake": None},
+        {"points": None, **PENALTY_OPTIONS, "at": "interpolates", "alpha": None, **CALL_OPTIONS},
     ),
     "GradientPenalty": (
         GradientPenalty,
@@ -48,8 +48,8 @@ SIGNATURES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]]
     ),
     "GradientPenalty()": (
         GradientPenalty.__call__,
-        {"self": REQUIRED, "real": REQUIRED, "fake": REQUIRED, "alpha": None},
-        {"critic_args": None, "critic_kwargs": None},
+        {"self": REQUIRED, "real": None, "fake": None, "alpha": None},
+        {"points": None, "critic_args": None, "critic_kwargs": None},
     ),
     "CriticStep": (
         CriticStep,

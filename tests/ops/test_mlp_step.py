@@ -170,7 +170,7 @@ def zeros(*shape: int) -> Tensor:
     ("wrong", "message"),
     [
         ({"fake": zeros(4, 3)}, r"fake must have the shape of real, got \[4, 3\] and \[4, 5\]"),
-        ({"alpha": zeros(3)}, r"alpha must have one value per sample, shape \[4\], got \[3\]"),
+        ({"alpha": zeros(3)}, r"alpha must be a number, have one value per sample, shape \[4\], .*, got \[3\]"),
         ({"real": zeros(0, 5), "fake": zeros(0, 5)}, r"real must be a non-empty batch \[N, ...\], got shape \[0, 5\]"),
         ({"real": zeros(5), "fake": zeros(5)}, r"real must be a non-empty batch \[N, ...\], got shape \[5\]"),
         ({"real": zeros(), "fake": zeros()}, r"real must be a non-empty batch \[N, ...\], got shape \[\]"),

@@ -475,7 +475,7 @@ def test_alpha_of_another_length_is_refused_and_changes_nothing(shape, taken):
     step = on_a_third(every=2)
     step.steps_taken = taken
     real, fake = torch.randn(2, 6, 3, 7, 7, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"alpha must have one value per sample, shape \[6\], got"):
+    with pytest.raises(ValueError, match=r"have one value per sample, shape \[6\], or broadcast to .*, got"):
         step(real, fake, torch.rand(shape, dtype=torch.float64))
     assert step.steps_taken == taken
     assert all(parameter.grad is None for parameter in step.critic.parameters())

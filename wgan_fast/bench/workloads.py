@@ -255,7 +255,7 @@ def _try(name: str, critic: nn.Module, samples: Tensor, group_size: int) -> None
     try:
         # A copy: batch norm's running statistics must not know of this.
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            check_scores(copy_of(critic)(samples), samples, group_size)
+            check_scores(copy_of(critic)(samples), samples, group_size, one=True)
     except Exception as error:
         shape = "x".join(map(str, samples.shape[1:]))
         raise InputError(f"critic {name!r} fails on samples of shape {shape}: {_first_line(error)}") from error

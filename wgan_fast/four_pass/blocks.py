@@ -32,7 +32,8 @@ class Blocks:
         objective, points = self.objective, self.objective.points()
         losses = ["real", "fake"] if objective.loss else []
         on_samples = objective.at in ("real", "fake", "both") and bool(points)
-        shares = bool(losses) and on_samples and not self.plan.coupled
+        # Of several scores to a sample each has a cotangent of its own.
+        shares = bool(losses) and on_samples and not self.plan.coupled and self.plan.one_score
         if shares:
             losses = [name for name in losses if name not in points]
         if self.plan.schedule == "batched":
@@ -80,7 +81,7 @@ class Blocks:
             names = [*lead, *trail]
             parts = run.values[self.captured.scores].chunk(len(names))
             # Where the points are the samples once more, the loss keeps to its own run of them.
-            scores = dict(zip(names, parts)) | scores
+            scores = dict(zip(reversed(names), reversed(parts))) | scores
         with self.base.label("loss"), self._plain(), torch.enable_grad():
             leaves = [scores[name].detach().requires_grad_() for name in ("real", "fake")]
             wide = [s if s.dtype == torch.float64 else s.float() for s in leaves]

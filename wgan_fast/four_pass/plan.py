@@ -96,9 +96,10 @@ class Plan(FlatStep):
         """Run the critic on stand-ins of one and of two batches to see which dimensions grow."""
         small, calls = self._rehearse(1)
         try:
-            check_scores(small[self.captured.scores], small[self.captured.x], self.objective.group_size)
+            scores = check_scores(small[self.captured.scores], small[self.captured.x], self.objective.group_size)
         except (TypeError, ValueError) as error:
             raise RefusedError(error) from None
+        self.one_score = scores.numel() == scores.shape[0]
         activations = [small[node] for node in self.captured.calls() if node in self.roles.sampled]
         storages = {x.untyped_storage()._cdata: x.untyped_storage() for x in activations if isinstance(x, Tensor)}
         self._activation_bytes = sum(storage.nbytes() for storage in storages.values())

@@ -29,7 +29,7 @@ def check_networks(
         )
     scores = _try("critic", critic, shape)
     try:
-        check_scores(scores, torch.empty(shape))
+        check_scores(scores, torch.empty(shape), one=True)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
 
