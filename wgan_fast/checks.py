@@ -1,7 +1,7 @@
 """What the public functions ask of their arguments before they touch anything."""
 
-from collections.abc import Mapping
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -53,11 +53,43 @@ def check_one(name: str, batch: object, group_size: int = 1) -> None:
         raise ValueError(f"group_size {group_size} does not divide the batch of {batch.shape[0]} samples")
 
 
+Score = int | str | Callable[[Any], Any] | None
+"""What of a critic's output is differentiated: an index, a key, or a function of it; None for all of it."""
+
+
+def check_score(score: object) -> None:
+    """Raise unless ``score`` says what of an output is differentiated."""
+    if isinstance(score, bool) or not (score is None or isinstance(score, int | str) or callable(score)):
+        raise TypeError(f"score must be an index, a key, a function of the output or None, got {type(score).__name__}")
+
+
+def picked(output: Any, score: Score) -> Any:
+    """Return what of a critic's output is differentiated; several tensors become one, a row a sample."""
+    if score is not None:
+        if callable(score):
+            output = score(output)
+        elif isinstance(output, Tensor):
+            raise TypeError(f"score={score!r} picks from a tuple, list or dict, and the critic returns a tensor")
+        else:
+            try:
+                output = output[score]
+            except (KeyError, IndexError, TypeError):
+                has = f"the keys {list(output)}" if isinstance(output, Mapping) else f"{len(output)} parts"
+                raise ValueError(f"score={score!r} is not in what the critic returns, which has {has}") from None
+        if isinstance(output, list | tuple) and all(isinstance(part, Tensor) and part.dim() > 0 for part in output):
+            output = torch.cat([part.reshape(part.shape[0], -1) for part in output], 1)
+    return output
+
+
 def check_scores(scores: object, x: Tensor, group_size: int = 1, *, one: bool = False) -> Tensor:
     """Return the critic's scores, or raise unless there is a row of them (or ``one``) per sample or group of ``x``."""
     groups = x.shape[0] // group_size
     if not isinstance(scores, Tensor):
-        raise TypeError(f"critic must return a tensor of scores, got {type(scores).__name__}")
+        say = ", say: score=0, score='name' or a function of it" if isinstance(scores, tuple | list | Mapping) else ""
+        raise TypeError(
+            f"critic must return a tensor of scores, got {type(scores).__name__}"
+            + (f"; which part is the score{say}" if say else "")
+        )
     if scores.dim() == 0 or scores.shape[0] != groups or (one and scores.numel() != groups):
         per = "sample" if group_size == 1 else f"group of {group_size} samples"
         raise ValueError(

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from .checks import (
     Engine,
+    Score,
     check_alpha,
     check_critic_arguments,
     check_engine,
     check_gradients_allowed,
     check_loss,
     check_samples,
+    check_score,
     check_scores,
     is_per_sample,
+    picked,
 )
 from .engine.autograd import Piecewise, forget_gradients, leave, penalty_at
 from .engine.choice import EngineChoice
@@ -61,6 +64,7 @@ class CriticStep:
         critic: Maps ``[N, *D]`` to one score per sample (per group, where the penalty's ``group_size`` packs).
         loss: Name of the adversarial loss ("wasserstein", "non_saturating", "least_squares", "hinge") or the loss.
         penalty: What to penalise; None for no penalty.
+        score: What of the critic's output is its scores, as in ``gradient_penalty``.
         engine: As in ``gradient_penalty``.
         compile: Compile the step with ``torch.compile``; needs the four-pass engine, and means nothing to the steps
             that the operator for narrow MLPs runs.
@@ -80,6 +84,7 @@ class CriticStep:
     critic: nn.Module
     loss: AdversarialLoss
     penalty: PenaltyConfig | None
+    score: Score
     engine: Engine
     compile: bool
     precision: Precision
@@ -91,6 +96,7 @@ class CriticStep:
         *,
         loss: str | AdversarialLoss = "wasserstein",
         penalty: PenaltyConfig | None = PenaltyConfig.wgan_gp(),  # noqa: B008 (frozen)
+        score: Score = None,
         engine: Engine = "auto",
         compile: bool = False,
         precision: Precision = "fp32",
@@ -105,6 +111,7 @@ class CriticStep:
         if schedule not in get_args(Schedule):
             raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}, got {schedule!r}")
         check_engine(engine)
+        check_score(score)
         if not isinstance(compile, bool):
             raise TypeError(f"compile must be True or False, got {compile!r}")
         if compile and engine == "autograd":
@@ -113,6 +120,7 @@ class CriticStep:
             critic=critic,
             loss=get_loss(loss),
             penalty=penalty,
+            score=score,
             engine=engine,
             compile=compile,
             precision=precision,
@@ -185,7 +193,7 @@ class CriticStep:
                 further = thinned(part, (critic_args, critic_kwargs or {}), real.shape[0])
                 apart = [self._apart(part, x, *further) for x in mixed(part, real, fake, mixing, noise)]
                 penalty = None
-            step = self._four_passes(penalty).prepare(real, critic_args, critic_kwargs)
+            step = self._four_passes(penalty).prepare(real, critic_args, critic_kwargs, score=self.score)
             mlp = self._fused(step, penalty, real, mixing) if penalty and isinstance(step, Prepared) else None
             if isinstance(step, Prepared) and isinstance(mlp, FusedMLP) and penalty and mixing is not None:
                 output = self._one_operator(mlp, step, penalty, real, fake, mixing)
@@ -199,9 +207,9 @@ class CriticStep:
                     result = self._take(step.run(batches), step.tensors, accumulate)
                 else:
                     forwards = step.forwards()
-                    forwards += [lambda x: self.critic(x, *critic_args, **(critic_kwargs or {}))] * (
-                        2 + len(points) - len(forwards)
-                    )
+                    forwards += [
+                        lambda x: picked(self.critic(x, *critic_args, **(critic_kwargs or {})), self.score)
+                    ] * (2 + len(points) - len(forwards))
                     result = self._differentiate(
                         penalty, group_size, real, fake, points, accumulate, forwards, step.choice.piecewise
                     )
@@ -219,14 +227,14 @@ class CriticStep:
         self, penalty: PenaltyConfig, points: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> "_Part":
         """Compute a penalty on part of the batch; no gradient is touched."""
-        step = self._four_passes(penalty, alone=True).prepare(points, args, kwargs)
+        step = self._four_passes(penalty, alone=True).prepare(points, args, kwargs, score=self.score)
         if isinstance(step, Prepared):
             output = step.run({"points": points})
             assert output.penalty is not None
             assert output.gradient_norm is not None
             return _Part(output.penalty, output.gradient_norm, partial(leave, step.tensors, output.gradients))
         value, norm = penalty_at(
-            lambda x: self.critic(x, *args, **kwargs),
+            lambda x: picked(self.critic(x, *args, **kwargs), self.score),
             points,
             **penalty.norm_options,
             piecewise=step.choice.piecewise,

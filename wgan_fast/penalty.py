@@ -14,6 +14,7 @@ from . import ops as ops
 from . import reference
 from .checks import (
     Engine,
+    Score,
     check_alpha,
     check_batch,
     check_critic_arguments,
@@ -24,7 +25,9 @@ from .checks import (
     check_matches,
     check_one,
     check_samples,
+    check_score,
     is_per_sample,
+    picked,
 )
 from .engine import compiled_callers as compiled_callers  # registers the operator that compiled callers run
 from .engine.autograd import attach, penalty_at
@@ -124,6 +127,7 @@ def gradient_penalty(
     fake: Tensor | None = None,
     *,
     points: Tensor | None = None,
+    score: Score = None,
     weight: float = 10.0,
     target: float = 1.0,
     one_sided: bool = False,
@@ -150,6 +154,8 @@ def gradient_penalty(
         real: Real samples ``[N, *D]``, floating point; not needed where ``at`` is "fake".
         fake: Generated samples, of the shape, dtype and device of ``real``; not needed where ``at`` is "real" or
             "perturbed".
+        score: What of the critic's output is differentiated, where that is a tuple, list or dict: an index, a key, or a
+            function of the output that returns a tensor, or a list of tensors whose sum is meant.
         points: The points themselves ``[N, *D]``, in place of ``real``, ``fake``, ``at`` and ``alpha``.
         weight: w, finite and at least 0.
         target: The norm that costs nothing; 1 for WGAN-GP, 0 for R1 and R2.
@@ -187,6 +193,7 @@ def gradient_penalty(
     """
     return GradientPenalty(
         critic,
+        score=score,
         weight=weight,
         target=target,
         one_sided=one_sided,
@@ -211,6 +218,7 @@ class GradientPenalty:
         critic: Callable[..., Tensor],
         config: PenaltyConfig | None = None,
         *,
+        score: Score = None,
         weight: float = 10.0,
         target: float = 1.0,
         one_sided: bool = False,
@@ -224,8 +232,9 @@ class GradientPenalty:
         if not callable(critic):
             raise TypeError(f"critic must be callable, got {type(critic).__name__}")
         check_engine(engine)
+        check_score(score)
         check_critic_arguments(critic_args, critic_kwargs)
-        self.critic = critic
+        self.critic, self.score = critic, score
         options = PenaltyConfig(weight, target, one_sided, at, group_size)
         if config is not None and not isinstance(config, PenaltyConfig):
             raise TypeError(f"config must be a PenaltyConfig or None, got {type(config).__name__}")
@@ -240,9 +249,11 @@ class GradientPenalty:
     @property
     def _four_passes(self) -> EngineChoice:
         settings = self.config.one_sided, self.config.group_size, self._engine
-        if torch.compiler.is_compiling():
-            return traced_choice(id(self.critic), *settings)
-        return penalty_choice(self.critic, *settings)
+        if not torch.compiler.is_compiling():
+            return penalty_choice(self.critic, *settings, self.score)
+        if callable(self.score):
+            raise TypeError("score must be an index or a key under torch.compile, got a function")
+        return traced_choice(id(self.critic), *settings, self.score)
 
     def __call__(
         self,
@@ -285,10 +296,10 @@ class GradientPenalty:
 
     def _at(self, points: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Tensor:
         critic = self.critic.module if isinstance(self.critic, DistributedDataParallel) else self.critic
-        step = self._four_passes.prepare(points, args, kwargs, critic)
+        step = self._four_passes.prepare(points, args, kwargs, critic, self.score)
         if isinstance(step, GivenWay):
             penalty, _ = penalty_at(
-                lambda x: self.critic(x, *args, **(kwargs or {})),
+                lambda x: picked(self.critic(x, *args, **(kwargs or {})), self.score),
                 points,
                 **self.config.norm_options,
                 piecewise=step.choice.piecewise,

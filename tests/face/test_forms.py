@@ -97,6 +97,127 @@ def test_a_map_is_explained() -> None:
     assert explain(patches(), pair()[0]).engine == "four_pass"
 
 
+class Structured(nn.Module):
+    """Scores and class logits, put together as ``pack`` says."""
+
+    def __init__(self, pack) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 4, 2, 1), nn.Tanh(), nn.Flatten())
+        self.score, self.classes = nn.Linear(96, 1), nn.Linear(96, 4)
+        self.pack = pack
+        self.double()
+
+    def forward(self, x: Tensor):
+        features = self.body(x)
+        return self.pack(self.score(features), self.classes(features))
+
+
+def named(output) -> Tensor:
+    return output["score"] + 0.1 * output["classes"].logsumexp(1, keepdim=True)
+
+
+OUTPUTS = {
+    "the first of a tuple": (lambda s, c: (s, c), 0, lambda out: out[0]),
+    "the last of a list": (lambda s, c: [c, s], -1, lambda out: out[-1]),
+    "a tuple with None": (lambda s, c: (s, None), 0, lambda out: out[0]),
+    "a key": (lambda s, c: {"classes": c, "score": s}, "score", lambda out: out["score"]),
+    "a function": (lambda s, c: {"classes": c, "score": s}, named, named),
+    "a head of several": (lambda s, c: (s, c), 1, lambda out: out[1]),
+    "weighted parts": (
+        lambda s, c: [s, c],
+        lambda out: [w * part for w, part in zip((0.5, 2.0), out)],
+        lambda out: torch.cat([0.5 * out[0], 2.0 * out[1]], 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_score_says_what_of_an_output_is_differentiated(kind: str, engine: str) -> None:
+    pack, score, pick = OUTPUTS[kind]
+    critic, (real, fake), alpha = Structured(pack), pair(), torch.rand(N, dtype=torch.float64)
+    alone = lambda x: pick(critic(x))  # noqa: E731
+    points = interpolate(real, fake, alpha)
+    for _ in range(2):
+        ours = gradient_penalty(critic, real, fake, score=score, alpha=alpha, engine=engine)
+        x = points.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(alone(x).sum(), x, create_graph=True)
+        assert_same(critic, ours, 10.0 * ((gradient.flatten(1).norm(dim=1) - 1) ** 2).mean())
+    expected = alone(fake).mean() - alone(real).mean()
+    step = CriticStep(critic, score=score, engine=engine)
+    result = step(real, fake, alpha)
+    torch.testing.assert_close(result.loss - result.penalty, expected.detach(), rtol=1e-10, atol=1e-12)
+    left = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in critic.parameters()]
+    whole = gradients(critic, expected + gradient_penalty(critic, real, fake, score=score, alpha=alpha, engine=engine))
+    for a, b in zip(left, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_two_scores_of_one_critic_are_two_penalties() -> None:
+    critic, (real, fake), alpha = Structured(lambda s, c: (s, c)), pair(), torch.rand(N, dtype=torch.float64)
+    values = [gradient_penalty(critic, real, fake, score=i, alpha=alpha, engine="four_pass").item() for i in (0, 1, 0)]
+    assert values[0] == values[2] != values[1]
+
+
+def test_a_function_that_is_made_anew_is_what_it_now_is() -> None:
+    critic, (real, fake), alpha = Structured(lambda s, c: (s, c)), pair(), torch.rand(N, dtype=torch.float64)
+
+    def at_weight(w: float) -> Tensor:
+        return gradient_penalty(
+            critic, real, fake, score=lambda out: w * out[0], target=0.0, alpha=alpha, engine="four_pass"
+        )
+
+    torch.testing.assert_close(at_weight(3.0), 9 * at_weight(1.0), rtol=1e-10, atol=0)
+
+
+def test_a_critic_in_float32_is_checked_against_autograd_with_its_score() -> None:
+    critic, (real, fake) = Structured(lambda s, c: (s, c)).float(), (x.float() for x in pair())
+    assert gradient_penalty(critic, real, fake, score=0, engine="checked").isfinite()
+
+
+def test_a_score_is_picked_under_torch_compile() -> None:
+    critic, (real, fake), alpha = Structured(lambda s, c: {"s": s, "c": c}), pair(), torch.rand(N, dtype=torch.float64)
+    penalty = GradientPenalty(critic, score="s")
+    compiled = torch.compile(lambda x, y, a: penalty(x, y, a), fullgraph=True, backend="aot_eager")
+    assert_same(critic, compiled(real, fake, alpha), penalty(real, fake, alpha))
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize(
+    ("score", "error", "words"),
+    [
+        (None, TypeError, r"tensor of scores, got tuple; which part is the score, say: score=0"),
+        (True, TypeError, "score must be an index, a key, a function"),
+        (1.5, TypeError, "score must be an index, a key, a function"),
+    ],
+)
+def test_an_output_without_a_score_is_refused_and_told_how(
+    score: object, error: type[Exception], words: str, engine: str
+) -> None:
+    with pytest.raises(error, match=words):
+        gradient_penalty(Structured(lambda s, c: (s, c)), *pair(), score=score, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize(
+    ("pack", "score", "has"),
+    [
+        (lambda s, c: (s, c), 2, "2 parts"),
+        (lambda s, c: [s, c], "score", "2 parts"),
+        (lambda s, c: {"s": s, "c": c}, "score", r"the keys \['s', 'c'\]"),
+    ],
+)
+def test_a_score_that_is_not_there_is_refused_and_what_is_there_told(pack, score, has: str, engine: str) -> None:
+    with pytest.raises(ValueError, match=f"is not in what the critic returns, which has {has}"):
+        gradient_penalty(Structured(pack), *pair(), score=score, engine=engine)
+
+
+def test_a_score_of_a_tensor_is_refused() -> None:
+    with pytest.raises(TypeError, match="picks from a tuple, list or dict, and the critic returns a tensor"):
+        gradient_penalty(patches(), *pair(), score=0, engine="autograd")
+
+
 ALPHAS = {
     "a number": 0.3,
     "an integer": 1,

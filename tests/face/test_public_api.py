@@ -39,12 +39,12 @@ SIGNATURES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]]
     "gradient_penalty": (
         wgan_fast.gradient_penalty,
         {"critic": REQUIRED, "real": None, "fake": None},
-        {"points": None, **PENALTY_OPTIONS, "at": "interpolates", "alpha": None, **CALL_OPTIONS},
+        {"points": None, "score": None, **PENALTY_OPTIONS, "at": "interpolates", "alpha": None, **CALL_OPTIONS},
     ),
     "GradientPenalty": (
         GradientPenalty,
         {"critic": REQUIRED, "config": None},
-        {**PENALTY_OPTIONS, "at": "interpolates", **CALL_OPTIONS},
+        {"score": None, **PENALTY_OPTIONS, "at": "interpolates", **CALL_OPTIONS},
     ),
     "GradientPenalty()": (
         GradientPenalty.__call__,
@@ -57,6 +57,7 @@ SIGNATURES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]]
         {
             "loss": "wasserstein",
             "penalty": PenaltyConfig.wgan_gp(),
+            "score": None,
             "engine": "auto",
             "compile": False,
             "precision": "fp32",

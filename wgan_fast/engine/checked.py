@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .. import reference
+from ..checks import Score, picked
 from ..four_pass import Objective, StepOutput
 from .planned import Planned
 
@@ -47,11 +48,13 @@ class Check:
         critic: The critic.
         args: Its further positional arguments.
         kwargs: Its keyword arguments.
+        score: What of its output is differentiated.
     """
 
-    critic: Callable[..., Tensor]
+    critic: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    score: Score = None
 
     def __post_init__(self) -> None:
         self.random = _random_state()
@@ -125,7 +128,7 @@ class Check:
             # Buffers that a forward changes, such as those of spectral norm, are for each batch what they were.
             with _as_before(critic, self.buffers):
                 _set_random_state(self.random)
-                return critic(x, *args, **kwargs)
+                return picked(critic(x, *args, **kwargs), self.score)  # type: ignore[no-any-return]
 
         with torch.enable_grad():
             terms: list[Tensor] = []

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checks import Engine
+from ..checks import Engine, Score
 from ..errors import users_level
 from ..four_pass import CaptureError, Objective
 from ..four_pass.objective import Schedule
@@ -52,6 +52,8 @@ class EngineChoice:
         self._checks = engine == "checked" or asked_for()
         self.reason: str | None = None
         self.four_pass: FourPassEngine | None = None
+        self.score: Score = None
+        """What compiled callers, who know the choice by its number, have picked of the critic's output."""
         self.number = next(_numbers)
         _BY_NUMBER[self.number] = self
         self._owner = weakref.ref(lasting(critic))
@@ -72,7 +74,8 @@ class EngineChoice:
         x: Tensor,
         critic_args: tuple[Any, ...],
         critic_kwargs: Mapping[str, Any] | None,
-        critic: Callable[..., Tensor] | None = None,
+        critic: Callable[..., Any] | None = None,
+        score: Score = None,
     ) -> "Prepared | GivenWay":
         """Prepare one step.
 
@@ -81,6 +84,7 @@ class EngineChoice:
             critic_args: Further positional arguments of the critic.
             critic_kwargs: Its keyword arguments.
             critic: A function of the same code, made anew; None for the critic itself.
+            score: What of its output is differentiated.
 
         Returns:
             The step, or where autograd must take it, what to call once it has.
@@ -93,11 +97,12 @@ class EngineChoice:
         if self.four_pass is None:
             return GivenWay(self, None)
         try:
-            called = Called(self.four_pass.critic if critic is None else critic, x, critic_args, critic_kwargs or {})
+            critic = self.four_pass.critic if critic is None else critic
+            called = Called(critic, x, critic_args, critic_kwargs or {}, score)
             due = self._checks and is_due(self.four_pass.planned(called))
             prepared = self.four_pass.prepare(called)
             if due:
-                prepared.check = Check(called.critic, called.args, called.kwargs)
+                prepared.check = Check(called.critic, called.args, called.kwargs, score)
             return prepared
         except CaptureError as error:
             if self.engine == "four_pass":
@@ -143,11 +148,13 @@ _SAID: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
 
 _numbers = itertools.count()
 _BY_NUMBER: "weakref.WeakValueDictionary[int, EngineChoice]" = weakref.WeakValueDictionary()
-_CHOICES: "weakref.WeakKeyDictionary[Any, dict[tuple[bool, int, Engine], EngineChoice]]"
+_CHOICES: "weakref.WeakKeyDictionary[Any, dict[tuple[bool, int, Engine, Any], EngineChoice]]"
 _CHOICES = weakref.WeakKeyDictionary()
 
 
-def penalty_choice(critic: Callable[..., Tensor], one_sided: bool, group_size: int, engine: Engine) -> EngineChoice:
+def penalty_choice(
+    critic: Callable[..., Any], one_sided: bool, group_size: int, engine: Engine, score: Score = None
+) -> EngineChoice:
     """Return the choice for a critic's penalty of any weight and target, kept as long as the critic lives.
 
     Of a ``DistributedDataParallel`` it is the choice for the module within: the caller's own backward reduces.
@@ -155,14 +162,18 @@ def penalty_choice(critic: Callable[..., Tensor], one_sided: bool, group_size: i
     if isinstance(critic, DistributedDataParallel):
         critic = critic.module
     choices = _CHOICES.setdefault(lasting(critic), {})
-    choice = choices.get((one_sided, group_size, engine))
+    key = one_sided, group_size, engine, lasting(score) if callable(score) else score
+    choice = choices.get(key)
     if choice is None:
         objective = Objective(weight=1.0, target=0.0, one_sided=one_sided, at="given", group_size=group_size)
-        choice = choices.setdefault((one_sided, group_size, engine), EngineChoice(critic, objective, engine))
+        choice = choices.setdefault(key, EngineChoice(critic, objective, engine))
+        choice.score = score if isinstance(score, int | str) else None
     return choice
 
 
-def traced_choice(identity: int, one_sided: bool, group_size: int, engine: Engine) -> EngineChoice:
+def traced_choice(
+    identity: int, one_sided: bool, group_size: int, engine: Engine, score: int | str | None = None
+) -> EngineChoice:
     """Return what ``penalty_choice`` does, for a compiler, which calls this as it traces instead of looking into it.
 
     Args:
@@ -170,8 +181,9 @@ def traced_choice(identity: int, one_sided: bool, group_size: int, engine: Engin
         one_sided: As there.
         group_size: As there.
         engine: As there.
+        score: As there.
     """
-    return penalty_choice(ctypes.cast(identity, ctypes.py_object).value, one_sided, group_size, engine)
+    return penalty_choice(ctypes.cast(identity, ctypes.py_object).value, one_sided, group_size, engine, score)
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler: a second that only compilers need.

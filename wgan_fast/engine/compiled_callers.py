@@ -53,7 +53,8 @@ def run_by_number(
     The critic is planned when the operator first runs, outside the compiler: a new batch size makes a new plan, and
     no new compilation.
     """
-    four_pass = choice_by_number(number).four_pass
+    choice = choice_by_number(number)
+    four_pass = choice.four_pass
     if four_pass is None:
         raise CaptureError("the critic cannot run in four passes, and torch.compile cannot differentiate twice")
     critic, device = four_pass.critic, points.device.type
@@ -61,7 +62,7 @@ def run_by_number(
     # Inside an operator the dispatcher has switched autograd off for this thread, and looking at the critic needs it.
     with _outside_operators(), torch.enable_grad(), torch.autocast(device, autocast, enabled=autocast is not None):
         prepared = four_pass.prepare(
-            Called(four_pass.critic, points, tuple(critic_args), dict(zip(names, critic_kwargs)))
+            Called(four_pass.critic, points, tuple(critic_args), dict(zip(names, critic_kwargs)), choice.score)
         )
         buffers = [buffer.clone() for buffer in buffers]
         given = dict(zip(map(id, [*critic.parameters(), *critic.buffers()]), [*parameters, *buffers]))

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as modules
 from torch.utils._pytree import tree_map_only
 
-from ..checks import check_scores, unconnected
+from ..checks import Score, check_scores, picked, unconnected
 from ..four_pass.capture import Captured, CaptureError, first_line, lower, raised_at, where
 
 MOST_IN_A_ROW = 3
@@ -75,13 +75,13 @@ def _scores(output: Any) -> Any:
     return output
 
 
-def _forward(critic: Any, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _forward(critic: Any, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], score: Score) -> Any:
     """Call the critic; the only function that is traced."""
     if not torch.compiler.is_compiling():
         raise CaptureError("torch.compile is switched off here")
     # A count that a module keeps may become an input, like any other number that changes.
     with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
-        return _scores(critic(x, *args, **kwargs))
+        return _scores(picked(critic(x, *args, **kwargs), score))
 
 
 class Called(NamedTuple):
@@ -92,12 +92,14 @@ class Called(NamedTuple):
         x: Samples ``[N, *D]``.
         args: Further positional arguments.
         kwargs: Keyword arguments.
+        score: What of its output is differentiated.
     """
 
     critic: Callable[..., Any]
     x: Tensor
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = {}
+    score: Score = None
 
 
 class GuardedCall:
@@ -508,13 +510,13 @@ def _without_modes() -> Iterator[None]:
 
 def _arguments(called: Called, differentiable: bool) -> tuple[tuple[Any, ...], list[Tensor]]:
     """Return the arguments of ``_forward``, and those of the critic's that have a row per sample."""
-    critic, x, args, kwargs = called
+    critic, x, args, kwargs, score = called
     x = x.detach().requires_grad_(differentiable)
     _mark_rows(x)
     sampled: list[Tensor] = []
     if args or kwargs:
         args, kwargs = tree_map_only(Tensor, lambda leaf: _alias(leaf, x, sampled), (args, dict(kwargs)))
-    return (critic, x, args, kwargs), sampled
+    return (critic, x, args, kwargs, score), sampled
 
 
 def _alias(leaf: Tensor, x: Tensor, sampled: list[Tensor]) -> Tensor:
@@ -579,7 +581,7 @@ def _loosely_guarded(output: Any) -> Iterator[tuple[types.CodeType, Any]]:
 def _scope() -> dict[str, Any]:
     """Names by which Dynamo's guards find what they guard."""
     call = _pending.call
-    return {"L": dict(zip(("critic", "x", "args", "kwargs"), call)), "G": globals()}
+    return {"L": dict(zip(("critic", "x", "args", "kwargs", "score"), call)), "G": globals()}
 
 
 def _is_still(before: Any, now: Any) -> bool:
