@@ -44,7 +44,7 @@ def waiting(folder: Path, workers: int, ahead: int) -> float:
 
 
 def test_waiting_for_data(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(wgan_fast.training.data, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(wgan_fast.training.data.splits, "RESIDENT_BYTES", 0)
     ahead = 2 * N_CRITIC
     measured = {workers: waiting(folder, workers, ahead) for workers in (0, 1, 2)}
     short = waiting(folder, 1, 2)

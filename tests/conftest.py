@@ -1,7 +1,7 @@
 """Settings that every test shares."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -39,6 +39,15 @@ def _global_settings_survive() -> Iterator[None]:
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
+
+
+@pytest.fixture
+def convolutions_compute_in() -> Iterator[Callable[[str], None]]:
+    """Set what cuDNN's convolutions compute float32 in, for a test; monkeypatch cannot."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    yield lambda setting: setattr(conv, "fp32_precision", setting)
+    conv.fp32_precision = before
 
 
 @pytest.fixture

@@ -1,8 +1,22 @@
-"""PyTorch's libraries, switched off where their layers cannot be differentiated twice."""
+"""PyTorch's libraries: what they compute in, and how their layers are switched off."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+
+
+def convolves_in_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
+    """Say whether cuDNN convolves ``dtype`` in tensor cores on a device: float32 where TF32 is allowed and known."""
+    if device.type != "cuda":
+        return False
+    if dtype == torch.float16:
+        return True
+    if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":  # type: ignore[attr-defined]
+        return False
+    # TF32 and bfloat16 came with Ampere.
+    return dtype in (torch.float32, torch.bfloat16) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @contextmanager

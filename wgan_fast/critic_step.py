@@ -61,7 +61,7 @@ class CriticStep:
     """Computes the critic's loss and penalty and leaves their gradient in the parameters' ``.grad``.
 
     Args:
-        critic: Maps ``[N, *D]`` to one score per sample (per group, where the penalty's ``group_size`` packs).
+        critic: Maps ``[N, *D]`` to scores with a row per sample (per group, where the penalty's ``group_size`` packs).
         loss: Name of the adversarial loss ("wasserstein", "non_saturating", "least_squares", "hinge") or the loss.
         penalty: What to penalise; None for no penalty.
         score: What of the critic's output is its scores, as in ``gradient_penalty``.

@@ -90,7 +90,7 @@ def explain(
 
     Raises:
         TypeError: ``critic`` is no module, or ``example_input`` no floating-point tensor.
-        ValueError: ``example_input`` is empty, or the critic does not return one score per sample.
+        ValueError: ``example_input`` is empty, or the critic does not return a row of scores per sample.
         Exception: Whatever the critic raises for this input.
     """
     if not isinstance(critic, nn.Module):

@@ -48,21 +48,33 @@ def _best(times: dict[str, float], name: str, **having: bool) -> float | None:
 
 def _steps(items: dict[str, Found]) -> list[list[str]]:
     header = ["critic, batch, arithmetic", "naive", "ours", "as a graph", "compiled, as a graph"]
-    rows = [[*header, "naive / ours", "both as graphs", "both compiled, as graphs", "JAX / ours"]]
+    rows = [
+        [
+            *header,
+            "eager: naive / ours",
+            "both as graphs",
+            "both compiled, as graphs",
+            "eager naive / best of ours",
+            "JAX in TF32 / best of ours",
+        ]
+    ]
     for case, times in _chosen(items, "target").items():
         graph, compiled = (_best(times, "ours", graph=True, compiled=is_compiled) for is_compiled in (False, True))
         naive_graph, naive_compiled = (_best(times, "naive", graph=True, compiled=given) for given in (False, True))
         ours = min(time for key, time in times.items() if key.startswith("ours"))
         milliseconds = [times["naive"], times["ours"], graph, compiled]
-        ratios = [(times["naive"], ours), (naive_graph, graph), (naive_compiled, compiled), (times.get("jax"), ours)]
-        rows.append([case, *map(_milliseconds, milliseconds), *(_ratio(a, b) for a, b in ratios)])
+        jax = times.get("jax") if case.endswith("tf32") else None
+        pairs = [(times["naive"], times["ours"]), (naive_graph, graph), (naive_compiled, compiled)]
+        pairs += [(times["naive"], ours), (jax, ours)]
+        rows.append([case, *map(_milliseconds, milliseconds), *(_ratio(a, b) for a, b in pairs)])
     return rows
 
 
 def _iterations(items: dict[str, Found]) -> list[list[str]]:
     names = {"naive": "usual loop", "tuned": "tuned loop", "ours": "ours", "ours, graph": "as a graph"}
     names["ours, channels last, graph"] = "channels last, as a graph"
-    rows = [["whole iteration", *names.values(), "usual loop / ours"]]
+    names["ours, channels last, compiled, graph"] = "that compiled"
+    rows = [["whole iteration", *names.values(), "usual loop / best of ours"]]
     for case, times in _chosen(items, "iteration").items():
         ours = min(time for key, time in times.items() if key.startswith("ours"))
         rows.append([case, *(_milliseconds(times.get(name)) for name in names), _ratio(times["naive"], ours)])

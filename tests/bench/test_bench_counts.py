@@ -1,7 +1,7 @@
 """What a step costs on every machine alike: FLOPs, operators, peak bytes. Better counts fail too: commit them.
 
-``python tests/test_bench_counts.py`` writes the expectations anew; the difference belongs into the same commit as its
-cause.
+``python tests/bench/test_bench_counts.py`` writes the expectations anew; the difference belongs into the same commit
+as its cause.
 """
 
 import json

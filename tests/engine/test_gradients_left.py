@@ -240,6 +240,19 @@ NONES: dict[str, Callable[[], nn.Module]] = {
     "where": lambda: Critic(lambda c, h: torch.where(h > 0, h, 0.1 * h)),
     "multiplied by a mask": lambda: network(nn.Linear(5, 8), Times(lambda h: h * (h > 0)), nn.Linear(8, 1)),
     "absolute value": lambda: network(nn.Linear(5, 8), Times(torch.abs), nn.Linear(8, 1)),
+    "absolute value, then ReLU": lambda: network(
+        nn.Linear(5, 8), Times(torch.abs), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 1)
+    ),
+    "softsign, then ReLU": lambda: network(
+        nn.Linear(5, 8), nn.Softsign(), nn.Linear(8, 6), nn.LeakyReLU(), nn.Linear(6, 1)
+    ),
+    "over its L1 norm, then ReLU": lambda: network(
+        nn.Linear(5, 8),
+        Times(lambda h: h / h.norm(p=1, dim=1, keepdim=True)),
+        nn.Linear(8, 6),
+        nn.LeakyReLU(),
+        nn.Linear(6, 1),
+    ),
     "PReLU": lambda: network(nn.Linear(5, 8), nn.PReLU(), nn.Linear(8, 1)),
     "tanh": lambda: network(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)),
     "SiLU": lambda: network(nn.Linear(5, 8), nn.SiLU(), nn.Linear(8, 1)),

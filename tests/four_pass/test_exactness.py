@@ -172,6 +172,15 @@ def test_recurrent_layers_run_in_float32_too(kind):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-6  # float32 rounds to 6e-8
 
 
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_recurrent_layers_run_whatever_convolutions_compute_in(setting, convolutions_compute_in):
+    convolutions_compute_in(setting)  # cuDNN's own switch refuses to be read under some
+    critic = Custom(lambda s, x: s.b(s.a(x.view(6, 5, 6))[0][:, -1]), a=nn.LSTM(6, 4, batch_first=True), b=L(4, 1))
+    batches = batches_of(VECTORS)
+    output = FourPassEngine(critic.double(), Objective(wasserstein))(batches)
+    assert_exact(output, lambda module: truth(module, Objective(wasserstein), batches), critic)
+
+
 def test_zero_input_gradient_costs_but_does_not_poison():
     critic = nn.Sequential(L(30, 8), nn.ReLU(), L(8, 1)).double()
     nn.init.constant_(critic[0].bias, -1e3)

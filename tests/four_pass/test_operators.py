@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from wgan_fast.four_pass.operators import IN_PLACE, OPERATORS, OUT, ROWS, Call, Slot, linear, structure
 from wgan_fast.four_pass.operators.base import Rule, W, X, overload, rule_for
-from wgan_fast.four_pass.operators.rows import Placed, aligned
+from wgan_fast.four_pass.operators.rows import Placed, aligned, view
 from wgan_fast.four_pass.stand_ins import is_elementwise
 
 aten = torch.ops.aten
@@ -86,7 +86,10 @@ def check(example):
     # Indices have no cotangent.
     cotangent = [torch.randn_like(part) if part.is_floating_point() else None for part in parts]
     cotangent = cotangent if several else cotangent[0]
-    compare(rule.vjp(call, cotangent, wanted), generic.vjp(call, cotangent, wanted))
+    # A layer's bias may be asked for alone.
+    alone = [[i] for i in wanted] if name_of(example[0]).startswith(("linear", "conv")) else []
+    for asked in (wanted, *alone):
+        compare(rule.vjp(call, cotangent, asked), generic.vjp(call, cotangent, asked))
     for moving in (
         ([0], wanted) if name_of(call.op if hasattr(call.op, "_schema") else example[0]) in MOVING else ([0],)
     ):
@@ -114,10 +117,83 @@ def compare(ours, theirs):
             torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
 
 
-ROWED = [e for e in EXAMPLES if is_elementwise(e[0]) or name_of(e[0]) in ROWS]
+def tensors(*shapes):
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
 
-@pytest.mark.parametrize("example", ROWED, ids=ids)
+SQUARE = torch.randn(5, 5, dtype=torch.float64)
+# What the generic rule differentiates: arguments besides x [4, 6, 6, 5]; None for what is tried below.
+FOLLOWING = {
+    **dict.fromkeys(["bernoulli", "rand_like", "randn_like", "rrelu"]),  # draw
+    **dict.fromkeys(["zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full"]),
+    **dict.fromkeys(["one_hot", "embedding", "bmm", "mm", "einsum"]),
+    "celu": ("celu",), "detach": ("detach",), "fill": ("fill.Scalar", 2.0), "full_like": ("full_like", 2.0),
+    "copy": ("copy", "x"), "lerp": ("lerp.Scalar", "x", 0.3), "masked_fill": ("masked_fill.Scalar", "mask", 2.0),
+    "ones_like": ("ones_like",), "zeros_like": ("zeros_like",), "selu": ("selu",), "square": ("square",),
+    "expand_as": ("expand_as", "x"), "type_as": ("type_as", "x"), "where": ("where.ScalarOther", 2.0),
+    "amax": ("amax", [1]), "amin": ("amin", [1]), "linalg_vector_norm": ("linalg_vector_norm", 2, [1]),
+    "logsumexp": ("logsumexp", [1]), "max": ("max.dim", 1), "min": ("min.dim", 1), "prod": ("prod.dim_int", 1),
+    "norm": ("norm.ScalarOpt_dim", 2, [1]), "std": ("std.dim", [1]), "var": ("var.dim", [1]), "glu": ("glu", 1),
+    "log_softmax": ("log_softmax.int", 1), "softmax": ("softmax.int", 1), "sort": ("sort", 1), "topk": ("topk", 2, 1),
+    "channel_shuffle": ("channel_shuffle", 2), "rms_norm": ("rms_norm", [5]), "matmul": ("matmul", "square"),
+}  # fmt: skip
+
+
+def following(name):
+    """Return an operator without an entry, and its arguments from x."""
+    op, given = overload(FOLLOWING[name][0]), FOLLOWING[name][1:]
+
+    def arguments(x):
+        if name == "where":
+            return [x > 0, x, *given]
+        fillers = {"x": x.neg(), "mask": x > 0, "square": SQUARE}
+        return [x, *[fillers[value] if isinstance(value, str) else value for value in given]]
+
+    return op, arguments
+
+
+def assert_apart(rows, op, arguments_of, x, dim, strict):
+    """Fail unless samples along ``dim`` of x are apart where ``rows`` places them; ``strict`` asks that it does."""
+    twice = torch.cat([x, torch.randn_like(x)], dim)
+    outputs = []
+    try:
+        for part in (twice, *twice.chunk(2, dim)):
+            out = op(*arguments_of(part))
+            outputs.append(out if isinstance(out, Tensor) else out[0])
+    except RuntimeError:
+        assert not strict
+        return
+    whole, first, second = outputs
+    grown = [d for d in range(whole.dim()) if whole.shape[d] != first.shape[d]] if whole.dim() == first.dim() else []
+    if not grown:
+        assert not strict
+        return  # all of the batch goes into what there is: the walk refuses it without asking
+    leaves, spec = tree_flatten(arguments_of(x))
+    operands = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    slots = iter(range(len(operands)))
+    leaves = [Slot(next(slots)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    made = Call(op, tuple(tree_unflatten(leaves, spec)), {}, operands, [True] * len(operands))
+    where = [dim if operand.shape == x.shape else None for operand in operands]
+    # A view asks which dimension grew; the others must not believe what is not so.
+    for claimed in grown if rows is view else range(first.dim()):
+        found = rows(made, Placed(where, [operand.shape for operand in operands], first, claimed))
+        if found != claimed:
+            assert not (strict and [claimed] == grown), "samples are apart, and are not shown to be"
+            continue
+        assert [found] == grown, "rows are said to lie where they do not"
+        for part, alone in zip(whole.chunk(2, found), (first, second)):
+            torch.testing.assert_close(part, alone, rtol=1e-10, atol=1e-12)
+
+
+def has_rows(op):
+    return is_elementwise(op) or name_of(op) in ROWS
+
+
+def rows_of(op):
+    return aligned if is_elementwise(op) else ROWS[name_of(op)]
+
+
+@pytest.mark.parametrize("example", [e for e in EXAMPLES if has_rows(e[0])], ids=ids)
 def test_rows_lie_where_a_rehearsal_on_two_batches_finds_them(example):
     torch.manual_seed(3)
     small, large = make(example), make(example, 2)
@@ -128,12 +204,11 @@ def test_rows_lie_where_a_rehearsal_on_two_batches_finds_them(example):
     first, whole = (call.run() for call in (small, large))
     first, whole = (out if isinstance(out, Tensor) else out[0] for out in (first, whole))
     grown = [d for d in range(whole.dim()) if whole.shape[d] != first.shape[d]] if whole.dim() == first.dim() else []
-    rows = aligned if is_elementwise(example[0]) else ROWS[name_of(example[0])]
-    where = [0 if sampled else None for sampled in small.sampled]
     if not grown:
-        return  # all of the batch goes into what there is: the walk refuses it without asking
+        return
     (dim,) = grown
-    found = rows(small, Placed(where, [x.shape for x in small.operands], first, dim))
+    where = [0 if sampled else None for sampled in small.sampled]
+    found = rows_of(example[0])(small, Placed(where, [x.shape for x in small.operands], first, dim))
     assert found == (None if name_of(example[0]) in COUPLED else dim)
     if found is not None:
         torch.testing.assert_close(whole.narrow(dim, 0, first.shape[dim]), first, rtol=1e-12, atol=1e-12)
@@ -143,9 +218,77 @@ COUPLED = {"batch_norm"}
 """Operators whose samples are not apart in their examples."""
 
 
-def test_rows_of_a_part_of_the_batch_are_not_rows_of_samples():
-    call = Call(aten.slice.Tensor, (Slot(0), 0, 0, 2), {}, [torch.randn(3, 4)], [True])
-    assert ROWS["slice"](call, Placed([0], [torch.Size([3, 4])], torch.randn(2, 4), 0)) is None
+def operands_of(example):
+    return [leaf for leaf in tree_flatten(OPERATORS[example[0]].examples[example[1]])[0] if isinstance(leaf, X)]
+
+
+@pytest.mark.parametrize("dim", range(4))
+@pytest.mark.parametrize("example", [e for e in EXAMPLES if has_rows(e[0]) and len(operands_of(e)) == 1], ids=ids)
+def test_samples_in_any_dimension_are_apart_where_that_is_said(example, dim):
+    torch.manual_seed(3)
+    call = make(example)
+    (x,) = call.operands
+    if dim < x.dim():
+        filled = lambda part: [part if isinstance(value, Slot) else value for value in call.args]  # noqa: E731
+        assert_apart(rows_of(call.op), call.op, filled, x, dim, strict=False)
+
+
+@pytest.mark.parametrize("dim", range(4))
+@pytest.mark.parametrize("name", [name for name, given in FOLLOWING.items() if given])
+def test_rows_of_what_the_generic_rule_differentiates_are_apart(name, dim):
+    torch.manual_seed(3)
+    op, arguments = following(name)
+    assert_apart(rows_of(op), op, arguments, tensors((4, 6, 6, 5))[0], dim, strict=dim == 0)
+
+
+def test_every_operator_whose_rows_are_known_is_tried():
+    entries = {name_of(op) for op in OPERATORS}
+    assert ROWS.keys() - entries == FOLLOWING.keys()
+    assert all(hasattr(aten, name) for name in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes", "dims", "apart"),
+    [
+        (aten.bmm.default, [(4, 3, 5), (4, 5, 2)], [0, 0], True),
+        (aten.mm.default, [(4, 3), (3, 2)], [0, None], True),
+        (aten.mm.default, [(4, 3), (3, 2)], [1, 0], False),
+        (aten.mm.default, [(4, 3), (3, 2)], [None, 1], False),
+        (aten.matmul.default, [(4, 3), (3, 4)], [0, 1], False),
+    ],
+)
+def test_products_keep_samples_apart_along_rows_of_the_left_alone(op, shapes, dims, apart):
+    operands = tensors(*shapes)
+    call, out = Call(op, (Slot(0), Slot(1)), {}, operands, [True, True]), op(*operands)
+    found = [ROWS[name_of(op)](call, Placed(dims, [x.shape for x in operands], out, d)) for d in range(out.dim())]
+    assert any(place == d for d, place in enumerate(found)) is apart
+
+
+@pytest.mark.parametrize(
+    ("equation", "dims", "place"),
+    [
+        ("nij,njk->nik", [0, 0], 0),
+        ("ni,nj->nij", [0, 0], 0),
+        ("ni,mi->nm", [0, 0], None),
+        ("ni,ij->nj", [0, None], 0),
+        ("ni,ij->j", [0, None], None),
+        ("nn->n", [0], None),
+    ],
+)
+def test_einsum_keeps_samples_apart_along_one_letter(equation, dims, place):
+    operands = tensors(*[(3,) * len(term) for term in equation.partition("->")[0].split(",")])
+    call = Call(aten.einsum.default, (equation, [Slot(i) for i in range(len(operands))]), {}, operands, [True])
+    assert ROWS["einsum"](call, Placed(dims, [x.shape for x in operands], operands[0], 0)) == place
+
+
+def test_a_table_is_looked_up_by_samples():
+    table, index = torch.randn(5, 2), torch.tensor([[1, 2], [3, 4], [0, 1]])
+    call = Call(aten.embedding.default, (Slot(0), Slot(1)), {}, [table, index], [False, True])
+    out = aten.embedding.default(table, index)
+    assert ROWS["embedding"](call, Placed([None, 0], [table.shape, index.shape], out, 0)) == 0
+    assert ROWS["embedding"](call, Placed([0, None], [table.shape, index.shape], out, 0)) is None
+    one_hot = Call(aten.one_hot.default, (Slot(0), 5), {}, [index], [True])
+    assert ROWS["one_hot"](one_hot, Placed([0], [index.shape], aten.one_hot.default(index, 5), 0)) == 0
 
 
 def backward_arguments(name: str, x: Tensor, v: Tensor):
@@ -181,3 +324,13 @@ def test_the_form_that_fills_memory_gives_the_same(op):
 def test_overloads_are_looked_up_by_name():
     assert overload("mean.dim") is aten.mean.dim
     assert overload("relu") is aten.relu.default
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_sums_over_rows_are_products_with_ones_on_cuda(dtype):
+    rows = torch.randn(1003, 37, device="cuda").to(dtype)
+    summed = linear._sum(rows)
+    assert summed.dtype == (dtype if dtype.itemsize > 2 else torch.float32)
+    rtol = 1e-12 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(summed.double(), rows.double().sum(0), rtol=rtol, atol=rtol * 30)

@@ -169,5 +169,5 @@ def test_sequences_move_to_the_data(example):
 def test_every_example_is_tested():
     with open(__file__) as file:
         text = file.read()
-    names = {path.stem for path in EXAMPLES.glob("*.py")} - {"own_model"}  # tests/test_cli.py
+    names = {path.stem for path in EXAMPLES.glob("*.py")} - {"own_model"}  # tests/training/test_cli.py
     assert [name for name in sorted(names) if name not in text] == []

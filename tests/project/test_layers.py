@@ -9,16 +9,24 @@ import wgan_fast
 
 ROOT = Path(wgan_fast.__file__).parent
 LEAVES = {"backends", "build", "checks", "errors", "precision", "reference"}
+FACE = {"clipping", "critic_step", "explain", "losses", "optim", "penalty"}
 ALLOWED = {
-    "reference.py": {"precision"},
+    "backends.py": set(),
+    "errors.py": set(),
     "precision.py": set(),
-    "ops": {"ops", *LEAVES},
+    "build.py": {"__version__"},
+    "checks.py": {"precision"},
+    "reference.py": {"precision"},
+    "ops": {"ops", "build", "precision", "reference"},
     "four_pass": {"four_pass", "ops", *LEAVES},
-    "engine": {"engine", "four_pass", "ops", "losses", *LEAVES},
-    "losses.py": LEAVES,
+    "engine": {"engine", "four_pass", "ops", *LEAVES},
+    "losses.py": {"precision"},
+    "clipping.py": {"ops", *LEAVES},
+    "optim.py": {"clipping", "ops", *LEAVES},
     "explain.py": {"engine", "four_pass", "losses", *LEAVES},
     "penalty.py": {"engine", "four_pass", "ops", *LEAVES},
     "critic_step.py": {"engine", "four_pass", "ops", "losses", "penalty", *LEAVES},
+    "__init__.py": {*FACE, "build"},
 }
 
 
@@ -34,7 +42,8 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("wgan_fast"):
             found.add((node.module or "").split(".")[1] if "." in (node.module or "") else "wgan_fast")
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("wgan_fast.")}
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "wgan_fast"]
+            found |= {f"{name}.wgan_fast".split(".")[1] for name in names}
     return found
 
 
@@ -47,11 +56,24 @@ def test_a_layer_imports_only_what_is_below_it(layer: str) -> None:
     assert not {module: names for module, names in upwards.items() if names}
 
 
+def test_every_module_below_the_application_has_its_place() -> None:
+    parts = {path.name for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert parts - {"training", "bench", "__main__.py", "kernels"} == ALLOWED.keys()
+
+
+def test_kernels_import_nothing_of_the_package() -> None:
+    for path in (ROOT.parent / "kernels").glob("*.py"):
+        tree = ast.walk(ast.parse(path.read_text()))
+        names = [n.module or "" for n in tree if isinstance(n, ast.ImportFrom) and not n.level]
+        assert not [name for name in names if name.startswith("wgan_fast")], path
+
+
 def test_an_import_upwards_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     module = tmp_path / "ops" / "inner" / "one.py"
     module.parent.mkdir(parents=True)
     module.write_text(
-        "from ...engines import explain\nfrom ... import penalty\nfrom . import two\nimport wgan_fast.cli\n"
+        "from ...engines import explain\nfrom ... import penalty\nfrom . import two\n"
+        "import wgan_fast.cli\nimport wgan_fast\n"
     )
-    assert imported(module) == {"engines", "penalty", "ops", "cli"}
+    assert imported(module) == {"engines", "penalty", "ops", "cli", "wgan_fast"}

@@ -14,13 +14,14 @@ from runs import TINY, assert_same_run, metrics_of, read_checkpoint, same_bits
 from torch import Tensor, nn
 
 from wgan_fast import CriticStep, GradientPenalty, PenaltyConfig
+from wgan_fast.backends import convolves_in_tensor_cores
 from wgan_fast.errors import InputError
 from wgan_fast.penalty import thinned
 from wgan_fast.training import TrainConfig, Trainer
 from wgan_fast.training.cli import main
 from wgan_fast.training.data import load_data
 from wgan_fast.training.graphed import WARM_UP, GraphedCalls, StaticInputs
-from wgan_fast.training.iteration import keeps_samples_apart
+from wgan_fast.training.iteration import for_device, keeps_samples_apart
 from wgan_fast.training.models import build
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -469,7 +470,7 @@ def test_a_part_that_does_not_divide_the_batch_is_refused(use):
 
 
 @pytest.mark.parametrize("taken", [0, 1])
-@pytest.mark.parametrize("shape", [(), (2,), (5,), (7,)])
+@pytest.mark.parametrize("shape", [(2,), (5,), (8,)])
 def test_alpha_of_another_length_is_refused_and_changes_nothing(shape, taken):
     """Also one as long as the part, and at a step without a penalty."""
     step = on_a_third(every=2)
@@ -529,6 +530,74 @@ def test_iterations_do_not_wait_for_the_device(tmp_path):
             trainer._iteration(reals)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("settings", "alone", "graph", "channels_last"),
+    [
+        ({}, True, True, True),
+        ({"model": "mnist-dcgan"}, False, False, True),
+        ({"model": "custom"}, True, False, False),  # it may keep what a replay leaves out, and views
+        ({"model": "mine:networks"}, True, False, False),
+        ({"engine": "checked"}, True, False, True),
+        ({"cuda_graph": False, "channels_last": False}, True, False, False),
+        ({"model": "custom", "cuda_graph": True, "channels_last": True}, True, True, True),
+    ],
+)
+def test_a_gpu_decides_what_is_left_to_it(settings, alone, graph, channels_last, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    config = for_device(TrainConfig(**settings), torch.device("cuda"), alone=alone)
+    assert (config.cuda_graph, config.channels_last) == (graph, channels_last)
+    on_cpu = for_device(TrainConfig(), torch.device("cpu"), alone=True)
+    assert (on_cpu.cuda_graph, on_cpu.channels_last) == (False, False)
+
+
+def test_checked_steps_are_not_replayed_unasked(monkeypatch):
+    monkeypatch.setenv("WGAN_FAST_CHECK", "1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert for_device(TrainConfig(), torch.device("cuda"), alone=True).cuda_graph is False
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "setting", "there"),
+    [
+        ((9, 0), torch.float32, "tf32", True),
+        ((9, 0), torch.float32, "ieee", False),
+        ((7, 5), torch.float32, "tf32", False),
+        ((7, 5), torch.bfloat16, "ieee", False),
+        ((7, 5), torch.float16, "ieee", True),
+        ((8, 0), torch.bfloat16, "ieee", True),
+        ((9, 0), torch.float64, "tf32", False),
+    ],
+)
+def test_tensor_cores_are_asked_for_where_they_are(
+    capability, dtype, setting, there, monkeypatch, convolutions_compute_in
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    convolutions_compute_in(setting)
+    assert convolves_in_tensor_cores(dtype, torch.device("cuda")) is there
+    assert convolves_in_tensor_cores(dtype, torch.device("cpu")) is False
+
+
+@needs_cuda
+def test_graphs_are_captured_anew_after_they_were_forgotten():
+    calls = GraphedCalls(lambda batches: batches[0] * 2, torch.device("cuda"))
+    kept = None
+    for _ in range(2):
+        for k in range(WARM_UP + 2):
+            kept = calls([torch.full((3,), float(k), device="cuda")])
+            assert torch.equal(kept, torch.full((3,), 2.0 * k, device="cuda"))
+        calls.clear()
+
+
+@needs_cuda
+def test_a_default_that_cannot_be_captured_gives_way():
+    calls = GraphedCalls(lambda batches: torch.tensor(batches[0].sum().item()), torch.device("cuda"), gives_way=True)
+    for _ in range(WARM_UP):
+        calls([torch.ones(2, device="cuda")])
+    with pytest.warns(RuntimeWarning, match="cannot capture"):
+        assert calls([torch.ones(2, device="cuda")]) == 2
+    assert calls([torch.ones(2, device="cuda")]) == 2
 
 
 @needs_cuda

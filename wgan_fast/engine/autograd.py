@@ -34,7 +34,7 @@ def penalty_at(
     """Evaluate the penalty at given points by double backward.
 
     Args:
-        critic: Maps ``[N, *D]`` to one score per sample or group.
+        critic: Maps ``[N, *D]`` to scores with a row per sample or group.
         points: ``[N, *D]``.
         weight: w.
         target: The norm that costs nothing.

@@ -31,7 +31,7 @@ def asked_for() -> bool:
 
 def is_due(planned: Planned) -> bool:
     """Whether the next step of a plan is one to compare; of those that draw random numbers, only single forwards."""
-    if planned.plan.draws and len(planned.plan.objective.parts()) > 1:
+    if planned.plan.draws and planned.plan.objective.batches() > 1:
         return False
     return planned.plan.runs < FIRST_STEPS or planned.plan.runs % ONE_IN == 0 or planned.suspect
 

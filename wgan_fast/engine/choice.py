@@ -92,7 +92,7 @@ class EngineChoice:
         Raises:
             CaptureError: With ``engine="four_pass"``, where the critic cannot be captured.
             TypeError: The critic does not return a tensor, or the loss does not.
-            ValueError: The critic does not return one score per sample, or its scores do not depend on its input.
+            ValueError: The critic does not return a row of scores per sample, or its scores do not depend on its input.
         """
         if self.four_pass is None:
             return GivenWay(self, None)

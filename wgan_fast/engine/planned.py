@@ -280,13 +280,13 @@ class FourPassEngine:
             CaptureError: The critic cannot run in four passes; nothing has been changed then, unless it is one that
                 holds what the forward now is for each batch.
             TypeError: The critic does not return a tensor, or the loss does not.
-            ValueError: The critic does not return one score per sample, or its scores do not depend on its input.
+            ValueError: The critic does not return a row of scores per sample, or its scores do not depend on its input.
         """
         found: Planned | None = None
 
         def ready(traced: Traced, inputs: tuple[Any, ...]) -> bool:
             nonlocal found
-            found = traced.plans.made.get((self._options, *traced.key(inputs)))
+            found = traced.plans.made.get(self._key(called.x, traced, inputs))
             if found is not None and self._cheaper_only and found.dearer:
                 found = None
             return found is not None
@@ -313,7 +313,7 @@ class FourPassEngine:
         if found is None:
             raise CaptureError("what its forward reads changes while it is planned")
         traced, inputs = look.traced, look.inputs
-        if traced.repeats and (batches := len(self.objective.parts())) > 1:
+        if traced.repeats and (batches := self.objective.batches()) > 1:
             looks = [look]
             try:
                 while len(looks) < batches:
@@ -325,8 +325,13 @@ class FourPassEngine:
                     "its forward computes something else at every call, with what it changes itself", looks
                 )
         traced.plans.runs += 1
-        self.plans.setdefault((id(traced), *traced.key(inputs)), found.plan)
+        self.plans.setdefault((id(traced), *self._key(called.x, traced, inputs)), found.plan)
         return Prepared(self.objective, found, inputs)
+
+    def _key(self, x: Tensor, traced: Traced, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        # Convolutions are laid out for what they compute in, which is no matter of Dynamo's guards.
+        settings = torch.backends.cudnn.conv.fp32_precision if x.is_cuda else None  # type: ignore[attr-defined]
+        return (self._options, settings, *traced.key(inputs))
 
     def _look(
         self, called: Called, ready: Callable[[Traced, tuple[Any, ...]], bool], differentiable: bool = True
@@ -335,7 +340,7 @@ class FourPassEngine:
 
     def _planned(self, called: Called, look: Look) -> Planned:
         traced, inputs = look.traced, look.inputs
-        plans, key = traced.plans, (self._options, *traced.key(inputs))
+        plans, key = traced.plans, self._key(called.x, traced, inputs)
         with _PLANNING:
             if key in plans.made:
                 return self._worthwhile(plans.made[key])

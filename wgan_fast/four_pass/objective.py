@@ -30,10 +30,9 @@ class Objective:
     at: Literal["real", "fake", "both", "given"] = "given"
     group_size: int = 1
 
-    def parts(self) -> list[str]:
-        """Return the batches that go through the critic, in the order of a plain implementation."""
-        losses = ["real", "fake"] if self.loss else []
-        return losses + [f"{name} points" for name in self.points()]
+    def batches(self) -> int:
+        """Count the batches that a plain implementation sends through the critic."""
+        return 2 * bool(self.loss) + len(self.points())
 
     @property
     def norm_options(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Plan(FlatStep):
     Raises:
         CaptureError: The critic cannot be planned; the message says where and why.
         TypeError: The critic does not return floating-point scores, or the loss no tensor.
-        ValueError: The critic does not return one score per sample, or its scores do not depend on its input.
+        ValueError: The critic does not return a row of scores per sample, or its scores do not depend on its input.
 
     Attributes:
         graph: As ``FlatStep``; ``plan.code`` is what runs.
@@ -133,11 +133,6 @@ class Plan(FlatStep):
                 run.values[node] = torch.cat([run.values[node]] * copies)
             run.evaluate(self.captured.calls(), self.roles.sampled)
         return run.values, run.calls
-
-    @property
-    def autocasts(self) -> bool:
-        """Whether autocast was on when the plan was made."""
-        return self._autocast_enabled
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast as it was when the plan was made."""

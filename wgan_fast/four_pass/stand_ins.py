@@ -30,7 +30,7 @@ def evaluate(mode: FakeTensorMode, func: Any, args: Any, kwargs: Any) -> Any:
     """Call an ATen operator on stand-ins of ``mode``; returns the stand-ins that ``mode`` itself would."""
     if func is torch.ops.prim.device.default:
         return args[0].fake_device
-    if (is_view(func) or func in _PRODUCTS) and isinstance(args[0], FakeTensor):
+    if (is_view(func) or func in _PRODUCTS) and func.overloadpacket is not aten.to and isinstance(args[0], FakeTensor):
         device = args[0].fake_device
         with in_kernel_invocation_manager(mode):
             out = func(*args, **kwargs)

@@ -155,8 +155,9 @@ class TrainConfig:
         fused: Whether Adam updates all parameters in one fused call.
         generate_ahead: Whether the samples of an iteration's critic steps are generated in one forward where that is
             proven to give the same samples and is expected to cost less.
-        channels_last: Whether images and the networks' weights are laid out channels last; by default where a GPU
-            convolves in tensor cores, that is in bf16 and, unless PyTorch is told otherwise, in fp32.
+        channels_last: Whether images and the networks' weights are laid out channels last; by default for the networks
+            that are named here, where a GPU convolves in tensor cores, that is in bf16 and, unless PyTorch is told
+            otherwise, in fp32.
         workers: Processes that decode streamed data.
         out: Folder of the run; a new one under runs/ by default.
         log_every: Steps between lines of metrics.

@@ -1,5 +1,6 @@
 """Calls that repeat: replayed as CUDA graphs, from static input buffers that a stream of their own fills."""
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, users_level
 
 WARM_UP = 3
 """Calls of every kind that run uncaptured first: libraries allocate workspaces and optimizers their state in them."""
@@ -77,18 +78,21 @@ class GraphedCalls:
     Args:
         function: Takes the batches; returns tensors, which every replay overwrites.
         device: Where it computes.
+        gives_way: Whether to go on without graphs, and say so, where one cannot be captured.
     """
 
-    def __init__(self, function: Callable[[Sequence[Tensor]], Any], device: torch.device) -> None:
-        self._function, self._device = function, device
+    def __init__(
+        self, function: Callable[[Sequence[Tensor]], Any], device: torch.device, *, gives_way: bool = False
+    ) -> None:
+        self._function, self._device, self._gives_way = function, device, gives_way
         self._inputs: StaticInputs | None = None
         self._stream = _stream(device)
-        # One for all: only one graph runs at a time, and none needs what another left but its result.
-        self._pool = torch.cuda.graph_pool_handle() if self._stream else None
         self.clear()
 
     def clear(self) -> None:
         """Forget every graph: tensors that they read or wrote have been replaced."""
+        # One pool for all: only one graph runs at a time, and none needs what another left but its result.
+        self._pool = torch.cuda.graph_pool_handle() if self._stream else None
         self._graphs: dict[Hashable, _Captured] = {}
         self._calls: dict[Hashable, int] = {}
 
@@ -111,7 +115,14 @@ class GraphedCalls:
         if self._calls[key] <= WARM_UP:
             return self._warm_up(static, self._stream)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(static)
+            try:
+                self._graphs[key] = self._capture(static)
+            except InputError as error:
+                if not self._gives_way:
+                    raise
+                warnings.warn(f"{error}, as happens now", RuntimeWarning, stacklevel=users_level())
+                self._stream, self._graphs = None, {}
+                return self._function(static)
         captured = self._graphs[key]
         captured.graph.replay()
         return captured.result

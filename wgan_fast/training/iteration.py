@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..backends import convolves_in_tensor_cores
 from ..clipping import clip_weights_
 from ..critic_step import CriticStep, CriticStepResult
+from ..engine.checked import asked_for
 from ..errors import InputError
 from ..losses import get_loss
 from ..optim import ClippedRMSprop
@@ -77,6 +79,7 @@ class Iteration:
         self._trained = {"critic": trainable("critic", critic), "generator": trainable("generator", generator)}
         first = self._trained["critic"][0]
         self.device, self.dtype = first.device, first.dtype
+        asked = config.cuda_graph
         config = for_device(config, self.device, alone=replicas.world == 1)
         self.generator, self.critic, self.config, self.latent_dim = generator, critic, config, latent_dim
         self.replicas = replicas
@@ -100,7 +103,8 @@ class Iteration:
         self.rewinds = 0
         self.rng = torch.Generator(self.device) if replicas.world > 1 else None
         """Source of noise and α where several processes share one stream; None is the default generator."""
-        self._graphed = GraphedCalls(self._run, self.device) if config.cuda_graph else None
+        gives_way = asked is None
+        self._graphed = GraphedCalls(self._run, self.device, gives_way=gives_way) if config.cuda_graph else None
         self._decay = torch.zeros((), dtype=self.noise_dtype, device=self.device) if config.cuda_graph else None
         self._ahead = config.generate_ahead and self.n_critic > 1 and self._may_generate_ahead()
 
@@ -266,11 +270,15 @@ def for_device(config: TrainConfig, device: torch.device, *, alone: bool) -> Tra
         device: Of the networks.
         alone: Whether this process trains without others.
     """
-    on_gpu = device.type == "cuda"
-    in_tensor_cores = config.precision == "bf16" or torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    # Networks that do nothing which a replay would leave out, and no comparison that waits for the device.
-    repeats = config.model in ("auto", *models.MODELS) and config.engine != "checked"
-    left = {"cuda_graph": on_gpu and alone and repeats, "channels_last": on_gpu and in_tensor_cores}
+    # Networks that do nothing which a replay would leave out, and keep no view that another layout would not allow.
+    named = config.model in ("auto", *models.MODELS)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    # A comparison with autograd waits for the device.
+    compared = config.engine == "checked" or asked_for()
+    left = {
+        "cuda_graph": device.type == "cuda" and alone and named and not compared,
+        "channels_last": named and convolves_in_tensor_cores(dtype, device),
+    }
     return dataclasses.replace(config, **{k: v for k, v in left.items() if getattr(config, k) is None})  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""The tests of the Triton kernels, for a process in which Triton interprets: tests/test_kernels.py starts it."""
+"""The tests of the Triton kernels, for a process in which Triton interprets: tests/ops/test_kernels.py starts it."""
 
 import os
 from collections.abc import Iterator

@@ -216,8 +216,9 @@ def add(name: str, rule: Rule, rows: Where | None, *examples: Example) -> None:
     Args:
         name: Its name under ``torch.ops.aten``.
         rule: How it runs, and its derivatives.
-        rows: Where its rows lie; None for an operator that the tag of elementwise ones tells of.
-        examples: Calls for the tests, at least one.
+        rows: Where its rows lie, for every overload of the name; None where the tag of elementwise operators tells, and
+            where samples are not kept apart.
+        examples: Calls for the tests, at least one unless the rule refuses.
     """
     OPERATORS[overload(name)] = Operator(rule, examples)
     if rows is not None:
@@ -235,8 +236,11 @@ def register(name: str, rows: Where | None, *examples: Example) -> Callable[[typ
 
 
 def follows(rows: Where, *names: str) -> None:
-    """Say where the rows of operators lie that the generic rule differentiates."""
-    ROWS.update(dict.fromkeys(names, rows))
+    """Say where the rows of operators lie that the generic rule differentiates, in every overload."""
+    for name in names:
+        getattr(torch.ops.aten, name)  # or there is none of that name
+        assert name not in ROWS, name
+        ROWS[name] = rows
 
 
 def overwrites(name: str, in_place: str) -> None:

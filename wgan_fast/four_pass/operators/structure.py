@@ -205,14 +205,14 @@ fills("mul.Tensor", "out")
 follows(
     rows.aligned,
     "bernoulli", "celu", "copy", "detach", "expand_as", "fill", "full_like", "lerp", "masked_fill", "ones_like",
-    "rand_like", "randn_like", "rrelu", "selu", "square", "to_copy", "type_as", "where", "zeros_like",
+    "rand_like", "randn_like", "rrelu", "selu", "square", "type_as", "where", "zeros_like",
 )  # fmt: skip
 follows(rows.made, "zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full")
 follows(
     rows.reduce, "amax", "amin", "linalg_vector_norm", "logsumexp", "max", "min", "norm", "prod", "std", "var"
 )  # fmt: skip
 follows(rows.along, "glu", "log_softmax", "softmax", "sort", "topk")
-follows(rows.keep_leading, "channel_shuffle", "local_response_norm")
+follows(rows.keep_leading, "channel_shuffle")
 follows(rows.same, "one_hot")
 follows(rows.looked_up, "embedding")
 follows(rows.before_last(lambda call: len(call.argument("normalized_shape"))), "rms_norm")

@@ -2,16 +2,13 @@
 
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import InputError
-
-if TYPE_CHECKING:
-    pass
 from .samples import Options
 from .splits import Array, Data, ToySplit
 

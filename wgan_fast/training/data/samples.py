@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +11,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...errors import InputError
-
-if TYPE_CHECKING:
-    pass
 from . import splits
 from .splits import HOLDOUT, Array, Data, DatasetSplit, Kind, TensorSplit, permutation
 

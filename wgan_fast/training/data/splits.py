@@ -19,12 +19,7 @@ from torch.utils.data import DataLoader
 from ...errors import InputError
 
 if TYPE_CHECKING:
-    pass
-if TYPE_CHECKING:
-    pass
-if TYPE_CHECKING:
     from .named import Toy
-if TYPE_CHECKING:
     from .samples import Items
 
 RESIDENT_BYTES = 3 << 30
