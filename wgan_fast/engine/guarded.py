@@ -54,6 +54,10 @@ class _StaleError(Exception):
     """What the forward reads without a guard has changed: what a class holds, say."""
 
 
+def _never(traced: "Traced", inputs: tuple[Any, ...]) -> bool:
+    return False
+
+
 class _Pending(threading.local):
     """The call that this thread is about to make."""
 
@@ -175,7 +179,9 @@ class GuardedCall:
             ) from error
         finally:
             traced, inputs, fresh = pending.traced, pending.inputs, pending.fresh
+            # Nothing of the critic may outlive the look, through what is asked of it either.
             pending.call, pending.inputs, pending.sampled, pending.traced = (), (), [], None
+            pending.ready = _never
         if traced is None:
             raise CaptureError("torch.compile did not trace the critic")
         if traced.error is not None:
