@@ -1,5 +1,6 @@
 """What the public functions ask of their arguments before they touch anything."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,8 @@ def check_alpha(alpha: Tensor | float, real: Tensor, group_size: int = 1) -> Ten
     """Return a given α as ``[N]`` where it is one a sample of ``real`` ``[N, *D]`` (or a group), else as it is."""
     N = real.shape[0]
     if isinstance(alpha, int | float) and not isinstance(alpha, bool):
+        if not torch.compiler.is_compiling() and not math.isfinite(alpha):  # the compiler's numbers have no value yet
+            raise ValueError(f"alpha must be finite, got {alpha}")
         return torch.full((N,), float(alpha), dtype=accumulation_dtype(real.dtype), device=real.device)
     alpha = check_floating("alpha", alpha)
     if alpha.device != real.device:

@@ -297,6 +297,7 @@ def test_samples_thin_out_given_points() -> None:
         ({"real": torch.ones(4, 3)}, TypeError, "fake must be a tensor, got NoneType"),
         ({"fake": torch.ones(4, 3), "at": "both"}, TypeError, "real must be a tensor, got NoneType"),
         ({"real": torch.ones(4, 3), "points": torch.ones(4, 3)}, ValueError, "points stand in place of real"),
+        ({"real": torch.ones(4, 3), "fake": torch.ones(4, 3), "alpha": torch.nan}, ValueError, "alpha must be finite"),
         ({"points": torch.ones(4, 3), "alpha": 0.5}, ValueError, "points stand in place of real"),
         ({"points": torch.ones(4, 3), "at": "real"}, ValueError, "points stand in place of real"),
         ({"points": [1.0]}, TypeError, "points must be a tensor, got list"),
