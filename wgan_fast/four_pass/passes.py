@@ -452,7 +452,7 @@ class FourPasses:
             others = [i for i in weights if i not in linear]
         else:
             others = weights
-        self._apart(node, others, tangents if data is None else [], pull)
+        self._apart(node, others, [] if linear else tangents, pull)
         if beta is not None:
             pull(weights, rule.vjp(self.block.points.calls[node], beta, weights))
 

@@ -110,6 +110,8 @@ class Convolution(Affine):
         x = call.operands[data]  # type: ignore[index]
         if x.dim() != self._geometry(call)["dims"] + 2:
             return super().vjp(call, cotangent, wanted)
+        if x.shape[0] == 1 and x.stride(1) == 1 and _goes_along_channels(call):
+            x = _channels_last(x)  # a tangent, perhaps
         # With the weight's gradient comes the bias's at no cost; alone it is a sum.
         mask = [data in wanted, weight in wanted, weight in wanted and bias is not None and bias in wanted]
         gx = gw = gb = None
@@ -181,8 +183,10 @@ def _goes_along_channels(call: Call) -> bool:
 def _channels_last(x: Tensor) -> Tensor:
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     dtype = _computed_in(x)
-    # Whether memory is channels-last cannot be told from one channel; its stride says what PyTorch takes it for.
-    if layout is None or x.stride(1) == 1:
+    # Whether memory is channels-last cannot be told from one channel; its stride says what PyTorch takes it for. One
+    # sample has a stride as well: where it is no sample's size, grouped convolutions in float64 (PyTorch 2.13) leave a
+    # wrong gradient in weights that are channels-last.
+    if layout is None or (x.stride(1) == 1 and (x.shape[0] > 1 or x.stride(0) == x.numel())):
         return x.to(dtype)
     return x.clone(memory_format=layout) if dtype == x.dtype else x.to(dtype, memory_format=layout)
 
