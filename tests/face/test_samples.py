@@ -151,9 +151,7 @@ def test_a_tensor_that_the_critic_does_not_read_counts_for_nothing(engine: str) 
     ours = gradient_penalty(critic, points=(x, unread, z), penalty=own, engine=engine)
     assert_same(ours, penalty(critic, (x, unread, z), own=own), critic)
     assert all(part.shape == (N, 3) and not part.any() for part in seen)
-    assert_same(
-        gradient_penalty(critic, points=(x, unread, z), engine=engine), penalty(critic, (x, unread, z)), critic
-    )
+    assert_same(gradient_penalty(critic, points=(x, unread, z), engine=engine), penalty(critic, (x, unread, z)), critic)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -235,7 +233,11 @@ X, Z = torch.ones(4, 3), torch.ones(4, 2)
         ({"points": (X.int(),)}, TypeError, "points must hold a floating-point tensor"),
         ({"points": ()}, TypeError, "points must hold a floating-point tensor"),
         ({"points": {"a": torch.ones(())}}, ValueError, r"points\['a'\] must be a non-empty batch"),
-        ({"points": {"a": X, "b": None}}, TypeError, r"points is a dict, which must hold tensors alone, and points\['b'"),
+        (
+            {"points": {"a": X, "b": None}},
+            TypeError,
+            r"points is a dict, which must hold tensors alone, and points\['b'",
+        ),
         ({"points": (X, Z), "alpha": 0.5}, ValueError, "points stand in place of"),
         ({"real": (X, Z), "fake": (X, Z), "alpha": torch.ones(3)}, ValueError, "alpha must be a number"),
     ],

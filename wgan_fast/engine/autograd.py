@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .. import reference
 from ..checks import check_penalty, check_scores, unconnected
@@ -69,6 +69,8 @@ def opened_at(
         for part in parts:
             check_scores(part, tree_leaves(x)[0], group_size, rows=rows)
         found = iter(_input_gradient(parts, leaves, differentiate))
+    if not differentiate:
+        scores = tree_map_only(Tensor, Tensor.detach, scores)
     gradient = tree_map(lambda leaf: next(found) if leaf.requires_grad else None, x)
     before = activations.before if differentiate else []
     return Opened(scores, gradient, partial(_with_zeros, before=before, samples=leaves) if before else _unchanged)
