@@ -131,7 +131,7 @@ def test_integers_come_along(engine: str) -> None:
     seen = []
     gradient_penalty(critic, points=real, penalty=lambda g: seen.append(g) or g["x"].norm(dim=1), engine=engine)
     assert seen[0]["y"] is None
-    with pytest.raises(TypeError, match="samples of torch.int64 differ between real and fake and cannot be mixed"):
+    with pytest.raises(TypeError, match="differ between real and fake and cannot be mixed"):
         gradient_penalty(critic, real, other, engine=engine)
     step = CriticStep(critic, penalty=PenaltyConfig.r1(), engine=engine)(real, other)
     scores = critic(real).mean() - critic(other).mean()
