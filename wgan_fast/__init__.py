@@ -8,6 +8,7 @@ from .explain import Explanation, explain
 from .penalty import (
     GradientPenalty,
     PenaltyConfig,
+    PenaltyResult,
     gradient_penalty,
     interpolate,
     penalty_from_gradient,
@@ -21,6 +22,7 @@ __all__ = [
     "Explanation",
     "GradientPenalty",
     "PenaltyConfig",
+    "PenaltyResult",
     "build_info",
     "clip_weights_",
     "explain",

@@ -1,7 +1,8 @@
 """What the public functions ask of their arguments before they touch anything."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import EllipsisType
 from typing import Any, Literal, get_args
 
 import torch
@@ -41,19 +42,67 @@ def is_per_sample(alpha: Tensor, real: Tensor) -> bool:
     return alpha.dim() == 1 and alpha.shape[0] == real.shape[0]
 
 
-def check_samples(real: object, fake: object, group_size: int = 1) -> None:
-    """Raise unless real and fake are a usable pair of batches."""
-    real = check_floating("real", real)
-    check_matches("fake", fake, real)
-    check_one("real", real, group_size)
+def check_samples(real: object, fake: object, group_size: int = 1) -> Tensor:
+    """Return the first tensor of real, or raise unless real and fake are a usable pair of batches."""
+    first = check_one("real", real, group_size)
+    if isinstance(real, Tensor):
+        check_matches("fake", fake, real)
+        return first
+    ours, theirs = dict(named_leaves("real", real)), dict(named_leaves("fake", fake))
+    if [name.removeprefix("real") for name in ours] != [name.removeprefix("fake") for name in theirs]:
+        raise ValueError(f"fake must be nested as real, got {list(theirs)} and {list(ours)}")
+    for (name, leaf), like in zip(theirs.items(), ours.values()):
+        check_matches(name, leaf, check_tensor("real", like), like="its counterpart in real", floating=False)
+    return first
 
 
-def check_one(name: str, batch: object, group_size: int = 1) -> None:
-    """Raise unless a batch is usable by itself."""
-    batch = check_floating(name, batch)
-    check_batch(name, batch)
-    if batch.shape[0] % group_size:
-        raise ValueError(f"group_size {group_size} does not divide the batch of {batch.shape[0]} samples")
+def check_one(name: str, batch: object, group_size: int = 1) -> Tensor:
+    """Return the first tensor of a batch, or raise unless it is usable by itself."""
+    if isinstance(batch, tuple | list | Mapping):
+        leaves = list(named_leaves(name, batch))
+        for path, leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                kind = type(batch).__name__
+                raise TypeError(
+                    f"{name} is a {kind}, which must hold tensors alone, and {path} is {type(leaf).__name__}"
+                )
+        first = _check_nest(name, leaves)  # type: ignore[arg-type]
+    else:
+        first = check_floating(name, batch)
+        check_batch(name, first)
+    if first.shape[0] % group_size:
+        raise ValueError(f"group_size {group_size} does not divide the batch of {first.shape[0]} samples")
+    return first
+
+
+def named_leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield what a tuple, list or dict holds, however deep, in order, with the way to it."""
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield from named_leaves(f"{name}[{key!r}]", value[key])
+    elif isinstance(value, tuple | list):
+        for i, part in enumerate(value):
+            yield from named_leaves(f"{name}[{i}]", part)
+    else:
+        yield name, value
+
+
+def _check_nest(name: str, leaves: list[tuple[str, Tensor]]) -> Tensor:
+    if not any(leaf.is_floating_point() for _, leaf in leaves):
+        raise TypeError(f"{name} must hold a floating-point tensor, got {[str(leaf.dtype) for _, leaf in leaves]}")
+    _, first = leaves[0]
+    for path, leaf in leaves:
+        if leaf.dim() == 0 or leaf.numel() == 0:
+            raise ValueError(f"{path} must be a non-empty batch [N, ...], got shape {list(leaf.shape)}")
+        if leaf.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"{name} must hold one number of samples, got {first.shape[0]} and, in {path}, {leaf.shape[0]}"
+            )
+        if leaf.device != first.device:
+            raise ValueError(
+                f"{path} is on {leaf.device}, {leaves[0][0]} on {first.device}: they must be on one device"
+            )
+    return first
 
 
 Score = int | str | Callable[[Any], Any] | None
@@ -66,9 +115,13 @@ def check_score(score: object) -> None:
         raise TypeError(f"score must be an index, a key, a function of the output or None, got {type(score).__name__}")
 
 
-def picked(output: Any, score: Score) -> Any:
-    """Return what of a critic's output is differentiated; several tensors become one, a row a sample."""
-    if score is not None:
+WHOLE = ...
+"""In place of a score: all that a critic returns."""
+
+
+def picked(output: Any, score: Score | EllipsisType) -> Any:
+    """Return what of a critic's output is differentiated: a tensor, or a list of several whose sum is meant."""
+    if score is not None and score is not WHOLE:
         if callable(score):
             output = score(output)
         elif isinstance(output, Tensor):
@@ -79,13 +132,16 @@ def picked(output: Any, score: Score) -> Any:
             except (KeyError, IndexError, TypeError):
                 has = f"the keys {list(output)}" if isinstance(output, Mapping) else f"{len(output)} parts"
                 raise ValueError(f"score={score!r} is not in what the critic returns, which has {has}") from None
-        if isinstance(output, list | tuple) and all(isinstance(part, Tensor) and part.dim() > 0 for part in output):
-            output = torch.cat([part.reshape(part.shape[0], -1) for part in output], 1)
+        if isinstance(output, list | tuple) and len(output) and all(isinstance(part, Tensor) for part in output):
+            return list(output)
     return output
 
 
-def check_scores(scores: object, x: Tensor, group_size: int = 1, *, one: bool = False) -> Tensor:
-    """Return the critic's scores, or raise unless there is a row of them (or ``one``) per sample or group of ``x``."""
+def check_scores(scores: object, x: Tensor, group_size: int = 1, *, one: bool = False, rows: bool = True) -> Tensor:
+    """Return the critic's scores, or raise unless there is a row of them (or ``one``) per sample or group of ``x``.
+
+    Without ``rows`` they may lie in any way.
+    """
     groups = x.shape[0] // group_size
     if not isinstance(scores, Tensor):
         say = ", say: score=0, score='name' or a function of it" if isinstance(scores, tuple | list | Mapping) else ""
@@ -93,7 +149,7 @@ def check_scores(scores: object, x: Tensor, group_size: int = 1, *, one: bool = 
             f"critic must return a tensor of scores, got {type(scores).__name__}"
             + (f"; which part is the score{say}" if say else "")
         )
-    if scores.dim() == 0 or scores.shape[0] != groups or (one and scores.numel() != groups):
+    if rows and (scores.dim() == 0 or scores.shape[0] != groups or (one and scores.numel() != groups)):
         per = "sample" if group_size == 1 else f"group of {group_size} samples"
         raise ValueError(
             f"critic must return {'one score' if one else 'a row of scores'} per {per}, shape [{groups}] or [{groups}, "
@@ -113,6 +169,23 @@ def check_loss(loss: object) -> Tensor:
     return loss
 
 
+def check_penalty(value: object) -> Tensor:
+    """Return what a penalty of one's own gave, or raise unless that is a tensor of numbers."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"penalty must return a tensor, got {type(value).__name__}")
+    if value.numel() == 0:
+        raise ValueError(f"penalty must return a value per sample, [N], or a 0-dim tensor, got {list(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"penalty must return a floating-point tensor, got {value.dtype}")
+    return value
+
+
+UNREACHED = (
+    "critic's loss reaches no trainable parameter: its scores were detached or computed under torch.no_grad(), or "
+    "every parameter is frozen"
+)
+
+
 def unconnected() -> ValueError:
     """Return the error to raise where a critic has no input gradient."""
     return ValueError("critic's scores do not depend on its input: it was detached or computed under torch.no_grad()")
@@ -124,13 +197,23 @@ def check_gradients_allowed(what: str) -> None:
         raise ValueError(f"{what} needs gradients, which torch.inference_mode() forbids")
 
 
-def check_critic_arguments(critic_args: object, critic_kwargs: object) -> None:
+def check_critic_arguments(
+    critic_args: object, critic_kwargs: object, args_name: str = "critic_args", kwargs_name: str = "critic_kwargs"
+) -> None:
     """Raise unless a critic can be called with ``*critic_args, **critic_kwargs``."""
     # Not any iterable: a tensor of labels would arrive as one argument per sample.
     if not isinstance(critic_args, tuple):
-        raise TypeError(f"critic_args must be a tuple, got {type(critic_args).__name__}")
+        raise TypeError(f"{args_name} must be a tuple, got {type(critic_args).__name__}")
     if critic_kwargs is not None and not isinstance(critic_kwargs, Mapping):
-        raise TypeError(f"critic_kwargs must be a mapping or None, got {type(critic_kwargs).__name__}")
+        raise TypeError(f"{kwargs_name} must be a mapping or None, got {type(critic_kwargs).__name__}")
+
+
+def check_penalty_arguments(penalty_args: object, penalty: object) -> None:
+    """Raise unless a penalty of one's own can be called with ``*penalty_args``."""
+    if not isinstance(penalty_args, tuple):
+        raise TypeError(f"penalty_args must be a tuple, got {type(penalty_args).__name__}")
+    if penalty_args and penalty is None:
+        raise ValueError("penalty_args are arguments of penalty, which is not given")
 
 
 def check_engine(engine: str) -> None:
@@ -139,10 +222,16 @@ def check_engine(engine: str) -> None:
         raise ValueError(f"engine must be one of {', '.join(get_args(Engine))}, got {engine!r}")
 
 
-def check_floating(name: str, tensor: object) -> Tensor:
-    """Return ``tensor``, or raise unless it is a floating-point one."""
+def check_tensor(name: str, tensor: object) -> Tensor:
+    """Return ``tensor``, or raise unless it is one."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    return tensor
+
+
+def check_floating(name: str, tensor: object) -> Tensor:
+    """Return ``tensor``, or raise unless it is a floating-point one."""
+    tensor = check_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     return tensor
@@ -164,12 +253,12 @@ def check_generator(generator: object, real: Tensor) -> None:
         raise ValueError(f"generator is on {generator.device}, real on {real.device}: they must be on one device")
 
 
-def check_matches(name: str, tensor: object, real: Tensor) -> None:
-    """Raise unless ``tensor`` has the shape, dtype and device of ``real``."""
-    tensor = check_floating(name, tensor)
+def check_matches(name: str, tensor: object, real: Tensor, *, like: str = "real", floating: bool = True) -> None:
+    """Raise unless ``tensor`` has the shape, dtype and device of ``real``, which the message calls ``like``."""
+    tensor = check_floating(name, tensor) if floating else check_tensor(name, tensor)
     if tensor.shape != real.shape:
-        raise ValueError(f"{name} must have the shape of real, got {list(tensor.shape)} and {list(real.shape)}")
+        raise ValueError(f"{name} must have the shape of {like}, got {list(tensor.shape)} and {list(real.shape)}")
     if tensor.dtype != real.dtype:
-        raise TypeError(f"{name} must have the dtype of real, got {tensor.dtype} and {real.dtype}")
+        raise TypeError(f"{name} must have the dtype of {like}, got {tensor.dtype} and {real.dtype}")
     if tensor.device != real.device:
-        raise ValueError(f"{name} is on {tensor.device}, real on {real.device}: they must be on one device")
+        raise ValueError(f"{name} is on {tensor.device}, {like} on {real.device}: they must be on one device")

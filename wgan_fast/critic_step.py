@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .checks import (
+    UNREACHED,
+    WHOLE,
     Engine,
     Score,
     check_alpha,
@@ -17,20 +19,24 @@ from .checks import (
     check_engine,
     check_gradients_allowed,
     check_loss,
+    check_penalty_arguments,
     check_samples,
     check_score,
     check_scores,
     is_per_sample,
     picked,
 )
-from .engine.autograd import Piecewise, forget_gradients, leave, penalty_at
-from .engine.choice import EngineChoice
+from .engine.autograd import Piecewise, forget_gradients, leave, opened_at, penalised
+from .engine.choice import EngineChoice, unwrapped
 from .engine.fused_mlp import FusedMLP, fused_mlp
+from .engine.guarded import Called, Picks
+from .engine.outside import Outside, OutsideLoss, OutsidePenalty
 from .engine.planned import Prepared
 from .four_pass import Objective, StepOutput
-from .losses import AdversarialLoss, get_loss, wasserstein
+from .four_pass.blocks import joined
+from .losses import LOSSES, AdversarialLoss, get_loss, wasserstein
 from .ops.samples import settled
-from .penalty import PenaltyConfig, check_part, draw, mixed, thinned
+from .penalty import PenaltyConfig, Samples, check_part, draw, each, floating, mixed, one_precision, thinned
 from .precision import accumulation_dtype
 
 Precision = Literal["fp32", "bf16"]
@@ -62,9 +68,12 @@ class CriticStep:
 
     Args:
         critic: Maps ``[N, *D]`` to scores with a row per sample (per group, where the penalty's ``group_size`` packs).
-        loss: Name of the adversarial loss ("wasserstein", "non_saturating", "least_squares", "hinge") or the loss.
+        loss: Name of the adversarial loss ("wasserstein", "non_saturating", "least_squares", "hinge") or the loss: an
+            ``AdversarialLoss`` of the scores, or any function ``loss(real_output, fake_output, *loss_args) -> 0-dim``
+            of all that the critic returns (class heads, features).
         penalty: What to penalise; None for no penalty.
-        score: What of the critic's output is its scores, as in ``gradient_penalty``.
+        score: What of the critic's output is its scores, as in ``gradient_penalty``; where the penalty's own ``score``
+            is not None, that is what is penalised.
         engine: As in ``gradient_penalty``.
         compile: Compile the step with ``torch.compile``; needs the four-pass engine, and means nothing to the steps
             that the operator for narrow MLPs runs.
@@ -82,7 +91,7 @@ class CriticStep:
     """
 
     critic: nn.Module
-    loss: AdversarialLoss
+    loss: AdversarialLoss | Callable[..., Tensor]
     penalty: PenaltyConfig | None
     score: Score
     engine: Engine
@@ -94,7 +103,7 @@ class CriticStep:
         self,
         critic: nn.Module,
         *,
-        loss: str | AdversarialLoss = "wasserstein",
+        loss: str | AdversarialLoss | Callable[..., Tensor] = "wasserstein",
         penalty: PenaltyConfig | None = PenaltyConfig.wgan_gp(),  # noqa: B008 (frozen)
         score: Score = None,
         engine: Engine = "auto",
@@ -118,7 +127,7 @@ class CriticStep:
             raise ValueError('compile needs the four-pass engine, got compile=True with engine="autograd"')
         self.__dict__.update(
             critic=critic,
-            loss=get_loss(loss),
+            loss=loss if callable(loss) else get_loss(loss),
             penalty=penalty,
             score=score,
             engine=engine,
@@ -126,7 +135,7 @@ class CriticStep:
             precision=precision,
             schedule=schedule,
         )
-        self._choices: dict[tuple[PenaltyConfig | None, bool], EngineChoice] = {}
+        self._choices: dict[tuple[PenaltyConfig | None, bool, bool], EngineChoice] = {}
         self.steps_taken = 0
         """Calls so far; decides which steps carry a lazy penalty, so set it when resuming."""
 
@@ -147,13 +156,17 @@ class CriticStep:
 
     def __call__(
         self,
-        real: Tensor,
-        fake: Tensor,
+        real: Samples,
+        fake: Samples,
         alpha: Tensor | float | None = None,
         accumulate: bool = False,
         *,
         critic_args: tuple[Any, ...] = (),
         critic_kwargs: Mapping[str, Any] | None = None,
+        fake_args: tuple[Any, ...] | None = None,
+        fake_kwargs: Mapping[str, Any] | None = None,
+        loss_args: tuple[Any, ...] = (),
+        penalty_args: tuple[Any, ...] = (),
     ) -> CriticStepResult:
         """Run one step.
 
@@ -162,8 +175,12 @@ class CriticStep:
             fake: Generated samples of the same shape, dtype and device; taken as constants.
             alpha: α as in ``gradient_penalty``; None draws it before the critic runs.
             accumulate: Add to the parameters' ``.grad`` instead of replacing it.
-            critic_args: Further positional arguments of the critic, given with every batch.
-            critic_kwargs: Keyword arguments of the critic.
+            critic_args: Further positional arguments of the critic, given with every batch: real, fake and the points.
+            critic_kwargs: Keyword arguments of the critic, likewise.
+            fake_args: Positional arguments in place of ``critic_args`` for the fake batch alone.
+            fake_kwargs: Keyword arguments likewise.
+            loss_args: Further arguments of a loss that is a function.
+            penalty_args: Further arguments of a penalty that is a function.
 
         Returns:
             The step's figures; reading one on the host waits for the device.
@@ -173,79 +190,173 @@ class CriticStep:
             ValueError: As ``gradient_penalty``, or under ``torch.inference_mode()``; no gradient has been touched then.
         """
         check_critic_arguments(critic_args, critic_kwargs)
+        own = self._own_arguments(critic_args, critic_kwargs, fake_args, fake_kwargs)
+        self._check_further(loss_args, penalty_args)
         check_gradients_allowed("a critic step")
         penalty = self._penalty_now()
         group_size = self.penalty.group_size if self.penalty else 1
-        check_samples(real, fake, group_size)
+        real, fake = one_precision(real, fake)
+        first = check_samples(real, fake, group_size)
+        N = first.shape[0]
         if self.penalty:
-            check_part(self.penalty, real.shape[0])
-        part = penalty if penalty and penalty.samples not in (None, real.shape[0]) else None
-        real, fake = settled(real), settled(fake)
+            check_part(self.penalty, N)
+        part = penalty if penalty and penalty.samples not in (None, N) else None
+        real, fake = each(settled, real), each(settled, fake)
         mixing = noise = None
         if penalty:
             mixing, noise = draw(penalty, real, alpha)
         elif alpha is not None:
-            check_alpha(alpha, real, group_size)
+            check_alpha(alpha, floating(real), group_size)
+        forgotten = accumulate
 
-        with torch.enable_grad(), self._autocast(real.device.type):
+        def forget() -> None:
+            nonlocal forgotten
+            if not forgotten:
+                forget_gradients(self.critic)
+            forgotten = True
+
+        with torch.enable_grad(), self._autocast(first.device.type):
             apart: list[_Part] = []
             if part:
-                further = thinned(part, (critic_args, critic_kwargs or {}), real.shape[0])
+                further = thinned(part, (critic_args, critic_kwargs or {}, penalty_args), N)
                 apart = [self._apart(part, x, *further) for x in mixed(part, real, fake, mixing, noise)]
                 penalty = None
-            step = self._four_passes(penalty).prepare(real, critic_args, critic_kwargs, score=self.score)
+            _, picks = objective_of(self.loss, penalty, self.score)
+            called = Called(unwrapped(self.critic), real, critic_args, critic_kwargs or {}, picks, own)
+            step = self._four_passes(penalty, own=own is not None).prepare(called)
             mlp = self._fused(step, penalty, real, mixing) if penalty and isinstance(step, Prepared) else None
             if isinstance(step, Prepared) and isinstance(mlp, FusedMLP) and penalty and mixing is not None:
                 output = self._one_operator(mlp, step, penalty, real, fake, mixing)
-                result = self._take(output, [step.inputs[i] for i in mlp.parameters], accumulate)
+                result = self._take(output, [step.inputs[i] for i in mlp.parameters], forget)
             else:
                 points = mixed(penalty, real, fake, mixing, noise) if penalty else []
                 if isinstance(step, Prepared):
                     batches = {"real": real, "fake": fake}
                     if mixing is not None and penalty:
                         (batches["points"],) = points
-                    result = self._take(step.run(batches), step.tensors, accumulate)
+                    result = self._run(step, penalty, batches, loss_args, penalty_args, forget)
                 else:
+                    # As the forward was where it has been called already, then as it is.
                     forwards = step.forwards()
-                    forwards += [
-                        lambda x: picked(self.critic(x, *critic_args, **(critic_kwargs or {})), self.score)
-                    ] * (2 + len(points) - len(forwards))
+                    sides = ["real", "fake", *["fake" if x is fake else "points" for x in points]]
+                    forwards += [partial(self._forward, called, side) for side in sides[len(forwards) :]]
+                    further = loss_args, penalty_args
                     result = self._differentiate(
-                        penalty, group_size, real, fake, points, accumulate, forwards, step.choice.piecewise
+                        penalty, real, fake, points, further, forget, forwards, step.choice.piecewise
                     )
                     step.confirm()
             if apart:
-                for each in apart:
-                    each.leave()
-                value = torch.stack([each.penalty for each in apart]).sum()
-                norm = torch.stack([each.gradient_norm for each in apart]).mean()
+                for one in apart:
+                    one.leave()
+                value = torch.stack([one.penalty for one in apart]).sum()
+                norm = torch.cat([one.norms for one in apart]).mean()
                 result = result._replace(loss=result.loss + value, penalty=value, gradient_norm=norm)
         self.steps_taken += 1
         return result
 
+    def _own_arguments(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None,
+        fake_args: tuple[Any, ...] | None,
+        fake_kwargs: Mapping[str, Any] | None,
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+        """Return the fake batch's own further arguments; None where it has none."""
+        if fake_args is None and fake_kwargs is None:
+            return None
+        check_critic_arguments(() if fake_args is None else fake_args, fake_kwargs, "fake_args", "fake_kwargs")
+        return args if fake_args is None else fake_args, (kwargs if fake_kwargs is None else fake_kwargs) or {}
+
+    def _check_further(self, loss_args: object, penalty_args: object) -> None:
+        if not isinstance(loss_args, tuple):
+            raise TypeError(f"loss_args must be a tuple, got {type(loss_args).__name__}")
+        if loss_args and isinstance(self.loss, AdversarialLoss):
+            raise ValueError("loss_args are arguments of a loss that is a function, which this step's is not")
+        check_penalty_arguments(penalty_args, self.penalty and self.penalty.penalty)
+
+    def _loss_of(self, real: Any, fake: Any, args: tuple[Any, ...]) -> Tensor:
+        """Evaluate the loss of what the critic gave, as its last pick has it."""
+        if not isinstance(self.loss, AdversarialLoss):
+            return check_loss(self.loss(real, fake, *args))
+        return check_loss(self.loss.critic(_scores(real), _scores(fake)))
+
+    def _run(
+        self,
+        step: Prepared,
+        penalty: PenaltyConfig | None,
+        batches: Mapping[str, Samples],
+        loss_args: tuple[Any, ...],
+        penalty_args: tuple[Any, ...],
+        forget: Callable[[], None],
+    ) -> CriticStepResult:
+        """Run a step's four passes; a loss or a penalty of the user's own is computed between them."""
+        outside: list[Outside] = []
+        if not _is_recorded(self.loss):
+            loss = OutsideLoss(step.planned.plan, lambda real, fake: self._loss_of(real, fake, loss_args), forget)
+            outside.append(loss)
+        own = penalty is not None and penalty.penalty is not None
+        if own:
+            outside.append(step.outside_penalty(batches, _penalised(penalty, penalty_args), forget))  # type: ignore[arg-type]
+        output = step.run(batches, *outside)
+        if own:
+            of_points = outside[-1]
+            assert isinstance(of_points, OutsidePenalty)
+            output = output._replace(penalty=of_points.value, gradient_norm=torch.cat(of_points.norms).mean())
+        if not _is_recorded(self.loss):
+            output = output._replace(loss=loss.value if output.penalty is None else loss.value + output.penalty)
+        elif own:
+            output = output._replace(loss=output.loss + output.penalty)  # type: ignore[operator]
+        return self._take(output, step.tensors, forget)
+
+    def _forward(self, called: Called, side: str, x: Samples) -> tuple[Any, ...]:
+        """Call the critic as it is, and return what is made of its output."""
+        args, kwargs = called.further(side)
+        output = self.critic(x, *args, **kwargs)
+        return tuple(picked(output, pick) for pick in called.picks)
+
     def _apart(
-        self, penalty: PenaltyConfig, points: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        penalty: PenaltyConfig,
+        points: Samples,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        penalty_args: tuple[Any, ...],
     ) -> "_Part":
         """Compute a penalty on part of the batch; no gradient is touched."""
-        step = self._four_passes(penalty, alone=True).prepare(points, args, kwargs, score=self.score)
-        if isinstance(step, Prepared):
+        _, picks = objective_of(None, penalty, self.score)
+        called = Called(unwrapped(self.critic), points, args, kwargs, picks)
+        step = self._four_passes(penalty, alone=True).prepare(called)
+        if isinstance(step, Prepared) and penalty.penalty is None:
             output = step.run({"points": points})
             assert output.penalty is not None
-            assert output.gradient_norm is not None
-            return _Part(output.penalty, output.gradient_norm, partial(leave, step.tensors, output.gradients))
-        value, norm = penalty_at(
-            lambda x: picked(self.critic(x, *args, **kwargs), self.score),
-            points,
-            **penalty.norm_options,
-            piecewise=step.choice.piecewise,
-        )
-        step.confirm()
-        return _Part(value.detach(), norm, value.backward if value.requires_grad else lambda: None)
+            return _Part(output.penalty, output.norms[0], partial(leave, step.tensors, output.gradients))
+        if isinstance(step, Prepared):
+            opened = step.opened(points)
+        else:
+            opened = opened_at(
+                partial(_first, partial(self._forward, called, "points")),
+                points,
+                group_size=penalty.group_size,
+                rows=penalty.penalty is None,
+                piecewise=step.choice.piecewise,
+            )
+        value, norms = _penalised(penalty, penalty_args)(opened.gradient)
+        value = opened.finish(value)
+        if not isinstance(step, Prepared):
+            step.confirm()
+        return _Part(value.detach(), norms, value.backward if value.requires_grad else lambda: None)
 
-    def _fused(self, step: Prepared, penalty: PenaltyConfig, real: Tensor, alpha: Tensor | None) -> FusedMLP | str:
+    def _fused(self, step: Prepared, penalty: PenaltyConfig, real: Samples, alpha: Tensor | None) -> FusedMLP | str:
         """Return what the operator for MLPs needs, or why it cannot be taken."""
-        if self.loss.critic is not wasserstein.critic or penalty.at != "interpolates" or step.check is not None:
+        if (
+            self.loss is not wasserstein
+            or penalty.penalty is not None
+            or penalty.at != "interpolates"
+            or step.check is not None
+        ):
             return "the step is not WGAN-GP's, or is compared with autograd"
+        if not isinstance(real, Tensor) or step.own:
+            return "it takes several tensors, or arguments of the fake batch's own"
         if alpha is None or not is_per_sample(alpha, real):
             return "there is not one α per sample"
         planned = step.planned
@@ -267,16 +378,15 @@ class CriticStep:
                 penalty.weight, penalty.target, penalty.one_sided, precision,
             )  # fmt: skip
             loss = fake_score - real_score + value
-        return StepOutput(loss, value, real_score, fake_score, norm, gradients)
+        return StepOutput(loss, value, real_score, fake_score, norm, [], gradients)
 
-    def _take(self, output: StepOutput, parameters: Sequence[Tensor], accumulate: bool) -> CriticStepResult:
+    def _take(self, output: StepOutput, parameters: Sequence[Tensor], forget: Callable[[], None]) -> CriticStepResult:
         """Leave what the four passes computed in the parameters."""
         if all(gradient is None for gradient in output.gradients):
-            raise ValueError(_UNREACHED)
-        if not accumulate:
-            forget_gradients(self.critic)
+            raise ValueError(UNREACHED)
+        forget()
         leave(parameters, output.gradients)
-        loss, penalty, real_score, fake_score, gradient_norm, _ = output
+        loss, penalty, real_score, fake_score, gradient_norm, *_ = output
         assert loss is not None
         assert real_score is not None
         assert fake_score is not None
@@ -285,52 +395,58 @@ class CriticStep:
     def _differentiate(
         self,
         penalty: PenaltyConfig | None,
-        group_size: int,
-        real: Tensor,
-        fake: Tensor,
-        points: list[Tensor],
-        accumulate: bool,
-        forwards: list[Callable[[Tensor], Any]],
+        real: Samples,
+        fake: Samples,
+        points: list[Samples],
+        further: tuple[tuple[Any, ...], tuple[Any, ...]],
+        forget: Callable[[], None],
+        forwards: list[Callable[[Samples], tuple[Any, ...]]],
         piecewise: Piecewise,
     ) -> CriticStepResult:
         """Let autograd do the step, with the critic as it is for real, for fake and for each set of points."""
-
-        def scores(forward: Callable[[Tensor], Any], x: Tensor) -> Tensor:
-            out = check_scores(forward(x), x, group_size)
-            return out.to(accumulation_dtype(out.dtype))
-
-        real_scores, fake_scores = scores(forwards[0], real), scores(forwards[1], fake)
-        loss = check_loss(self.loss.critic(real_scores, fake_scores))
+        group_size = self.penalty.group_size if self.penalty else 1
+        loss_args, penalty_args = further
+        outputs = [forward(x) for forward, x in zip(forwards, (real, fake))]
+        rows = penalty is None or penalty.penalty is None
+        real_scores, fake_scores = (_scores(out[1], floating(real), group_size, rows) for out in outputs)
+        loss = self._loss_of(outputs[0][-1], outputs[1][-1], loss_args)
+        reached = loss.requires_grad
         value = norm = None
         if penalty:
-            parts = [
-                penalty_at(forward, x, **penalty.norm_options, piecewise=piecewise)
-                for forward, x in zip(forwards[2:], points)
-            ]
-            value = sum([part for part, _ in parts[1:]], parts[0][0])
-            norm = torch.stack([part for _, part in parts]).mean()
+            found = []
+            for forward, x in zip(forwards[2:], points):
+                first = partial(_first, forward)
+                opened = opened_at(first, x, group_size=group_size, rows=rows, piecewise=piecewise)
+                part, norms = _penalised(penalty, penalty_args)(opened.gradient)
+                found.append((opened.finish(part), norms))
+            value = sum([part for part, _ in found[1:]], found[0][0])
+            norm = torch.cat([norms for _, norms in found]).mean()
             loss = loss + value
         # The loss alone does not tell: through the penalty it may depend on the interpolates only.
-        if not (real_scores.requires_grad and loss.requires_grad):
-            raise ValueError(_UNREACHED)
-        if not accumulate:
-            forget_gradients(self.critic)
+        if not (reached and loss.requires_grad):
+            raise ValueError(UNREACHED)
+        forget()
         loss.backward()  # type: ignore[no-untyped-call]
         return _result(loss, value, real_scores.mean(), fake_scores.mean(), norm)
 
-    def _four_passes(self, penalty: PenaltyConfig | None, alone: bool = False) -> EngineChoice:
-        """Return the choice for the loss and a penalty, or for the penalty alone."""
-        if (penalty, alone) not in self._choices:
+    def _four_passes(self, penalty: PenaltyConfig | None, *, alone: bool = False, own: bool = False) -> EngineChoice:
+        """Return the choice for the loss and a penalty, or for the penalty alone.
+
+        Args:
+            penalty: The penalty; None for the loss alone.
+            alone: Whether it is without the loss.
+            own: Whether the fake batch has further arguments of its own.
+        """
+        if (penalty, alone, own) not in self._choices:
             # A step without the penalty still sees the groups that the penalty packs.
             group_size = self.penalty.group_size if self.penalty else 1
-            objective = Objective(self.loss.critic, weight=None, group_size=group_size)
-            if penalty:
-                at = penalty.at if penalty.at in ("real", "fake", "both") and not alone else "given"
-                objective = Objective(None if alone else self.loss.critic, at=at, **penalty.norm_options)
-            self._choices[penalty, alone] = EngineChoice(
+            objective, _ = objective_of(
+                None if alone else self.loss, penalty, self.score, group_size=group_size, own_arguments=own
+            )
+            self._choices[penalty, alone, own] = EngineChoice(
                 self.critic, objective, self.engine, schedule=self.schedule, compile=self.compile
             )
-        return self._choices[penalty, alone]
+        return self._choices[penalty, alone, own]
 
     def _penalty_now(self) -> PenaltyConfig | None:
         if self.penalty is None or self.penalty.every == 1:
@@ -345,18 +461,67 @@ class CriticStep:
         return nullcontext()
 
 
+def objective_of(
+    loss: str | AdversarialLoss | Callable[..., Tensor] | None,
+    penalty: PenaltyConfig | None,
+    score: Score = None,
+    *,
+    group_size: int = 1,
+    own_arguments: bool = False,
+) -> tuple[Objective, Picks]:
+    """Return what a plan computes, and what is made of the critic's output.
+
+    Args:
+        loss: As ``CriticStep`` takes it; None for the penalty alone, at points that are given.
+        penalty: What is penalised; None for the loss alone.
+        score: What of the output is the scores.
+        group_size: Samples that share a score, where ``penalty`` does not say.
+        own_arguments: Whether the fake batch has further arguments of its own.
+
+    Returns:
+        The objective, and the picks: what is penalised, and where there is a loss, the scores and what the loss is of.
+    """
+    objective = Objective(weight=None, group_size=group_size)
+    if penalty is not None:
+        at = penalty.at if penalty.at in ("real", "fake", "both") and loss is not None else "given"
+        objective = Objective(at=at, outside_penalty=penalty.penalty is not None, **penalty.norm_options)
+    penalised = score if penalty is None or penalty.score is None else penalty.score
+    if loss is None:
+        return objective, (penalised,)
+    loss = loss if callable(loss) else get_loss(loss)
+    recorded = loss.critic if _is_recorded(loss) else None  # type: ignore[union-attr]
+    objective = replace(objective, loss=recorded, outside_loss=recorded is None, own_arguments=own_arguments)
+    return objective, (penalised, score) if isinstance(loss, AdversarialLoss) else (penalised, score, WHOLE)
+
+
+def _is_recorded(loss: Any) -> bool:
+    """Whether a loss is one that a plan may hold: what another one computes may change."""
+    return isinstance(loss, AdversarialLoss) and LOSSES.get(loss.name) is loss
+
+
 class _Part(NamedTuple):
-    """A penalty on part of a batch, its mean gradient norm, and what leaves its gradients."""
+    """A penalty on part of a batch, its gradients' norms, and what leaves its gradients."""
 
     penalty: Tensor
-    gradient_norm: Tensor
+    norms: Tensor
     leave: Callable[[], None]
 
 
-_UNREACHED = (
-    "critic's loss reaches no trainable parameter: its scores were detached or computed under torch.no_grad(), or "
-    "every parameter is frozen"
-)
+def _scores(output: Any, x: Tensor | None = None, group_size: int = 1, rows: bool = True) -> Tensor:
+    """Return a critic's scores as one tensor, wide enough for sums."""
+    parts = output if isinstance(output, list) and output else [output]
+    if x is not None:
+        parts = [check_scores(part, x, group_size, rows=rows) for part in parts]
+    return joined([part.to(accumulation_dtype(part.dtype)) for part in parts])
+
+
+def _penalised(penalty: PenaltyConfig, args: tuple[Any, ...]) -> Callable[[Any], tuple[Tensor, Tensor]]:
+    """Return what gives the penalty of an input gradient, and its norms."""
+    return partial(penalised, function=penalty.penalty, args=args, **penalty.norm_options)
+
+
+def _first(forward: Callable[[Samples], tuple[Any, ...]], x: Samples) -> Any:
+    return forward(x)[0]
 
 
 def _result(

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args, overload
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from . import ops as ops
 from . import reference
@@ -24,16 +24,22 @@ from .checks import (
     check_gradients_allowed,
     check_matches,
     check_one,
+    check_penalty_arguments,
     check_samples,
     check_score,
     is_per_sample,
     picked,
 )
-from .engine import compiled_callers as compiled_callers  # registers the operator that compiled callers run
-from .engine.autograd import attach, penalty_at
-from .engine.choice import EngineChoice, GivenWay, penalty_choice, traced_choice
+from .engine.autograd import Opened, Piecewise, opened_at, penalised
+from .engine.choice import EngineChoice, GivenWay, penalty_choice, remember_score, traced_choice, unwrapped
+from .engine.compiled_callers import opened_by_number
+from .engine.guarded import Called
+from .four_pass import Objective
 from .ops.samples import empty, settled
 from .precision import accumulation_dtype
+
+Samples = Any
+"""A tensor ``[N, *D]``, or a tuple, list or dict of such, nested as the critic takes it."""
 
 At = Literal["interpolates", "real", "fake", "both", "perturbed"]
 
@@ -58,6 +64,10 @@ class PenaltyConfig:
             for all. An estimate of the same objective, at less cost: its variance is N/K times as large, small
             critics gain nothing, and spectral norm makes a power iteration for the loss and one for the penalty. Of
             the critic's further arguments those are thinned alike whose first size is that of the batch.
+        penalty: ψ of one's own, in place of ``target`` and ``one_sided``: any differentiable function of the input
+            gradient, which is nested as the samples, to ``[N]``, to a 0-dim tensor or to a value a position. P is w
+            times the mean of what it returns.
+        score: What of the critic's output is differentiated, as in ``gradient_penalty``.
     """
 
     weight: float = 10.0
@@ -67,6 +77,8 @@ class PenaltyConfig:
     group_size: int = 1
     every: int = 1
     samples: int | None = None
+    penalty: Callable[..., Tensor] | None = None
+    score: Score = None
 
     def __post_init__(self) -> None:
         for name in ("weight", "target"):
@@ -89,6 +101,11 @@ class PenaltyConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.samples is not None and self.samples % self.group_size:
             raise ValueError(f"samples must be a multiple of the group_size of {self.group_size}, got {self.samples}")
+        if self.penalty is not None and not callable(self.penalty):
+            raise TypeError(f"penalty must be a function or None, got {type(self.penalty).__name__}")
+        if self.penalty is not None and (self.target, self.one_sided) != (1.0, False):
+            raise ValueError("penalty says what a gradient costs: target and one_sided must not be given with it")
+        check_score(self.score)
 
     @property
     def norm_options(self) -> dict[str, Any]:
@@ -121,13 +138,53 @@ class PenaltyConfig:
         return cls(weight=weight, at="perturbed")
 
 
+class PenaltyResult(NamedTuple):
+    """What ``gradient_penalty`` gives where more is asked for than the penalty.
+
+    Attributes:
+        penalty: The penalty, 0-dim, weight included.
+        norms: ‖∇D‖₂ ``[N]`` by sample or group, detached; for ``at="both"`` those at fake follow those at real. None
+            where not asked for.
+        scores: What ``score`` picks of the critic's output at the points, as the critic gave it, attached; for
+            ``at="both"`` the scores at real and those at fake, a pair. None where not asked for.
+    """
+
+    penalty: Tensor
+    norms: Tensor | None
+    scores: Any
+
+
+@overload
 def gradient_penalty(
-    critic: Callable[..., Tensor],
-    real: Tensor | None = None,
-    fake: Tensor | None = None,
+    critic: Callable[..., Any],
+    real: Samples = ...,
+    fake: Samples = ...,
     *,
-    points: Tensor | None = None,
+    return_scores: Literal[True],
+    **options: Any,
+) -> PenaltyResult: ...
+
+
+@overload
+def gradient_penalty(
+    critic: Callable[..., Any], real: Samples = ..., fake: Samples = ..., *, return_norms: Literal[True], **options: Any
+) -> PenaltyResult: ...
+
+
+@overload
+def gradient_penalty(
+    critic: Callable[..., Any], real: Samples = ..., fake: Samples = ..., **options: Any
+) -> Tensor: ...
+
+
+def gradient_penalty(  # type: ignore[misc]
+    critic: Callable[..., Any],
+    real: Samples = None,
+    fake: Samples = None,
+    *,
+    points: Samples = None,
     score: Score = None,
+    penalty: Callable[..., Tensor] | None = None,
     weight: float = 10.0,
     target: float = 1.0,
     one_sided: bool = False,
@@ -136,9 +193,12 @@ def gradient_penalty(
     generator: Generator | None = None,
     group_size: int = 1,
     critic_args: tuple[Any, ...] = (),
+    penalty_args: tuple[Any, ...] = (),
     critic_kwargs: Mapping[str, Any] | None = None,
     engine: Engine = "auto",
-) -> Tensor:
+    return_norms: bool = False,
+    return_scores: bool = False,
+) -> Tensor | PenaltyResult:
     """Penalise the norm of the critic's input gradient: (w/N) Σ ψ(‖∇D(x̂_i)‖₂).
 
     real and fake are constants: no gradient flows to the generator. The critic's parameters receive theirs from
@@ -146,17 +206,22 @@ def gradient_penalty(
     computed. Norms and the mean over samples are taken in float32 for lower precisions and in float64 for float64.
     A sample whose gradient is exactly 0 contributes ψ(0) to the value and nothing to the gradients.
 
+    Samples are one tensor ``[N, *D]``, or a tuple, list or dict of such with one N, nested as the critic takes it as
+    its first argument. The gradient is taken in every floating-point one of them, with one norm over all.
+
     Args:
         critic: Maps ``[N, *D]`` to scores with a row per sample, ``[N]``, ``[N, 1]``, a map ``[N, 1, H, W]``
             (``[N // group_size, ...]`` with packing); what is differentiated is their sum. A module, a method, a
             partial or a function; made anew at every step, it is planned once. Every trainable tensor that its
             forward reads gets its gradient, further arguments included.
         real: Real samples ``[N, *D]``, floating point; not needed where ``at`` is "fake".
-        fake: Generated samples, of the shape, dtype and device of ``real``; not needed where ``at`` is "real" or
-            "perturbed".
+        fake: Generated samples, of the shape, dtype and device of ``real`` (of any precision under autocast); not
+            needed where ``at`` is "real" or "perturbed".
         score: What of the critic's output is differentiated, where that is a tuple, list or dict: an index, a key, or a
             function of the output that returns a tensor, or a list of tensors whose sum is meant.
         points: The points themselves ``[N, *D]``, in place of ``real``, ``fake``, ``at`` and ``alpha``.
+        penalty: ψ of one's own, a function of the input gradient: see ``PenaltyConfig``. With it, the critic's scores
+            may lie in any way, a score a graph of many nodes, say.
         weight: w, finite and at least 0.
         target: The norm that costs nothing; 1 for WGAN-GP, 0 for R1 and R2.
         one_sided: Penalise only norms above the target.
@@ -168,13 +233,17 @@ def gradient_penalty(
             per call, before the critic runs; "perturbed" then draws its noise.
         group_size: Consecutive samples packed into one critic decision: one α and one norm per group.
         critic_args: Further positional arguments of the critic, such as labels.
+        penalty_args: Further arguments of ``penalty``, such as the gradient that each sample should have.
         critic_kwargs: Keyword arguments of the critic.
+        return_norms: Return the gradients' norms too.
+        return_scores: Return the scores at the points too: a loss of them and the penalty then cost one forward.
         engine: "autograd" differentiates twice; "four_pass" captures the critic and needs no double backward, and
             raises where it cannot; "auto" takes "four_pass" where it can and costs less; "checked" does too, and
             compares the first steps of every plan, and then one in a thousand, with autograd.
 
     Returns:
-        The penalty, 0-dim, weight included, once differentiable in the critic's parameters.
+        The penalty, 0-dim, weight included, once differentiable in the critic's parameters; a ``PenaltyResult`` where
+        norms or scores are asked for.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
@@ -191,9 +260,10 @@ def gradient_penalty(
     >>> torch.allclose(penalty, 10 * (critic.weight.norm() - 1) ** 2)
     True
     """
-    return GradientPenalty(
+    return GradientPenalty(  # type: ignore[no-any-return]
         critic,
         score=score,
+        penalty=penalty,
         weight=weight,
         target=target,
         one_sided=one_sided,
@@ -201,8 +271,11 @@ def gradient_penalty(
         generator=generator,
         group_size=group_size,
         critic_args=critic_args,
+        penalty_args=penalty_args,
         critic_kwargs=critic_kwargs,
         engine=engine,
+        return_norms=return_norms,
+        return_scores=return_scores,
     )(real, fake, alpha, points=points)
 
 
@@ -215,10 +288,11 @@ class GradientPenalty:
 
     def __init__(
         self,
-        critic: Callable[..., Tensor],
+        critic: Callable[..., Any],
         config: PenaltyConfig | None = None,
         *,
         score: Score = None,
+        penalty: Callable[..., Tensor] | None = None,
         weight: float = 10.0,
         target: float = 1.0,
         one_sided: bool = False,
@@ -226,45 +300,62 @@ class GradientPenalty:
         generator: Generator | None = None,
         group_size: int = 1,
         critic_args: tuple[Any, ...] = (),
+        penalty_args: tuple[Any, ...] = (),
         critic_kwargs: Mapping[str, Any] | None = None,
         engine: Engine = "auto",
+        return_norms: bool = False,
+        return_scores: bool = False,
     ) -> None:
         if not callable(critic):
             raise TypeError(f"critic must be callable, got {type(critic).__name__}")
         check_engine(engine)
-        check_score(score)
         check_critic_arguments(critic_args, critic_kwargs)
-        self.critic, self.score = critic, score
-        options = PenaltyConfig(weight, target, one_sided, at, group_size)
+        check_penalty_arguments(penalty_args, penalty if config is None else config)
+        self.critic = critic
+        options = PenaltyConfig(weight, target, one_sided, at, group_size, penalty=penalty, score=score)
         if config is not None and not isinstance(config, PenaltyConfig):
             raise TypeError(f"config must be a PenaltyConfig or None, got {type(config).__name__}")
         if config is not None and options != PenaltyConfig():
-            raise ValueError("config says what is penalised: weight, target, one_sided, at and group_size must not")
+            raise ValueError("config says what is penalised: options that say so must not be given with it")
         self.config = options if config is None else config
         self.generator = generator
-        self.critic_args = critic_args
-        self.critic_kwargs = critic_kwargs
+        self.critic_args, self.penalty_args, self.critic_kwargs = critic_args, penalty_args, critic_kwargs
+        self.return_norms, self.return_scores = return_norms, return_scores
         self._engine = engine
+        if not torch.compiler.is_compiling():
+            remember_score(self.config.score)
+        # Where the penalty is that of the norm and nothing else is asked for, one plan does it all.
+        self._open = self.config.penalty is not None or return_scores
+        self._objective = Objective(
+            one_sided=self.config.one_sided and not self._open,
+            group_size=self.config.group_size,
+            outside_penalty=self._open,
+            outside_scores=return_scores,
+        ).form()
+
+    @property
+    def score(self) -> Score:
+        """What of the critic's output is differentiated."""
+        return self.config.score
 
     @property
     def _four_passes(self) -> EngineChoice:
-        settings = self.config.one_sided, self.config.group_size, self._engine
-        if not torch.compiler.is_compiling():
-            return penalty_choice(self.critic, *settings, self.score)
-        if callable(self.score):
-            raise TypeError("score must be an index or a key under torch.compile, got a function")
-        return traced_choice(id(self.critic), *settings, self.score)
+        engine: Engine = self._engine
+        if self.return_scores and isinstance(self.critic, DistributedDataParallel) and engine != "four_pass":
+            engine = "autograd"  # it reduces gradients of its own forwards alone, and this one is all there is
+        return penalty_choice(self.critic, self._objective, engine, self.config.score)
 
     def __call__(
         self,
-        real: Tensor | None = None,
-        fake: Tensor | None = None,
+        real: Samples = None,
+        fake: Samples = None,
         alpha: Tensor | float | None = None,
         *,
-        points: Tensor | None = None,
+        points: Samples = None,
         critic_args: tuple[Any, ...] | None = None,
+        penalty_args: tuple[Any, ...] | None = None,
         critic_kwargs: Mapping[str, Any] | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """Compute the penalty of one batch.
 
         Args:
@@ -273,71 +364,85 @@ class GradientPenalty:
             alpha: α.
             points: The points themselves ``[N, *D]``.
             critic_args: This batch's further arguments (labels, say); None means those given at construction.
-            critic_kwargs: Likewise.
+            penalty_args: Likewise, of the penalty.
+            critic_kwargs: Likewise, of the critic.
 
         Returns:
-            The penalty, 0-dim, weight included.
+            The penalty, 0-dim, weight included, or a ``PenaltyResult``.
         """
         args = self.critic_args if critic_args is None else critic_args
         kwargs = self.critic_kwargs if critic_kwargs is None else critic_kwargs
+        further = self.penalty_args if penalty_args is None else penalty_args
         check_critic_arguments(args, kwargs)
+        check_penalty_arguments(further, self.config.penalty)
         check_gradients_allowed("a gradient penalty")
         if points is None:
             batches = penalty_points(self.config, real, fake, alpha, self.generator)
         else:
             batches = [given_points(self.config, points, real, fake, alpha)]
         given = next(x for x in (points, real, fake) if x is not None)
-        args, kwargs = thinned(self.config, (args, kwargs), given.shape[0])
-        critic = self.critic
-        if torch.compiler.is_compiling() and isinstance(critic, nn.Module) and self._four_passes.four_pass is not None:
-            return self._compiled(critic, batches, args, kwargs or {})
-        penalties = [self._at(batch, args, kwargs) for batch in batches]
-        return sum(penalties[1:], penalties[0])
-
-    def _at(self, points: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Tensor:
-        critic = self.critic.module if isinstance(self.critic, DistributedDataParallel) else self.critic
-        step = self._four_passes.prepare(points, args, kwargs, critic, self.score)
-        if isinstance(step, GivenWay):
-            penalty, _ = penalty_at(
-                lambda x: picked(self.critic(x, *args, **(kwargs or {})), self.score),
-                points,
-                **self.config.norm_options,
-                piecewise=step.choice.piecewise,
-            )
-            step.confirm()
+        rows = (given if isinstance(given, Tensor) else tree_leaves(given)[0]).shape[0]
+        args, kwargs, further = thinned(self.config, (args, kwargs, further), rows)
+        found = [self._at(batch, args, kwargs or {}, further) for batch in batches]
+        penalties = [each.penalty for each in found]
+        penalty = sum(penalties[1:], penalties[0])
+        if not (self.return_norms or self.return_scores):
             return penalty
-        return step.attached(points, self.config.weight, self.config.target)
+        norms, scores = [each.norms for each in found], [each.scores for each in found]
+        return PenaltyResult(
+            penalty,
+            (torch.cat(norms) if len(norms) > 1 else norms[0]) if self.return_norms else None,  # type: ignore[arg-type]
+            (tuple(scores) if len(scores) > 1 else scores[0]) if self.return_scores else None,
+        )
 
-    def _compiled(
-        self, critic: nn.Module, points: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Tensor:
-        """Compute the penalty under ``torch.compile``, where one operator stands for the four passes."""
-        for name, value in (*enumerate(args), *kwargs.items()):
-            if not isinstance(value, Tensor):
-                kind = type(value).__name__
-                raise TypeError(f"critic argument {name!r} must be a tensor under torch.compile, got {kind}")
-        device = points[0].device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        parameters, buffers = list(critic.parameters()), list(critic.buffers())
-        further = (list(args), list(kwargs.values()), list(kwargs), autocast)
-        penalties = []
-        for point in points:
-            with torch.no_grad():
-                penalty, *tensors = torch.ops.wgan_fast.gradient_penalty(
-                    self._four_passes.number,
-                    self.config.weight,
-                    self.config.target,
-                    point,
-                    parameters,
-                    buffers,
-                    *further,
-                )
-                gradients, updated = tensors[: len(parameters)], tensors[len(parameters) :]
-                for buffer, new in zip(buffers, updated):
-                    buffer.copy_(new)
-            pairs = [(p, g) for p, g in zip(parameters, gradients) if p.requires_grad]
-            penalties.append(attach(penalty, [p for p, _ in pairs], [g for _, g in pairs]))
-        return sum(penalties[1:], penalties[0])
+    def _at(
+        self, points: Samples, args: tuple[Any, ...], kwargs: Mapping[str, Any], further: tuple[Any, ...]
+    ) -> PenaltyResult:
+        """Compute the penalty at one set of points."""
+        config = self.config
+        if torch.compiler.is_compiling():
+            opened = self._traced(points, args, kwargs) or self._by_autograd(points, args, kwargs)
+            penalty, norms = penalised(opened.gradient, config.penalty, further, **config.norm_options)
+            return PenaltyResult(penalty, norms, opened.scores)
+        step = self._four_passes.prepare(Called(unwrapped(self.critic), points, args, kwargs, (config.score,)))
+        if isinstance(step, GivenWay):
+            opened = self._by_autograd(points, args, kwargs, step.choice.piecewise)
+        elif self._open:
+            opened = step.opened(points)
+        else:
+            return PenaltyResult(*step.attached(points, config.weight, config.target), None)
+        penalty, norms = penalised(opened.gradient, config.penalty, further, **config.norm_options)
+        if isinstance(step, GivenWay):
+            step.confirm()
+        return PenaltyResult(opened.finish(penalty), norms, opened.scores)
+
+    def _by_autograd(
+        self,
+        points: Samples,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        piecewise: Piecewise | None = None,
+    ) -> Opened:
+        return opened_at(
+            lambda x: picked(self.critic(x, *args, **kwargs), self.config.score),
+            points,
+            group_size=self.config.group_size,
+            rows=self.config.penalty is None,
+            piecewise=piecewise,
+        )
+
+    def _traced(self, points: Samples, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Opened | None:
+        """Differentiate under ``torch.compile``, where operators stand for the four passes; None for autograd."""
+        critic, score = unwrapped(self.critic), self.config.score
+        if not isinstance(critic, nn.Module):
+            return None
+        settings = self.config.group_size, self.config.penalty is not None, self.return_scores
+        known = traced_choice(
+            id(critic), *settings, self._engine, id(score) if callable(score) else score, callable(score)
+        )
+        if known.four_pass is None:
+            return None
+        return opened_by_number(known.number, critic, points, args, kwargs, scored=self.return_scores)
 
 
 def interpolate(
@@ -423,7 +528,7 @@ def penalty_from_gradient(
     return ops.gradient_norm_penalty(gradient, weight, target, one_sided)
 
 
-def given_points(config: PenaltyConfig, points: Tensor, *others: object) -> Tensor:
+def given_points(config: PenaltyConfig, points: Samples, *others: object) -> Samples:
     """Check points that are given in place of everything else, and return those that ``config`` penalises.
 
     Raises:
@@ -432,18 +537,18 @@ def given_points(config: PenaltyConfig, points: Tensor, *others: object) -> Tens
     """
     if any(other is not None for other in others) or config.at != PenaltyConfig.at:
         raise ValueError("points stand in place of real, fake, alpha and at: these must not be given")
-    check_one("points", points, config.group_size)
-    check_part(config, points.shape[0])
-    return thinned(config, settled(points.detach()), points.shape[0])  # type: ignore[no-any-return]
+    N = check_one("points", points, config.group_size).shape[0]
+    check_part(config, N)
+    return thinned(config, each(settled, points), N)
 
 
 def penalty_points(
     config: PenaltyConfig,
-    real: Tensor | None,
-    fake: Tensor | None,
+    real: Samples,
+    fake: Samples,
     alpha: Tensor | float | None,
     generator: Generator | None,
-) -> list[Tensor]:
+) -> list[Samples]:
     """Check a batch and return the sets of points ``[N, *D]`` at which ``config`` penalises, as constants.
 
     Raises:
@@ -457,10 +562,9 @@ def penalty_points(
         check_one("fake", fake, config.group_size)
         real = fake
     else:
+        real, fake = one_precision(real, fake)
         check_samples(real, fake, config.group_size)
-    assert real is not None
-    assert fake is not None
-    real, fake = settled(real), settled(fake)
+    real, fake = each(settled, real), each(settled, fake)
     return mixed(config, real, fake, *draw(config, real, alpha, generator))
 
 
@@ -486,31 +590,66 @@ def thinned(config: PenaltyConfig, values: Any, N: int) -> Any:
     return tree_map_only(Tensor, part, values)
 
 
+def each(function: Callable[..., Any], *samples: Samples) -> Samples:
+    """Apply a function to every tensor of samples, or to every pair of them."""
+    return function(*samples) if isinstance(samples[0], Tensor) else tree_map(function, *samples)
+
+
+def floating(samples: Samples) -> Tensor:
+    """Return the first floating-point tensor of samples."""
+    if isinstance(samples, Tensor):
+        return samples
+    return next(leaf for leaf in tree_leaves(samples) if leaf.is_floating_point())  # type: ignore[no-any-return]
+
+
+def one_precision(real: Samples, fake: Samples) -> tuple[Samples, Samples]:
+    """Return real and fake in the wider precision of both, under autocast, which leaves either in its own."""
+    if not (isinstance(real, Tensor) and isinstance(fake, Tensor)) or real.dtype == fake.dtype:
+        return real, fake
+    if not (torch.is_autocast_enabled(real.device.type) and real.is_floating_point() and fake.is_floating_point()):
+        return real, fake
+    dtype = torch.promote_types(real.dtype, fake.dtype)
+    return real.to(dtype), fake.to(dtype)
+
+
 def draw(
-    config: PenaltyConfig, real: Tensor, alpha: Tensor | float | None, generator: Generator | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return α as ``check_alpha`` gives it, and noise ``[N, *D]``, drawn where none is given; None where not needed."""
-    check_generator(generator, real)
-    check_part(config, real.shape[0])
+    config: PenaltyConfig, real: Samples, alpha: Tensor | float | None, generator: Generator | None = None
+) -> tuple[Tensor | None, Samples]:
+    """Return α as ``check_alpha`` gives it, or drawn, and noise like the samples; None where not needed."""
+    first = floating(real)
+    check_generator(generator, first)
+    check_part(config, first.shape[0])
     if alpha is not None:
-        alpha = check_alpha(alpha, real, config.group_size)
+        for leaf in [first] if isinstance(real, Tensor) else reversed(tree_leaves(real)):
+            given = check_alpha(alpha, leaf, config.group_size)
+        alpha = given
     if config.at not in ("interpolates", "perturbed"):
         return None, None
     if alpha is None:
-        alpha = draw_alpha(real, generator, config.group_size)
-    return alpha, _draw_uniform(real.shape, real, generator) if config.at == "perturbed" else None
+        alpha = draw_alpha(first, generator, config.group_size)
+    return alpha, each(lambda x: _draw_uniform(x.shape, x, generator), real) if config.at == "perturbed" else None
 
 
 @torch.no_grad()
-def mixed(
-    config: PenaltyConfig, real: Tensor, fake: Tensor, alpha: Tensor | None, noise: Tensor | None
-) -> list[Tensor]:
+def mixed(config: PenaltyConfig, real: Samples, fake: Samples, alpha: Tensor | None, noise: Samples) -> list[Samples]:
     """Return the sets of points at which ``config`` penalises, from what ``draw`` gave."""
     if alpha is None:
         points = {"real": [real], "fake": [fake], "both": [real, fake]}[config.at]
+    elif noise is None:
+        points = [each(lambda x, y: _mix(x, y, alpha), real, fake)]
     else:
-        points = [interpolate(real, fake, alpha) if noise is None else reference.perturb(real, alpha, noise)]
-    return thinned(config, points, real.shape[0])  # type: ignore[no-any-return]
+        points = [each(lambda x, u: reference.perturb(x, alpha, u) if x.is_floating_point() else x, real, noise)]
+    return thinned(config, points, floating(real).shape[0])  # type: ignore[no-any-return]
+
+
+def _mix(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
+    if real.is_floating_point():
+        return interpolate(real, fake, alpha)
+    if real is not fake and (torch.compiler.is_compiling() or not torch.equal(real, fake)):
+        raise TypeError(
+            f"samples of {real.dtype} differ between real and fake and cannot be mixed: give them as critic_args"
+        )
+    return real
 
 
 def draw_alpha(real: Tensor, generator: Generator | None = None, group_size: int = 1) -> Tensor:

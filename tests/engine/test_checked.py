@@ -29,8 +29,8 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every plan give gradients a tenth too large."""
     run = Plan.run
 
-    def wrong(self, *args):
-        output = run(self, *args)
+    def wrong(self, *args, **options):
+        output = run(self, *args, **options)
         return output._replace(gradients=[None if g is None else 1.1 * g for g in output.gradients])
 
     monkeypatch.setattr(Plan, "run", wrong)

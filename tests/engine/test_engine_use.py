@@ -417,15 +417,20 @@ def test_scores_that_do_not_depend_on_the_input_raise(engine: str) -> None:
         CriticStep(critic, engine=engine)(*samples())
 
 
-def test_a_loss_that_reads_its_value_falls_back() -> None:
+def test_a_loss_of_ones_own_is_what_it_is_at_every_step(recwarn: pytest.WarningsRecorder) -> None:
+    scale = [2.0]
+
     def loss(real: Tensor, fake: Tensor) -> Tensor:
-        return (fake - real).mean() * (2.0 if real.mean().item() > 1e6 else 1.0)
+        return (fake - real).mean() * (scale[0] if real.mean().item() > -1e6 else 1.0)
 
     critic, (real, fake) = mlp(), samples()
     own = losses.AdversarialLoss("own", loss, losses.wasserstein.generator)
-    with pytest.warns(RuntimeWarning, match=r"the loss at File .*test_engine_use.py.* in loss"):
-        ours = stepped(critic, lambda step: step(real, fake, alpha()), loss=own)
-    assert_equal_gradients(ours, stepped(critic, lambda step: step(real, fake, alpha()), engine="autograd"))
+    for scale[0] in (2.0, 3.0):
+        ours = stepped(critic, lambda step: step(real, fake, alpha()), loss=own, engine="four_pass")
+        assert_equal_gradients(
+            ours, stepped(critic, lambda step: step(real, fake, alpha()), loss=own, engine="autograd")
+        )
+    assert not recwarn.list
 
 
 def user_step(critic: nn.Module, penalty: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -544,12 +549,19 @@ def test_naive_penalty_does_not_compile_within_the_callers_step() -> None:
         compiled(*samples(), alpha()).backward()
 
 
-def test_operator_passes_opcheck() -> None:
+def test_operators_pass_opcheck() -> None:
     critic, (real, _) = mlp(), samples()
-    penalty = GradientPenalty(critic, engine="four_pass")
-    parameters = [p.detach().clone() for p in critic.parameters()]
-    arguments = (penalty._four_passes.number, 10.0, 1.0, real, parameters, [], [], [], [], None)
-    torch.library.opcheck(torch.ops.wgan_fast.gradient_penalty.default, arguments)
+    penalty = GradientPenalty(critic, engine="four_pass", return_scores=True)
+    parameters = [p.detach().clone().requires_grad_() for p in critic.parameters()]
+    number, nest = penalty._four_passes.number, "['tuple', (0,), ['tuple', ], {}, ]"
+    arguments = (number, [real], [0], parameters, [], nest, None, True, True)
+    operators = torch.ops.wgan_fast
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operators.input_gradient.default, arguments, test_utils=checks)
+    token, gradient, scores = operators.input_gradient(*arguments)
+    constants = [p.detach() for p in parameters]
+    given = token, constants, [gradient.detach(), scores.detach()]
+    torch.library.opcheck(operators.parameter_gradients.default, given, test_utils=("test_faketensor",))
 
 
 @pytest.mark.slow

@@ -283,7 +283,7 @@ def test_a_loss_of_ones_own() -> None:
 CONSTRUCTION_ERRORS: list[Row] = [
     ("critic is a function", {"critic": lambda x: x.sum(1)}, TypeError, ("critic", "function")),
     ("loss is unknown", {"loss": "wassertein"}, ValueError, ("loss", "'wassertein'", "wasserstein")),
-    ("loss is a function", {"loss": lambda real, fake: real.mean()}, TypeError, ("loss", "function")),
+    ("loss is a number", {"loss": 1.0}, TypeError, ("loss", "float")),
     ("penalty is a weight", {"penalty": 10.0}, TypeError, ("penalty", "float")),
     ("engine is unknown", {"engine": "warp"}, ValueError, ("engine", "'warp'", "autograd")),
     ("precision is unknown", {"precision": "fp16"}, ValueError, ("precision", "'fp16'", "bf16")),

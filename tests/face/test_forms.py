@@ -300,7 +300,7 @@ def test_samples_thin_out_given_points() -> None:
         ({"real": torch.ones(4, 3), "fake": torch.ones(4, 3), "alpha": torch.nan}, ValueError, "alpha must be finite"),
         ({"points": torch.ones(4, 3), "alpha": 0.5}, ValueError, "points stand in place of real"),
         ({"points": torch.ones(4, 3), "at": "real"}, ValueError, "points stand in place of real"),
-        ({"points": [1.0]}, TypeError, "points must be a tensor, got list"),
+        ({"points": [1.0]}, TypeError, r"points is a list, which must hold tensors alone, and points\[0\] is float"),
         ({"points": torch.ones(0, 3)}, ValueError, r"points .*\[0, 3\]"),
         ({"points": torch.ones(5, 3), "group_size": 2}, ValueError, "group_size 2 does not divide the batch of 5"),
     ],

@@ -22,6 +22,7 @@ NAMES = {
     "CriticStepResult",
     "GradientPenalty",
     "PenaltyConfig",
+    "PenaltyResult",
     "build_info",
     "clip_weights_",
     "gradient_penalty",
@@ -32,24 +33,34 @@ NAMES = {
 }
 REQUIRED = inspect.Parameter.empty
 PENALTY_OPTIONS = {"weight": 10.0, "target": 1.0, "one_sided": False}
-CALL_OPTIONS = {"generator": None, "group_size": 1, "critic_args": (), "critic_kwargs": None, "engine": "auto"}
+FORM_OPTIONS = {"score": None, "penalty": None, **PENALTY_OPTIONS, "at": "interpolates"}
+CALL_OPTIONS = {
+    "generator": None,
+    "group_size": 1,
+    "critic_args": (),
+    "penalty_args": (),
+    "critic_kwargs": None,
+    "engine": "auto",
+    "return_norms": False,
+    "return_scores": False,
+}
 
 # What calling code relies on: positional arguments in their order, keyword arguments in any, and their defaults.
 SIGNATURES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     "gradient_penalty": (
         wgan_fast.gradient_penalty,
         {"critic": REQUIRED, "real": None, "fake": None},
-        {"points": None, "score": None, **PENALTY_OPTIONS, "at": "interpolates", "alpha": None, **CALL_OPTIONS},
+        {"points": None, "alpha": None, **FORM_OPTIONS, **CALL_OPTIONS},
     ),
     "GradientPenalty": (
         GradientPenalty,
         {"critic": REQUIRED, "config": None},
-        {"score": None, **PENALTY_OPTIONS, "at": "interpolates", **CALL_OPTIONS},
+        {**FORM_OPTIONS, **CALL_OPTIONS},
     ),
     "GradientPenalty()": (
         GradientPenalty.__call__,
         {"self": REQUIRED, "real": None, "fake": None, "alpha": None},
-        {"points": None, "critic_args": None, "critic_kwargs": None},
+        {"points": None, "critic_args": None, "penalty_args": None, "critic_kwargs": None},
     ),
     "CriticStep": (
         CriticStep,
@@ -67,11 +78,26 @@ SIGNATURES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]]
     "CriticStep()": (
         CriticStep.__call__,
         {"self": REQUIRED, "real": REQUIRED, "fake": REQUIRED, "alpha": None, "accumulate": False},
-        {"critic_args": (), "critic_kwargs": None},
+        {
+            "critic_args": (),
+            "critic_kwargs": None,
+            "fake_args": None,
+            "fake_kwargs": None,
+            "loss_args": (),
+            "penalty_args": (),
+        },
     ),
     "PenaltyConfig": (
         PenaltyConfig,
-        {**PENALTY_OPTIONS, "at": "interpolates", "group_size": 1, "every": 1, "samples": None},
+        {
+            **PENALTY_OPTIONS,
+            "at": "interpolates",
+            "group_size": 1,
+            "every": 1,
+            "samples": None,
+            "penalty": None,
+            "score": None,
+        },
         {},
     ),
     "PenaltyConfig.wgan_gp": (PenaltyConfig.wgan_gp, {"weight": 10.0}, {}),
@@ -121,7 +147,7 @@ def test_the_result_of_a_step_has_the_promised_fields() -> None:
 
 
 def test_a_config_has_the_promised_fields_and_no_others() -> None:
-    fields = ["weight", "target", "one_sided", "at", "group_size", "every", "samples"]
+    fields = ["weight", "target", "one_sided", "at", "group_size", "every", "samples", "penalty", "score"]
     assert [field.name for field in dataclasses.fields(PenaltyConfig)] == fields
 
 

@@ -197,7 +197,7 @@ def drop_in(workload: Workload, precision: Precision = "fp32", computes: Compute
             value = gradient_penalty(critic, real, fake, alpha=alpha, engine="four_pass", **options)
             if computes == "step":
                 value = value + losses.wasserstein.critic(critic(real), critic(fake))
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
 
     return Step(run, critic)
 

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import reference
-from ..checks import check_scores, unconnected
+from ..checks import check_penalty, check_scores, unconnected
+from ..precision import accumulation_dtype
 from .piecewise_linear import PiecewiseLinear
 
 
@@ -21,21 +24,71 @@ class Piecewise:
     absent: bool = False
 
 
+class Opened(NamedTuple):
+    """Scores and the input gradient at some points.
+
+    Attributes:
+        scores: What is made of the critic's output there: a tensor, or a list of them.
+        gradient: ∇ of their sum, nested as the points; None in the place of integers.
+        finish: Has the backward of what is computed from them leave zeros where that of the usual recipe leaves them.
+    """
+
+    scores: Any
+    gradient: Any
+    finish: Callable[[Tensor], Tensor]
+
+
+def opened_at(
+    critic: Callable[[Any], Any],
+    points: Any,
+    *,
+    group_size: int = 1,
+    rows: bool = True,
+    piecewise: Piecewise | None = None,
+) -> Opened:
+    """Differentiate a critic in its input, by autograd, differentiably.
+
+    Args:
+        critic: Maps samples to scores, or to a list of several, whose sum is meant.
+        points: ``[N, *D]``, or a nest of such.
+        group_size: Samples that share a score.
+        rows: Whether there must be a row of scores per sample or group.
+        piecewise: What is known of the critic's activations; None for nothing.
+    """
+    differentiate, compiled = torch.is_grad_enabled(), torch.compiler.is_compiling()
+    with torch.enable_grad():
+        x = tree_map(_leaf, points)
+        leaves = [leaf for leaf in tree_leaves(x) if leaf.requires_grad]
+        activations = PiecewiseLinear()
+        plain = compiled or (piecewise is not None and piecewise.absent)
+        with nullcontext() if plain else activations:
+            scores = critic(x)
+        if piecewise is not None and not plain:
+            piecewise.absent = not activations.used
+        parts = scores if isinstance(scores, list) and scores else [scores]
+        for part in parts:
+            check_scores(part, tree_leaves(x)[0], group_size, rows=rows)
+        found = iter(_input_gradient(parts, leaves, differentiate))
+    gradient = tree_map(lambda leaf: next(found) if leaf.requires_grad else None, x)
+    before = activations.before if differentiate else []
+    return Opened(scores, gradient, partial(_with_zeros, before=before, samples=leaves) if before else _unchanged)
+
+
 def penalty_at(
-    critic: Callable[[Tensor], Any],
-    points: Tensor,
+    critic: Callable[[Any], Any],
+    points: Any,
     *,
     weight: float,
     target: float,
     one_sided: bool,
     group_size: int,
-    piecewise: "Piecewise | None" = None,
+    piecewise: Piecewise | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Evaluate the penalty at given points by double backward.
 
     Args:
-        critic: Maps ``[N, *D]`` to scores with a row per sample or group.
-        points: ``[N, *D]``.
+        critic: Maps samples to scores with a row per sample or group, or to a list of several such.
+        points: ``[N, *D]``, or a nest of such.
         weight: w.
         target: The norm that costs nothing.
         one_sided: Whether only norms above it cost.
@@ -43,31 +96,66 @@ def penalty_at(
         piecewise: What is known of the critic's activations; None for nothing.
 
     Returns:
-        The penalty (weight included) and the mean gradient norm, both 0-dim. The penalty's backward leaves None and
+        The penalty (weight included), 0-dim, and the gradients' norms ``[N]``. The penalty's backward leaves None and
         zeros where that of the usual recipe leaves them.
     """
-    differentiate, compiled = torch.is_grad_enabled(), torch.compiler.is_compiling()
-    with torch.enable_grad():
-        x = points.detach().requires_grad_()
-        activations = PiecewiseLinear()
-        plain = compiled or (piecewise is not None and piecewise.absent)
-        with nullcontext() if plain else activations:
-            scores = critic(x)
-        if piecewise is not None and not plain:
-            piecewise.absent = not activations.used
-        scores = check_scores(scores, x, group_size)
-        gradient = _input_gradient(scores, x, differentiate)
-        settings: dict[str, Any] = {
-            "weight": weight, "target": target, "one_sided": one_sided, "group_size": group_size
-        }  # fmt: skip
-        # A lower precision would round the operator's derivative before the caller scales the loss.
-        if compiled or gradient.dtype not in (torch.float32, torch.float64):
-            penalty, norm = _plain_penalty(gradient, **settings)
-        else:
-            penalty, norm = _Penalty.apply(gradient, settings)  # type: ignore[no-untyped-call]
-        if differentiate and activations.before and penalty.requires_grad:
-            penalty = _with_zeros(penalty, activations.before, x)
-    return (penalty if differentiate else penalty.detach()), norm
+    opened = opened_at(critic, points, group_size=group_size, piecewise=piecewise)
+    penalty, norms = penalised(
+        opened.gradient, weight=weight, target=target, one_sided=one_sided, group_size=group_size
+    )
+    return opened.finish(penalty), norms
+
+
+def penalised(
+    gradient: Any,
+    function: Callable[..., Any] | None = None,
+    args: tuple[Any, ...] = (),
+    *,
+    weight: float,
+    target: float,
+    one_sided: bool,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Evaluate a penalty of an input gradient.
+
+    Args:
+        gradient: ``[N, *D]``, or a nest of such, with None in the place of integers.
+        function: Of which the penalty is the mean: ``[N]``, 0-dim or of any other shape; None for that of the norm.
+        args: Its further arguments.
+        weight: w.
+        target: The norm that costs nothing.
+        one_sided: Whether only norms above it cost.
+        group_size: Samples that share one norm.
+
+    Returns:
+        The penalty, 0-dim, weight included, and the norms ``[N]``, which are constants.
+    """
+    leaves = [leaf for leaf in tree_leaves(gradient) if leaf is not None]
+    if function is not None:
+        value = check_penalty(function(gradient, *args))
+        with torch.no_grad():
+            norms = reference.gradient_norm(_joined(leaves), group_size)
+        return weight * value.to(accumulation_dtype(value.dtype)).mean(), norms
+    settings: dict[str, Any] = {
+        "weight": weight, "target": target, "one_sided": one_sided, "group_size": group_size
+    }  # fmt: skip
+    # A lower precision would round the operator's derivative before the caller scales the loss.
+    if torch.compiler.is_compiling() or len(leaves) > 1 or leaves[0].dtype not in (torch.float32, torch.float64):
+        return _plain_penalty(_joined(leaves), **settings)
+    return _Penalty.apply(leaves[0], settings)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _leaf(sample: Tensor) -> Tensor:
+    sample = sample.detach()
+    return sample.requires_grad_() if sample.is_floating_point() else sample
+
+
+def _unchanged(value: Tensor) -> Tensor:
+    return value
+
+
+def _joined(gradient: list[Tensor]) -> Tensor:
+    return gradient[0] if len(gradient) == 1 else torch.cat([leaf.flatten(1) for leaf in gradient], 1)
 
 
 def _plain_penalty(
@@ -75,22 +163,22 @@ def _plain_penalty(
 ) -> tuple[Tensor, Tensor]:
     norms = reference.gradient_norm(gradient, group_size)
     penalty = reference.penalty_from_norm(norms, weight=weight, target=target, one_sided=one_sided)
-    return penalty, norms.detach().mean()
+    return penalty, norms.detach()
 
 
 class _Penalty(torch.autograd.Function):
-    """The penalty at an input gradient and the mean norm, by one operator; differentiated twice, the plain form's.
+    """The penalty at an input gradient and the norms, by one operator; differentiated twice, the plain form's.
 
     ``penalty_from_gradient`` has another function, which torch.func can transform; a call of that takes 25 us longer.
     """
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        penalty, norm, _, seed = torch.ops.wgan_fast.gradient_norm_penalty(gradient, **settings)
-        ctx.mark_non_differentiable(norm)
+        penalty, _, norms, seed = torch.ops.wgan_fast.gradient_norm_penalty(gradient, **settings)
+        ctx.mark_non_differentiable(norms)
         ctx.save_for_backward(gradient, seed)
         ctx.settings = settings
-        return penalty, norm
+        return penalty, norms
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor, _: Any) -> Any:
@@ -101,23 +189,26 @@ class _Penalty(torch.autograd.Function):
         return cotangent * seed, None
 
 
-def _input_gradient(scores: Tensor, x: Tensor, create_graph: bool) -> Tensor:
-    gradient = None
-    if scores.requires_grad:
-        (gradient,) = torch.autograd.grad(
-            scores, x, torch.ones_like(scores), create_graph=create_graph, allow_unused=True
-        )
-    if gradient is None:
+def _input_gradient(scores: list[Tensor], leaves: list[Tensor], create_graph: bool) -> list[Tensor]:
+    """Differentiate the sum of all scores; a sample's tensor that they do not depend on has zeros."""
+    outputs = [part for part in scores if part.requires_grad]
+    found: Sequence[Tensor | None] = [None]
+    if outputs and leaves:
+        ones = [torch.ones_like(part) for part in outputs]
+        found = torch.autograd.grad(outputs, leaves, ones, create_graph=create_graph, allow_unused=True)
+    if all(part is None for part in found):
         raise unconnected()
-    return gradient
+    return [torch.zeros_like(leaf) if part is None else part for leaf, part in zip(leaves, found)]
 
 
-def _with_zeros(penalty: Tensor, before: list[Any], x: Tensor) -> Tensor:
+def _with_zeros(penalty: Tensor, *, before: list[Any], samples: list[Tensor]) -> Tensor:
     """Have the penalty's backward leave zeros in what the dead pass alone would have reached.
 
     An optimizer tells a gradient of zeros from none: it decays its moments, and the weights.
     """
-    leaves = {leaf for leaf in _leaves(before) if leaf is not x}
+    if not penalty.requires_grad:
+        return penalty
+    leaves = set(_leaves(before)).difference(samples)
     # An edge of the graph may carry nothing, as to the bias of a layer norm: small tensors get their zeros anyway.
     sought = {leaf for leaf in leaves if leaf.numel() > SMALL}
     for leaf in _leaves([penalty.grad_fn]) if sought else ():

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import reference
-from ..checks import Score, picked
-from ..four_pass import Objective, StepOutput
+from ..checks import picked
+from ..four_pass import Objective, Plan, StepOutput
+from ..four_pass.blocks import joined
+from ..four_pass.capture import Output
+from .guarded import Called
 from .planned import Planned
 
 FIRST_STEPS, ONE_IN = 3, 1000
@@ -45,18 +48,13 @@ class Check:
     """A critic as it is before a step, to be differentiated after it.
 
     Args:
-        critic: The critic.
-        args: Its further positional arguments.
-        kwargs: Its keyword arguments.
-        score: What of its output is differentiated.
+        called: The critic, and what it is called with.
     """
 
-    critic: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    score: Score = None
+    called: Called
 
     def __post_init__(self) -> None:
+        self.critic = self.called.critic
         self.random = _random_state()
         self.buffers = _buffers(self.critic)
         self.twins: list[tuple[nn.Module, dict[int, Any]]] = []
@@ -72,12 +70,13 @@ class Check:
     def __call__(
         self,
         objective: Objective,
-        batches: Mapping[str, Tensor],
+        batches: Mapping[str, Any],
         planned: Planned,
         tensors: Sequence[Tensor],
         output: StepOutput,
+        given: Sequence[Tensor | None] = (),
     ) -> None:
-        """Compare a step with autograd's.
+        """Compare a step with autograd's; of what others computed between its pieces, ``given`` are the derivatives.
 
         Raises:
             GradientsDifferError: They differ by more than roundings explain, at two checks in a row.
@@ -87,7 +86,7 @@ class Check:
         try:
             for (twin, memo), least in zip(self.twins, (torch.float32, torch.float64)):
                 copies = [memo[id(tensors[i])] for i in known]
-                found.append(self._differentiate(twin, objective, batches, copies, least))
+                found.append(self._differentiate(twin, objective, batches, copies, least, planned.plan, iter(given)))
         except Exception:
             # Autograd cannot, or a tensor of the critic's own stays in float32.
             return
@@ -97,7 +96,7 @@ class Check:
             return
         own, truth = found
         error, expected = _distance([output.gradients[i] for i in known], truth), _distance(own, truth)
-        dtype = next(iter(batches.values())).dtype
+        dtype = self.called.first.dtype
         autocast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         epsilon = torch.finfo(torch.bfloat16 if autocast else dtype).eps
         if error <= max(10 * expected, epsilon**0.5):
@@ -117,34 +116,65 @@ class Check:
         self,
         critic: Callable[..., Tensor],
         objective: Objective,
-        batches: Mapping[str, Tensor],
+        batches: Mapping[str, Any],
         tensors: Sequence[Any],
         least: torch.dtype,
+        plan: Plan,
+        given: Iterator[Tensor | None],
     ) -> list[Tensor | None]:
-        def forward(x: Tensor) -> Tensor:
-            args, kwargs = self.args, dict(self.kwargs)
+        captured = plan.captured
+
+        def forward(x: Any, name: str) -> dict[int, Tensor]:
+            args, kwargs = self.called.further(name)
+            kwargs = dict(kwargs)
             if least == torch.float64:
                 x, args, kwargs = tree_map_only(Tensor, _widened, (x, args, kwargs))
             # Buffers that a forward changes, such as those of spectral norm, are for each batch what they were.
             with _as_before(critic, self.buffers):
                 _set_random_state(self.random)
-                return picked(critic(x, *args, **kwargs), self.score)  # type: ignore[no-any-return]
+                made = critic(x, *args, **kwargs)
+            values = tree_leaves(tuple(picked(made, pick) for pick in self.called.picks))
+            return {
+                leaf.number: value
+                for leaf, value in zip(tree_leaves(captured.picks), values)
+                if isinstance(leaf, Output)
+            }
+
+        def of(nodes: list[Any], made: dict[int, Tensor]) -> list[Tensor]:
+            return [made[captured.outputs.index(node)] for node in nodes]
+
+        def along(values: list[Tensor]) -> list[Tensor]:
+            pairs = [(value, next(given)) for value in values]
+            return [(value * cotangent.to(value.dtype)).sum() for value, cotangent in pairs if cotangent is not None]
 
         with torch.enable_grad():
             terms: list[Tensor] = []
-            if objective.loss is not None:
-                scores = [forward(batches[name]) for name in ("real", "fake")]
-                terms.append(objective.loss(*[s if s.dtype == torch.float64 else s.float() for s in scores]))
-            if objective.weight is not None:
-                points = [batches.get("points", batches.get(name)) for name in objective.points()]
+            if objective.has_loss:
+                sides = [forward(batches[name], name) for name in ("real", "fake")]
+                if objective.loss is None:
+                    terms += [term for side in sides for term in along(of(plan.differentiable, side))]
+                else:
+                    scores = [joined(of(captured.picked(-1), side)) for side in sides]
+                    terms.append(objective.loss(*[s if s.dtype == torch.float64 else s.float() for s in scores]))
+            for name in objective.points():
+                points = tree_map_only(Tensor, Tensor.detach, batches[name])
                 if least == torch.float64:
-                    points = [x.double() for x in points]  # type: ignore[union-attr]
-                value, _ = reference.gradient_penalty(
-                    forward,
-                    points,  # type: ignore[arg-type]
-                    **objective.norm_options,
-                )
-                terms.append(value)
+                    points = tree_map_only(Tensor, _widened, points)
+                leaves = tree_leaves(points)
+                leaves = [leaves[captured.sampled[node]].requires_grad_() for node in captured.samples]
+                scores = of(captured.picked(0), forward(points, name))
+                ones = [torch.ones_like(part) for part in scores]
+                gradient = torch.autograd.grad(scores, leaves, ones, create_graph=True, materialize_grads=True)
+                if objective.outside_penalty:
+                    terms += along(scores) if objective.outside_scores else []
+                    terms += along([*gradient])
+                    continue
+                norm = reference.gradient_norm(torch.cat([g.flatten(1) for g in gradient], 1), objective.group_size)
+                options = objective.norm_options
+                del options["group_size"]
+                terms.append(reference.penalty_from_norm(norm, **options))
+            if not terms:
+                return [None for _ in tensors]
             total = sum(terms[1:], terms[0])
             wanted = [tensor for tensor in tensors if tensor.requires_grad]
             if not wanted or not total.requires_grad:

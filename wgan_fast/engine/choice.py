@@ -4,10 +4,10 @@ import ctypes
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checks import Engine, Score
@@ -58,8 +58,12 @@ class EngineChoice:
         _BY_NUMBER[self.number] = self
         self._owner = weakref.ref(lasting(critic))
         self.piecewise = Piecewise()
+        if isinstance(critic, nn.DataParallel):
+            critic = unwrapped(critic)
         if engine == "autograd":
             self.reason = 'engine="autograd" was asked for'
+        elif isinstance(critic, nn.DataParallel):
+            self._refuse(CaptureError("a DataParallel critic spreads its batches over several devices"))
         elif isinstance(critic, DistributedDataParallel):
             self._refuse(
                 CaptureError("a DistributedDataParallel critic's gradients are reduced by autograd's backward")
@@ -69,22 +73,11 @@ class EngineChoice:
                 critic, objective, schedule=schedule, compile=compile, cheaper_only=engine != "four_pass"
             )
 
-    def prepare(
-        self,
-        x: Tensor,
-        critic_args: tuple[Any, ...],
-        critic_kwargs: Mapping[str, Any] | None,
-        critic: Callable[..., Any] | None = None,
-        score: Score = None,
-    ) -> "Prepared | GivenWay":
+    def prepare(self, called: Called) -> "Prepared | GivenWay":
         """Prepare one step.
 
         Args:
-            x: A batch like those of the step.
-            critic_args: Further positional arguments of the critic.
-            critic_kwargs: Its keyword arguments.
-            critic: A function of the same code, made anew; None for the critic itself.
-            score: What of its output is differentiated.
+            called: The critic, or a function of the same code, made anew, and a batch like those of the step.
 
         Returns:
             The step, or where autograd must take it, what to call once it has.
@@ -97,12 +90,10 @@ class EngineChoice:
         if self.four_pass is None:
             return GivenWay(self, None)
         try:
-            critic = self.four_pass.critic if critic is None else critic
-            called = Called(critic, x, critic_args, critic_kwargs or {}, score)
             due = self._checks and is_due(self.four_pass.planned(called))
             prepared = self.four_pass.prepare(called)
             if due:
-                prepared.check = Check(called.critic, called.args, called.kwargs, score)
+                prepared.check = Check(called)
             return prepared
         except CaptureError as error:
             if self.engine == "four_pass":
@@ -132,8 +123,8 @@ class GivenWay(NamedTuple):
     choice: EngineChoice
     error: CaptureError | None
 
-    def forwards(self) -> list[Callable[[Tensor], Tensor]]:
-        """Return the forward as it was for those batches of this step for which it has been called already."""
+    def forwards(self) -> list[Callable[[Any], tuple[Any, ...]]]:
+        """Return the forward's picks as they were for those batches for which this step has called it already."""
         return self.error.forwards() if isinstance(self.error, ChangedError) else []
 
     def confirm(self) -> None:
@@ -148,42 +139,77 @@ _SAID: "weakref.WeakKeyDictionary[Any, set[str]]" = weakref.WeakKeyDictionary()
 
 _numbers = itertools.count()
 _BY_NUMBER: "weakref.WeakValueDictionary[int, EngineChoice]" = weakref.WeakValueDictionary()
-_CHOICES: "weakref.WeakKeyDictionary[Any, dict[tuple[bool, int, Engine, Any], EngineChoice]]"
+_CHOICES: "weakref.WeakKeyDictionary[Any, dict[tuple[Objective, Engine, Any], EngineChoice]]"
 _CHOICES = weakref.WeakKeyDictionary()
 
 
 def penalty_choice(
-    critic: Callable[..., Any], one_sided: bool, group_size: int, engine: Engine, score: Score = None
+    critic: Callable[..., Any], objective: Objective, engine: Engine, score: Score = None
 ) -> EngineChoice:
     """Return the choice for a critic's penalty of any weight and target, kept as long as the critic lives.
 
-    Of a ``DistributedDataParallel`` it is the choice for the module within: the caller's own backward reduces.
+    Of a wrapped critic it is the choice for the module within: the caller's own backward reduces.
     """
-    if isinstance(critic, DistributedDataParallel):
-        critic = critic.module
+    critic = unwrapped(critic)
     choices = _CHOICES.setdefault(lasting(critic), {})
-    key = one_sided, group_size, engine, lasting(score) if callable(score) else score
+    key = objective.form(), engine, lasting(score) if callable(score) else score
     choice = choices.get(key)
     if choice is None:
-        objective = Objective(weight=1.0, target=0.0, one_sided=one_sided, at="given", group_size=group_size)
-        choice = choices.setdefault(key, EngineChoice(critic, objective, engine))
-        choice.score = score if isinstance(score, int | str) else None
+        choice = choices.setdefault(key, EngineChoice(critic, objective.form(), engine))
+        choice.score = score
     return choice
 
 
+_FUNCTIONS: "weakref.WeakValueDictionary[Any, Any]" = weakref.WeakValueDictionary()
+
+
+def remember_score(score: Score) -> None:
+    """Have a score that is a function known by its ``id``, which is all that a compiler can pass on."""
+    if callable(score):
+        _FUNCTIONS[id(score)] = score
+
+
 def traced_choice(
-    identity: int, one_sided: bool, group_size: int, engine: Engine, score: int | str | None = None
+    identity: int,
+    group_size: int,
+    outside: bool,
+    scored: bool,
+    engine: Engine,
+    score: int | str | None,
+    function: bool,
 ) -> EngineChoice:
-    """Return what ``penalty_choice`` does, for a compiler, which calls this as it traces instead of looking into it.
+    """Return the choice for a critic's input gradient, for a compiler.
+
+    That calls this as it traces instead of looking into it, with constants alone (PyTorch 2.11), and guards these.
 
     Args:
-        identity: The critic's ``id``: PyTorch 2.11 takes constants alone here. Dynamo guards it.
-        one_sided: As there.
-        group_size: As there.
-        engine: As there.
-        score: As there.
+        identity: The critic's ``id``.
+        group_size: Samples that share a score.
+        outside: Whether the penalty is a function of one's own.
+        scored: Whether scores are wanted.
+        engine: As in ``gradient_penalty``.
+        score: Likewise, or the ``id`` of a function.
+        function: Whether it is that.
     """
-    return penalty_choice(ctypes.cast(identity, ctypes.py_object).value, one_sided, group_size, engine, score)
+    objective = Objective(group_size=group_size, outside_penalty=True, outside_scores=scored)
+    pick: Score = score
+    if function:
+        pick = _FUNCTIONS.get(score)
+        if pick is None:
+            raise TypeError(
+                "under torch.compile, score must be an index, a key, or the function of a GradientPenalty that was "
+                "made outside of what is compiled"
+            )
+    return penalty_choice(ctypes.cast(identity, ctypes.py_object).value, objective, engine, pick)
+
+
+def unwrapped(critic: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the module within a wrapper that only spreads its work."""
+    if isinstance(critic, DistributedDataParallel):
+        return critic.module  # type: ignore[no-any-return]
+    if isinstance(critic, nn.DataParallel) and len(critic.device_ids) < 2:
+        return critic.module  # type: ignore[no-any-return]
+    return critic
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler: a second that only compilers need.

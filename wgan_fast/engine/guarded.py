@@ -9,6 +9,7 @@ and whoever asked computes with those.
 import copy
 import itertools
 import logging
+import operator
 import os
 import threading
 import types
@@ -22,15 +23,19 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as modules
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
-from ..checks import Score, check_scores, picked, unconnected
+from ..checks import WHOLE, Score, check_scores, picked, unconnected
 from ..four_pass.capture import Captured, CaptureError, first_line, lower, raised_at, where
 from .functions import noted, unguarded
 
 MOST_IN_A_ROW = 3
 """Calls of one critic that are traced one after the other, before it is left to autograd."""
+
+
+Picks = tuple[Score | types.EllipsisType, ...]
 
 
 class Look(NamedTuple):
@@ -63,7 +68,6 @@ class _Pending(threading.local):
     """The call that this thread is about to make."""
 
     call: tuple[Any, ...] = ()
-    sampled: list[Tensor]
     ready: Callable[["Traced", tuple[Any, ...]], bool]
     traced: "Traced | None" = None
     inputs: tuple[Any, ...] = ()
@@ -75,18 +79,19 @@ _pending = _Pending()
 _numbers = itertools.count()
 
 
-def _scores(output: Any) -> Any:
-    """Mark what the critic returns, in the graph."""
-    return output
+def _picked(*picks: Any) -> tuple[Tensor, ...]:
+    """Mark what is made of the critic's output, in the graph."""
+    return tuple(leaf for leaf in tree_leaves(picks) if isinstance(leaf, Tensor))
 
 
-def _forward(critic: Any, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], score: Score) -> Any:
+def _forward(critic: Any, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], picks: Picks) -> Any:
     """Call the critic; the only function that is traced."""
     if not torch.compiler.is_compiling():
         raise CaptureError("torch.compile is switched off here")
     # A count that a module keeps may become an input, like any other number that changes.
     with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
-        return _scores(picked(critic(x, *args, **kwargs), score))
+        output = critic(x, *args, **kwargs)
+        return _picked(*[picked(output, pick) for pick in picks])
 
 
 class Called(NamedTuple):
@@ -94,17 +99,45 @@ class Called(NamedTuple):
 
     Attributes:
         critic: The critic.
-        x: Samples ``[N, *D]``.
+        x: Samples: a tensor ``[N, *D]``, or a nest of such.
         args: Further positional arguments.
         kwargs: Keyword arguments.
-        score: What of its output is differentiated.
+        picks: What is made of its output: first, of what the gradient is taken.
+        own: Further arguments of the fake batch, where it has its own.
     """
 
     critic: Callable[..., Any]
-    x: Tensor
+    x: Any
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = {}
-    score: Score = None
+    picks: Picks = (None,)
+    own: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
+
+    @property
+    def first(self) -> Tensor:
+        """The first tensor of the samples."""
+        return self.x if isinstance(self.x, Tensor) else tree_leaves(self.x)[0]
+
+    def further(self, batch: str) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """Return the further arguments of a batch."""
+        return self.own if self.own is not None and batch == "fake" else (self.args, self.kwargs)
+
+    def own_leaves(self) -> list[Any]:
+        """Return the leaves of the fake batch's own further arguments.
+
+        Raises:
+            CaptureError: They are not of the form of the others: then its forward may be another one.
+        """
+        if self.own is None:
+            return []
+        (ours, nest), (theirs, other) = (
+            tree_flatten((args, dict(kwargs))) for args, kwargs in map(self.further, ("real", "fake"))
+        )
+        if nest != other or not all(map(partial(_same_form, self.first), ours, theirs)):
+            raise CaptureError(
+                "the further arguments of real and fake differ in more than the values of tensors with a row per sample"
+            )
+        return theirs
 
 
 class GuardedCall:
@@ -119,7 +152,7 @@ class GuardedCall:
 
     def _begin(self) -> None:
         # Inner functions would be traced: they are marked when the first critic is.
-        torch.compiler.allow_in_graph(_scores)  # type: ignore[no-untyped-call]
+        torch.compiler.allow_in_graph(_picked)  # type: ignore[no-untyped-call]
         # Dynamo counts its traces per code object, and remembers which numbers changed by the code's name.
         self._code = _forward.__code__.replace(co_name=f"_forward_{next(_numbers)}")
         function = types.FunctionType(self._code, _forward.__globals__, _forward.__name__)
@@ -128,7 +161,7 @@ class GuardedCall:
 
     def serves(self, called: Called) -> bool:
         """Whether a critic that was never looked at takes a form that another one did."""
-        call, _ = _arguments(called, differentiable=True)
+        call = _arguments(called, differentiable=True)
         try:
             with torch.enable_grad():
                 return self._matching(call) is not None
@@ -155,9 +188,9 @@ class GuardedCall:
         """
         if any(_GLOBAL_HOOKS) and not all(map(_only_watches, itertools.chain(*map(dict.values, _GLOBAL_HOOKS)))):
             raise CaptureError("hooks of all modules are registered")
-        call, sampled = _arguments(called, differentiable)
+        call = _arguments(called, differentiable)
         pending = _pending
-        pending.call, pending.sampled, pending.ready, pending.traced, pending.fresh = call, sampled, ready, None, False
+        pending.call, pending.ready, pending.traced, pending.fresh = call, ready, None, False
         try:
             with torch.enable_grad(), _without_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
                 self._run(call)
@@ -181,7 +214,7 @@ class GuardedCall:
         finally:
             traced, inputs, fresh = pending.traced, pending.inputs, pending.fresh
             # Nothing of the critic may outlive the look, through what is asked of it either.
-            pending.call, pending.inputs, pending.sampled, pending.traced = (), (), [], None
+            pending.call, pending.inputs, pending.traced = (), (), None
             pending.ready = _never
         if traced is None:
             raise CaptureError("torch.compile did not trace the critic")
@@ -289,6 +322,8 @@ class Traced:
         except Exception as error:
             self.error = CaptureError(f"the critic cannot be lowered{raised_at(error)}: {first_line(error)}")
             self.error.__cause__ = error
+        finally:
+            _let_go(graph)
 
     def __call__(self, *inputs: Any) -> Any:
         """Receive the live inputs, in place of the graph."""
@@ -317,35 +352,40 @@ class Traced:
     def _read(self, graph: fx.GraphModule, examples: list[Any]) -> None:
         nodes = list(graph.graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]
-        mark = next((node for node in nodes if node.target is _scores), None)
+        mark = next((node for node in nodes if node.target is _picked), None)
         if mark is None:
             raise CaptureError("the critic returns no tensor that it computed")
-        scores = mark.args[0]
-        if not isinstance(scores, fx.Node):
-            check_scores(scores, _pending.call[1])
+        marked = {mark, *[node for node in mark.users if node.target is operator.getitem]}
+        picks = tuple(map(_plain_nest, mark.args))
+        samples, leaves = tree_leaves(_pending.call[1]), tree_leaves(_pending.call[1:4])
+        given = {id(leaf): i for i, leaf in enumerate(leaves) if i < len(samples) or _has_rows(leaf, samples[0])}
+        sampled = {n: given[id(example)] for n, example in zip(inputs, examples) if id(example) in given}
         self._changing = [i for i, node in enumerate(inputs) if _is_symbolic(node.meta["example_value"])]
-        x = [node for node, example in zip(inputs, examples) if example is _pending.call[1]]
+        x = [node for node, i in sampled.items() if i < len(samples) and samples[i].is_floating_point()]
+        scores = tree_map(lambda leaf: leaf.meta["example_value"] if isinstance(leaf, fx.Node) else leaf, picks)
+        for part, pick in zip(scores, _pending.call[4]):
+            if pick is not WHOLE:
+                for each in part if isinstance(part, list) and pick is not None else [part]:
+                    check_scores(each, samples[0], rows=False)
         if not x:
             raise unconnected()
-        sampled = [
-            node for node, e in zip(inputs, examples) if any(e is s for s in (_pending.call[1], *_pending.sampled))
-        ]
         numbers = [node for node in inputs if getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)]
         for node in nodes:
             if _draws_numpy(node):
                 raise CaptureError(f"{where(node)} draws NumPy's random numbers")
         outputs: Any = graph.graph.output_node().args[0]
-        kept = [node for node in outputs if node is not mark]
+        kept = [node for node in outputs if node not in marked]
         sources = [_written_input(node) for node in kept]
         lowered, extra = graph, list[fx.Node]()
         if any(source is None for source in sources):
-            lowered, extra = self._separate(graph, mark, sampled, [n for n, s in zip(kept, sources) if s is None])
+            lowered, extra = self._separate(graph, mark, [*sampled], [n for n, s in zip(kept, sources) if s is None])
             by_name = {node.name: node for node in lowered.graph.nodes}
-            scores, x = by_name[scores.name], [by_name[x[0].name]]
-            sampled, numbers = ([by_name[node.name] for node in some] for some in (sampled, numbers))
+            picks = tree_map(lambda leaf: by_name[leaf.name] if isinstance(leaf, fx.Node) else leaf, picks)
+            x, numbers = ([by_name[node.name] for node in some] for some in (x, numbers))
+            sampled = {by_name[node.name]: i for node, i in sampled.items()}
         positions = {node.name: i for i, node in enumerate([*inputs, *extra])}
-        self._outputs = [None if n is mark else positions[(_written_input(n) or n).name] for n in outputs]
-        self._lower = partial(lower, lowered, scores, x[0], sampled)
+        self._outputs = [None if n in marked else positions[(_written_input(n) or n).name] for n in outputs]
+        self._lower = partial(lower, lowered, picks, x, sampled, len(samples))
         try:
             self._captured[()] = self._lower(dict.fromkeys(numbers))
         except Exception:
@@ -410,7 +450,7 @@ class Traced:
             theirs[node] = rest.placeholder(f"s_{node.name}")
             theirs[node].meta = dict(node.meta)
         for node in graph.graph.nodes:
-            if node.op in ("placeholder", "output") or node is mark:
+            if node.op in ("placeholder", "output") or node is mark or mark in node.all_input_nodes:
                 continue
             if node not in follows:
                 ours[node] = shared.node_copy(node, ours.__getitem__)
@@ -421,8 +461,8 @@ class Traced:
             if node in follows or number:
                 theirs[node] = rest.node_copy(node, theirs.__getitem__)
         shared.output(tuple(ours[node] for node in (*crossing, *others)))
-        scores = theirs[mark.args[0]]  # type: ignore[index]
-        rest.output((scores,))
+        picked = [theirs[node] for node in mark.all_input_nodes]
+        rest.output(tuple(picked))
         self._shared, self._crossing = fx.GraphModule(graph, shared), len(crossing)
         self._crossed = [node.meta["example_value"] for node in crossing]
         return fx.GraphModule(graph, rest), [*crossing, *others]
@@ -515,29 +555,66 @@ def _without_modes() -> Iterator[None]:
             tell(flags.is_in_any_mode_without_ignore_compile_internals())
 
 
-def _arguments(called: Called, differentiable: bool) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """Return the arguments of ``_forward``, and those of the critic's that have a row per sample."""
-    critic, x, args, kwargs, score = called
-    x = x.detach().requires_grad_(differentiable)
-    _mark_rows(x)
-    sampled: list[Tensor] = []
+def _arguments(called: Called, differentiable: bool) -> tuple[Any, ...]:
+    """Return the arguments of ``_forward``: rows of samples, and with them of further arguments, may be any number."""
+    critic, x, args, kwargs, picks, _ = called
+    if isinstance(x, Tensor):
+        x = first = _sample(x, differentiable)
+    else:
+        x = tree_map(lambda leaf: _sample(leaf, differentiable), x)
+        first = tree_leaves(x)[0]
     if args or kwargs:
-        args, kwargs = tree_map_only(Tensor, lambda leaf: _alias(leaf, x, sampled), (args, dict(kwargs)))
-    return (critic, x, args, kwargs, score), sampled
+        args, kwargs = tree_map_only(Tensor, lambda leaf: _alias(leaf, first), (args, dict(kwargs)))
+    return critic, x, args, kwargs, picks
 
 
-def _alias(leaf: Tensor, x: Tensor, sampled: list[Tensor]) -> Tensor:
-    """Return an argument with a row per sample such that its rows may be as many as they are, and note it."""
-    if leaf.dim() == 0 or leaf.shape[0] != x.shape[0]:
+def _sample(leaf: Tensor, differentiable: bool) -> Tensor:
+    sample = leaf.detach()
+    torch._dynamo.maybe_mark_dynamic(sample, 0)
+    return sample.requires_grad_(differentiable) if sample.is_floating_point() else sample
+
+
+def _alias(leaf: Tensor, x: Tensor) -> Tensor:
+    if not _has_rows(leaf, x):
         return leaf
     alias = leaf.view_as(leaf)
-    _mark_rows(alias)
-    sampled.append(alias)
+    torch._dynamo.maybe_mark_dynamic(alias, 0)
     return alias
 
 
-def _mark_rows(batch: Tensor) -> None:
-    torch._dynamo.maybe_mark_dynamic(batch, 0)
+def _has_rows(leaf: Any, x: Tensor) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == x.shape[0]
+
+
+def _same_form(x: Tensor, ours: Any, theirs: Any) -> bool:
+    """Whether one further argument may stand where another one was seen."""
+    if not (isinstance(ours, Tensor) and isinstance(theirs, Tensor)):
+        return type(ours) is type(theirs) and bool(ours == theirs)
+    alike = all(getattr(ours, name) == getattr(theirs, name) for name in ("shape", "dtype", "device", "requires_grad"))
+    return alike and (ours is theirs or _has_rows(ours, x))
+
+
+def _let_go(graph: fx.GraphModule) -> None:
+    """Drop what a trace still knows the live tensors by: no parameter can be swapped that has weak references."""
+    for node in graph.graph.nodes:
+        argument, example = node.meta.get("grapharg"), node.meta.get("example_value")
+        if argument is not None:
+            argument.erase()
+        if isinstance(example, FakeTensor):
+            describer = example.fake_mode.fake_tensor_converter.meta_converter.describer
+            describer.lookup_tensor.clear()
+
+
+def _plain_nest(value: Any) -> Any:
+    """Return a nest of nodes with Python's own lists and dictionaries, which a graph has replaced."""
+    if isinstance(value, Mapping):
+        return {key: _plain_nest(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_plain_nest(part) for part in value]
+    if isinstance(value, tuple):
+        parts = [_plain_nest(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
 
 
 _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
@@ -588,7 +665,7 @@ def _loosely_guarded(output: Any) -> Iterator[tuple[types.CodeType, Any]]:
 def _scope() -> dict[str, Any]:
     """Names by which Dynamo's guards find what they guard."""
     call = _pending.call
-    return {"L": dict(zip(("critic", "x", "args", "kwargs", "score"), call)), "G": globals()}
+    return {"L": dict(zip(("critic", "x", "args", "kwargs", "picks"), call)), "G": globals()}
 
 
 def _is_still(before: Any, now: Any) -> bool:

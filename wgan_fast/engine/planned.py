@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import users_level
 from ..four_pass.capture import Captured, CaptureError, first_line
 from ..four_pass.counting import Cost
-from ..four_pass.objective import Objective, Schedule, StepOutput
+from ..four_pass.objective import Batches, Objective, Schedule, StepOutput
 from ..four_pass.plan import Plan
-from .autograd import attach
+from .autograd import Opened, attach
 from .cost import by_autograd, of_plan
 from .guarded import MOST_IN_A_ROW, Called, GuardedCall, Look, Traced, hushed
+from .outside import Outside, OutsidePenalty, nested
 
 FREE_PLANS = 4
 """Of one form of a critic, for as many batch shapes and numbers; each further plan must be earned."""
@@ -49,13 +52,15 @@ class ChangedError(CaptureError):
         super().__init__(message)
         self.looks = looks
 
-    def forwards(self) -> list[Callable[[Tensor], Tensor]]:
-        """Return the forward as it was at each call, the samples its only argument; autograd differentiates it."""
+    def forwards(self) -> list[Callable[[Any], tuple[Any, ...]]]:
+        """Return the forward's picks as they were at each call, from samples alone; autograd differentiates them."""
 
-        def forward(look: Look, x: Tensor) -> Tensor:
-            captured, inputs = look.traced.captured(look.inputs), list(look.inputs)
-            inputs[captured.inputs.index(captured.x)] = x
-            return captured.functions.forward(*inputs)  # type: ignore[no-any-return]
+        def forward(look: Look, x: Any) -> tuple[Any, ...]:
+            captured, inputs, leaves = look.traced.captured(look.inputs), list(look.inputs), tree_leaves(x)
+            for node, i in captured.sampled.items():
+                if i < captured.leaves:
+                    inputs[captured.inputs.index(node)] = leaves[i]
+            return nested(captured.picks, captured.functions.forward(*inputs))  # type: ignore[no-any-return]
 
         return [partial(forward, look) for look in self.looks]
 
@@ -63,10 +68,13 @@ class ChangedError(CaptureError):
 def _same(one: Look, other: Look) -> bool:
     """Whether the scores are the same function of the samples."""
     ours, theirs = one.traced.captured(one.inputs), other.traced.captured(other.inputs)
-    if ours is not theirs and (str(ours.graph) != str(theirs.graph) or ours.constants or theirs.constants):
+    if ours is not theirs and (_reading(ours) != _reading(theirs) or ours.constants or theirs.constants):
         return False
-    for node, a, b in zip(ours.inputs, one.inputs, other.inputs):
-        if node in ours.sampled or not node.users:
+    pairs = zip(
+        *[[(n, v) for n, v in zip(c.inputs, i) if n.users] for c, i in ((ours, one.inputs), (theirs, other.inputs))]
+    )
+    for (node, a), (_, b) in pairs:
+        if node in ours.sampled:
             continue
         # A number that has become an input is a new tensor at every call.
         number = isinstance(a, Tensor) and a.dim() == 0 and a.device.type == "cpu" and not a.requires_grad
@@ -75,6 +83,11 @@ def _same(one: Look, other: Look) -> bool:
         if not isinstance(a, Tensor) and a != b:
             return False
     return True
+
+
+def _reading(captured: Captured) -> list[str | None]:
+    """Write down what a graph computes; what it is given and does not use is none of that."""
+    return [node.format_node() for node in captured.graph.nodes if node.users or node.op == "output"]
 
 
 @dataclass
@@ -127,6 +140,7 @@ class Planned:
         plan: The plan.
         autograd: What the step costs by autograd; None where that fails.
         reached: For each gradient of the plan, whether autograd leaves one, be it of zeros; None where that fails.
+        reached_by: The same where others compute between the plan's pieces, by what of it they use.
         fused: What the operator for narrow MLPs needs to run the step, or why it cannot; None until it is asked for.
         suspect: Whether the last one that was compared with autograd was off.
     """
@@ -136,6 +150,7 @@ class Planned:
     reached: list[bool] | None
     fused: Any = None
     suspect: bool = False
+    reached_by: dict[tuple[bool, ...], list[bool] | None] = field(default_factory=dict)
 
     @cached_property
     def dearer(self) -> str | None:
@@ -164,59 +179,183 @@ class Prepared:
         objective: What to compute.
         planned: Its plan.
         inputs: What the forward reads now.
+        own: The fake batch's own further arguments, if it has some: their leaves.
         check: What to show the step to, once it has run.
     """
 
     objective: Objective
     planned: Planned
     inputs: tuple[Any, ...]
+    own: list[Any] = field(default_factory=list)
     check: Callable[..., None] | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """The trainable tensors that the forward reads, in the order of the gradients."""
-        return [self.inputs[i] for i in self.planned.plan.trainable]
+        plan = self.planned.plan
+        shared = [self.inputs[i] for i in plan.trainable]
+        return [*shared, *[self.own[plan.captured.sampled[n] - plan.captured.leaves] for n in plan.own_arguments]]
 
-    def run(self, batches: Mapping[str, Tensor], weight: float | None = None, target: float = 0.0) -> StepOutput:
+    def run(
+        self, batches: Mapping[str, Any], *answers: Outside, weight: float | None = None, target: float = 0.0
+    ) -> StepOutput:
         """Run the step; its gradients are None exactly where autograd leaves none.
 
         Args:
-            batches: What the objective takes of ``real``, ``fake`` and ``points`` by name.
+            batches: What the objective takes of ``real``, ``fake`` and ``points`` by name: samples.
+            answers: What is computed between the pieces of its plan.
             weight: The penalty's factor, in place of the objective's.
             target: The norm that costs nothing, likewise.
         """
-        output = self.differentiate(batches, weight, target)
-        for i, reached in enumerate(self.planned.reached or ()):
-            if reached is (output.gradients[i] is None):
-                like = self.inputs[self.planned.plan.trainable[i]]
-                output.gradients[i] = torch.zeros_like(like, requires_grad=False) if reached else None
-        return output
+        output = self.differentiate(batches, *answers, weight=weight, target=target)
+        used = tuple(value is not None for answer in answers for value in answer.given)
+        return output._replace(gradients=self._as_autograd(list(output.gradients), used))
 
     def differentiate(
-        self, batches: Mapping[str, Tensor], weight: float | None = None, target: float = 0.0
+        self, batches: Mapping[str, Any], *answers: Outside, weight: float | None = None, target: float = 0.0
     ) -> StepOutput:
         """Run the step as ``run`` does, with None also for gradients of zeros."""
         if weight is None:
             weight, target = self.objective.weight, self.objective.target
-        output = self.planned.plan.run(self.inputs, batches, weight, target)
+        leaves = self._leaves(batches)
+        output = self.planned.plan.run(self.inputs, leaves, weight, target, *answers)
         if self.check is not None:
             objective = replace(self.objective, weight=weight, target=target)
-            self.check(objective, batches, self.planned, self.tensors, output)
+            given = [value for answer in answers for value in answer.given]
+            self.check(objective, batches, self.planned, self.tensors, output, given)
         return output
 
-    def attached(self, points: Tensor, weight: float, target: float) -> Tensor:
+    def reached(self, used: tuple[bool, ...]) -> list[bool] | None:
+        """For each gradient, whether autograd leaves one, by what others use of what the plan gives."""
+        if not used:
+            return self.planned.reached
+        known = self.planned.reached_by
+        if used not in known:
+            known[used] = by_autograd(self.planned.plan, self.inputs, used)[1]
+        return known[used]
+
+    def _leaves(self, batches: Mapping[str, Any]) -> Batches:
+        leaves = {name: [x] if isinstance(x, Tensor) else tree_leaves(x) for name, x in batches.items()}
+        if self.own:
+            leaves["fake"] = [*leaves["fake"], *self.own]
+        return leaves
+
+    def attached(self, points: Any, weight: float, target: float) -> tuple[Tensor, Tensor]:
         """Run the penalty alone; its backward leaves what autograd's does.
 
         Args:
-            points: ``[N, *D]``.
+            points: ``[N, *D]``, or a nest of such.
             weight: The penalty's factor.
             target: The norm that costs nothing.
+
+        Returns:
+            The penalty, 0-dim, and the norms ``[N]``.
         """
-        output = self.differentiate({"points": points}, weight, target)
+        output = self.differentiate({"points": points}, weight=weight, target=target)
         assert output.penalty is not None
         reached = self.planned.reached or [gradient is not None for gradient in output.gradients]
         tensors = [tensor for tensor, touched in zip(self.tensors, reached) if touched]
-        return attach(output.penalty, tensors, [g for g, touched in zip(output.gradients, reached) if touched])
+        gradients = [g for g, touched in zip(output.gradients, reached) if touched]
+        return attach(output.penalty, tensors, gradients), output.norms[0]
+
+    def outside_penalty(
+        self,
+        batches: Mapping[str, Any],
+        penalty: Callable[[Any], tuple[Tensor, Tensor]],
+        before: Callable[[], None],
+    ) -> OutsidePenalty:
+        """Return what computes a penalty between the pieces of the plan.
+
+        Args:
+            batches: As ``run`` takes them.
+            penalty: Takes a gradient nested as the samples; returns the penalty and the norms.
+            before: Is called before any gradient is left anywhere.
+        """
+        sets = iter(self.objective.points())
+        return OutsidePenalty(lambda found: penalty(self.nested(batches[next(sets)], found)), before)
+
+    def nested(self, points: Any, found: Sequence[Tensor]) -> Any:
+        """Nest the gradients of those tensors that the critic reads as the samples are; None for integers."""
+        if isinstance(points, Tensor):
+            return found[0]
+        leaves, nest = tree_flatten(points)
+        captured = self.planned.plan.captured
+        known = {captured.sampled[node]: gradient for node, gradient in zip(captured.samples, found)}
+        zeros = [torch.zeros_like(leaf) if leaf.is_floating_point() else None for leaf in leaves]
+        return tree_unflatten([known.get(i, zero) for i, zero in enumerate(zeros)], nest)
+
+    def opened(self, points: Any) -> Opened:
+        """Run passes 1 and 2 at some points; the backward of what is computed from what they give runs 3 and 4.
+
+        Args:
+            points: ``[N, *D]``, or a nest of such.
+
+        Returns:
+            The scores, None where the plan does not give them, and the gradient; once differentiable.
+        """
+        if not torch.is_grad_enabled():
+            scores, gradients, _ = self.begin(points)
+            return self._opened(points, scores, gradients)
+        tensors = self.tensors or [tree_leaves(points)[0].new_zeros((), requires_grad=True)]
+        given = _Opened.apply(self, points, *tensors)  # type: ignore[no-untyped-call]
+        count = len(given) - len(self.planned.plan.captured.samples)
+        return self._opened(points, given[:count], given[count:])
+
+    def begin(self, points: Any) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+        """Run passes 1 and 2; returns scores and gradients, and what ``go_on`` needs."""
+        (scores, (gradients,)), left = self.planned.plan.begin(self.inputs, {"points": tree_leaves(points)})
+        return list(scores), list(gradients), list(left)
+
+    def go_on(self, left: Sequence[Any], cotangents: Sequence[Tensor | None], points: Any) -> list[Tensor | None]:
+        """Run passes 3 and 4.
+
+        Args:
+            left: What ``begin`` left.
+            cotangents: Those of the scores, then those of the gradients; None for nothing.
+            points: The points, for a check.
+        """
+        output = StepOutput(*self.planned.plan.go_on(1, left, cotangents))
+        if self.check is not None:
+            self.check(self.objective, {"points": points}, self.planned, self.tensors, output, cotangents)
+        return self._as_autograd(list(output.gradients), tuple(cotangent is not None for cotangent in cotangents))
+
+    def _opened(self, points: Any, scores: Sequence[Tensor], gradients: Sequence[Tensor]) -> Opened:
+        captured = self.planned.plan.captured
+        picked = None
+        if self.objective.outside_scores:
+            numbers = [captured.outputs.index(node) for node in captured.picked(0)]
+            picked = nested(captured.picks[0], dict(zip(numbers, scores)))
+        return Opened(picked, self.nested(points, gradients), lambda penalty: penalty)
+
+    def _as_autograd(self, gradients: list[Tensor | None], used: tuple[bool, ...]) -> list[Tensor | None]:
+        """Have gradients be None exactly where autograd leaves none."""
+        tensors = self.tensors
+        for i, reached in enumerate(self.reached(used) or ()):
+            if reached is (gradients[i] is None):
+                gradients[i] = torch.zeros_like(tensors[i], requires_grad=False) if reached else None
+        return gradients
+
+
+class _Opened(torch.autograd.Function):
+    """Scores and input gradients of a plan that was begun; to differentiate what is made of them ends it."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Prepared, points: Any, *tensors: Tensor) -> Any:
+        scores, gradients, left = step.begin(points)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*[value for value in left if isinstance(value, Tensor)])
+        ctx.numbers = [None if isinstance(value, Tensor) else value for value in left]
+        ctx.step, ctx.points = step, points
+        return (*scores, *gradients)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        if not ctx.step.tensors:
+            return None, None, None
+        saved = iter(ctx.saved_tensors)
+        left = [next(saved) if number is None else number for number in ctx.numbers]
+        return None, None, *ctx.step.go_on(left, cotangents, ctx.points)
 
 
 def summed(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> dict[int, Tensor]:
@@ -283,10 +422,11 @@ class FourPassEngine:
             ValueError: The critic does not return a row of scores per sample, or its scores do not depend on its input.
         """
         found: Planned | None = None
+        own = called.own_leaves()
 
         def ready(traced: Traced, inputs: tuple[Any, ...]) -> bool:
             nonlocal found
-            found = traced.plans.made.get(self._key(called.x, traced, inputs))
+            found = traced.plans.made.get(self._key(called, traced, inputs))
             if found is not None and self._cheaper_only and found.dearer:
                 found = None
             return found is not None
@@ -325,11 +465,12 @@ class FourPassEngine:
                     "its forward computes something else at every call, with what it changes itself", looks
                 )
         traced.plans.runs += 1
-        self.plans.setdefault((id(traced), *self._key(called.x, traced, inputs)), found.plan)
-        return Prepared(self.objective, found, inputs)
+        self.plans.setdefault((id(traced), *self._key(called, traced, inputs)), found.plan)
+        return Prepared(self.objective, found, inputs, own)
 
-    def _key(self, x: Tensor, traced: Traced, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _key(self, called: Called, traced: Traced, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         # Convolutions are laid out for what they compute in, which is no matter of Dynamo's guards.
+        x = called.first
         settings = torch.backends.cudnn.conv.fp32_precision if x.is_cuda else None  # type: ignore[attr-defined]
         return (self._options, settings, *traced.key(inputs))
 
@@ -340,7 +481,7 @@ class FourPassEngine:
 
     def _planned(self, called: Called, look: Look) -> Planned:
         traced, inputs = look.traced, look.inputs
-        plans, key = traced.plans, self._key(called.x, traced, inputs)
+        plans, key = traced.plans, self._key(called, traced, inputs)
         with _PLANNING:
             if key in plans.made:
                 return self._worthwhile(plans.made[key])
@@ -366,12 +507,12 @@ class FourPassEngine:
             return self._worthwhile(planned)
 
     def _make(self, called: Called, look: Look, captured: Captured) -> Planned:
-        if self.objective.loss and look.traced.asks:
+        if self.objective.has_loss and look.traced.asks:
             self._ask(called, look)
         form = self.objective.form()
         plan = Plan(captured, form, look.inputs, schedule=self.schedule, in_place=not self.compile)
         if self.compile:
-            plan.compiled = _Compiled(plan.graph)
+            plan.compiled = [_Compiled(piece) for piece in plan.pieces]
         return Planned(plan, *by_autograd(plan, look.inputs))
 
     def _worthwhile(self, planned: Planned) -> Planned:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .functions import Application, UnknownError, applied, is_function
 from .operators import Applied
@@ -52,16 +52,26 @@ class CaptureError(RuntimeError):
     """The critic cannot run in four passes; the message says which operator, where and why."""
 
 
+@dataclass(frozen=True)
+class Output:
+    """An output of a captured graph, in the nest that the critic returns."""
+
+    number: int
+
+
 @dataclass
 class Captured:
     """A critic as a graph.
 
     Attributes:
-        graph: Placeholders, then ATen operators, then one output: the scores.
+        graph: Placeholders, then ATen operators, then the outputs.
         inputs: A placeholder for every input of the traced forward, in its order: tensors, and numbers that may change.
-        x: The one of the samples.
-        sampled: Those with a row per sample: the samples, and further arguments such as labels.
+        samples: Those of the samples that the gradient is taken in.
+        sampled: Those with a row per sample, further arguments such as labels among them; with their positions among
+            the leaves of all that the critic is called with.
+        leaves: How many of those leaves are samples; they come first.
         trainable: Those that require gradients, the samples aside.
+        picks: What is made of the critic's output, its scores, say: nests of outputs by number, and what is no tensor.
         constants: Placeholder to the tensor that is written down in the critic's code.
         functions: The same as a module of tensor functions, which autograd can differentiate.
         dynamic: Whether the graph holds for other batch sizes.
@@ -69,17 +79,29 @@ class Captured:
 
     graph: fx.Graph
     inputs: list[fx.Node] = field(default_factory=list)
-    x: fx.Node = None  # type: ignore[assignment]
-    sampled: set[fx.Node] = field(default_factory=set)
+    samples: list[fx.Node] = field(default_factory=list)
+    sampled: dict[fx.Node, int] = field(default_factory=dict)
+    leaves: int = 1
     trainable: list[fx.Node] = field(default_factory=list)
     constants: dict[fx.Node, Tensor] = field(default_factory=dict)
+    picks: tuple[Any, ...] = ()
     dynamic: bool = True
     functions: fx.GraphModule = None  # type: ignore[assignment]
 
     @property
-    def scores(self) -> fx.Node:
-        """The node of the critic's output."""
-        return self.graph.output_node().args[0]  # type: ignore[return-value]
+    def x(self) -> fx.Node:
+        """The first of the samples."""
+        return self.samples[0]
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        """The nodes of what the critic returns, as far as it is asked for."""
+        return list(self.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    def picked(self, number: int) -> list[fx.Node]:
+        """Return the outputs of one pick."""
+        outputs, leaves = self.outputs, tree_leaves(self.picks[number])
+        return list(dict.fromkeys(outputs[leaf.number] for leaf in leaves if isinstance(leaf, Output)))
 
     def calls(self) -> list[fx.Node]:
         """Every operator in order."""
@@ -122,18 +144,20 @@ def raised_at(error: BaseException) -> str:
 
 def lower(
     trace: fx.GraphModule,
-    scores: fx.Node,
-    x: fx.Node,
-    sampled: Sequence[fx.Node],
+    picks: tuple[Any, ...],
+    samples: Sequence[fx.Node],
+    sampled: Mapping[fx.Node, int],
+    leaves: int,
     numbers: Mapping[fx.Node, float | None],
 ) -> Captured:
     """Lower a graph of tensor functions, as Dynamo makes it.
 
     Args:
         trace: The graph; the placeholders' ``example_value`` are fake tensors of one mode, and numbers.
-        scores: Its node of the scores.
-        x: Its placeholder of the samples.
-        sampled: Its placeholders with a row per sample.
+        picks: What is made of the critic's output: nests of its nodes.
+        samples: Its placeholders of the samples that the gradient is taken in.
+        sampled: Its placeholders with a row per sample, with their positions.
+        leaves: How many of those positions are samples'.
         numbers: Its placeholders of 0-dim tensors that stand for Python's floating-point numbers: with their values,
             or None to compute with the tensors.
 
@@ -141,22 +165,25 @@ def lower(
         CaptureError: The forward writes to its activations through views, or does what has no rule.
     """
     placeholders = [node for node in trace.graph.nodes if node.op == "placeholder"]
-    functions = _functions(trace, scores, x, numbers)
+    outputs = list(dict.fromkeys(node for node in tree_leaves(picks) if isinstance(node, fx.Node)))
+    functions = _functions(trace, outputs, samples, numbers)
     lowered = _to_aten(functions, [node.meta["example_value"] for node in placeholders])
-    captured = Captured(fx.Graph(), functions=functions)
+    captured = Captured(fx.Graph(), functions=functions, leaves=leaves)
     env: dict[fx.Node, fx.Node] = {}
     given = [node for node in lowered.graph.nodes if node.op == "placeholder"]
     captured.inputs = [captured.graph.placeholder(_short_name(node)) for node in placeholders]
     for old, source, new in zip(given, placeholders, captured.inputs):
         new.meta["val"] = value = source.meta["example_value"]
         env[old] = new
-        if source is x:
-            captured.x = new
-        if source in sampled:
-            captured.sampled.add(new)
-        if isinstance(value, Tensor) and value.requires_grad and source is not x:
+        if source in samples:
+            captured.samples.append(new)
+        elif isinstance(value, Tensor) and value.requires_grad:
             captured.trainable.append(new)
-    rows = x.meta["example_value"].shape[0]
+        if source in sampled:
+            captured.sampled[new] = sampled[source]
+    captured.samples.sort(key=captured.sampled.__getitem__)
+    captured.picks = tree_map(lambda leaf: Output(outputs.index(leaf)) if isinstance(leaf, fx.Node) else leaf, picks)
+    rows = samples[0].meta["example_value"].shape[0]
     captured.dynamic = isinstance(rows, torch.SymInt)
     for old in given:
         value = env[old].meta["val"]
@@ -164,7 +191,7 @@ def lower(
             # Read from the samples themselves, so that joined batches are as long as they are.
             env[old] = captured.graph.call_function(torch.ops.aten.sym_size.int, (captured.x, 0))
             env[old].meta["val"] = value
-    captured.graph.output(_plain(lowered, captured, env))
+    captured.graph.output(tuple(_plain(lowered, captured, env)))
     _keep_rows_apart(captured.graph)
     return captured
 
@@ -223,9 +250,12 @@ def _short_name(placeholder: fx.Node) -> str:
 
 
 def _functions(
-    trace: fx.GraphModule, scores: fx.Node, x: fx.Node, numbers: Mapping[fx.Node, float | None]
+    trace: fx.GraphModule,
+    outputs: list[fx.Node],
+    samples: Sequence[fx.Node],
+    numbers: Mapping[fx.Node, float | None],
 ) -> fx.GraphModule:
-    """Make numbers tensors, and inference mode what it is to autograd; the result is the scores alone."""
+    """Make numbers tensors, and inference mode what it is to autograd; the result is the outputs alone."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     inference: dict[fx.Node, bool] = {}
@@ -257,22 +287,22 @@ def _functions(
                 f"{where(node)} registers a hook on a tensor's gradient, which four passes would not call"
             )
         elif is_function(node):
-            env[node] = _apply(graph, node, _application(trace, node, x, numbers), env)
+            env[node] = _apply(graph, node, _application(trace, node, samples, numbers), env)
             continue
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             _check_wrapper(trace, node)
         env[node] = graph.node_copy(node, env.__getitem__)
         if node.target is getattr and node.args[1:] == ("data",):
             env[node].target, env[node].args = torch.detach, env[node].args[:1]
-    graph.output(env[scores])
+    graph.output(tuple(env[node] for node in outputs))
     return fx.GraphModule(trace, graph)
 
 
 def _application(
-    trace: fx.GraphModule, node: fx.Node, x: fx.Node, numbers: Mapping[fx.Node, float | None]
+    trace: fx.GraphModule, node: fx.Node, samples: Sequence[fx.Node], numbers: Mapping[fx.Node, float | None]
 ) -> Application:
     try:
-        return applied(trace, node, x, numbers)
+        return applied(trace, node, samples, numbers)
     except UnknownError as error:
         raise CaptureError(f"{where(node)} is an autograd.Function with a backward of its own, {error}") from None
 
@@ -355,14 +385,14 @@ _WRAPPERS = {"wrap", "tag_activation_checkpoint"}
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
 
 
-def _plain(module: fx.GraphModule, captured: Captured, env: dict[fx.Node, fx.Node]) -> fx.Node:
-    """Copy the nodes of ``module`` into the captured graph; returns the scores."""
+def _plain(module: fx.GraphModule, captured: Captured, env: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    """Copy the nodes of ``module`` into the captured graph; returns its outputs."""
     graph, enabled = captured.graph, True
     for node in module.graph.nodes:
         if node.op == "placeholder":
             continue
         if node.op == "output":
-            return env[node.args[0]]
+            return [env[output] for output in node.args[0]]
         name = getattr(node.target, "__name__", str(node.target))
         if node.op == "get_attr":
             constant = getattr(module, str(node.target))

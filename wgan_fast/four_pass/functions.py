@@ -4,7 +4,7 @@ Four passes run the function itself: Dynamo traces its backward without gradient
 lost a backward of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -60,13 +60,15 @@ class Application(NamedTuple):
     of_operands: dict[str, Any]
 
 
-def applied(trace: fx.GraphModule, node: fx.Node, x: fx.Node, numbers: Mapping[fx.Node, float | None]) -> Application:
+def applied(
+    trace: fx.GraphModule, node: fx.Node, samples: Sequence[fx.Node], numbers: Mapping[fx.Node, float | None]
+) -> Application:
     """Return the function that a node stands for, and its arguments.
 
     Args:
         trace: The graph.
         node: The node.
-        x: The placeholder of the samples.
+        samples: The placeholders of the samples.
         numbers: Placeholders that stand for Python's numbers, with their values, or None where these are not settled.
 
     Raises:
@@ -96,7 +98,7 @@ def applied(trace: fx.GraphModule, node: fx.Node, x: fx.Node, numbers: Mapping[f
     values = [operand.meta["example_value"] for operand in operands]
     of_operands: dict[str, Any] = {
         "required": tuple(value.requires_grad for value in values),
-        "learned": tuple(_is_learned(operand, x) for operand in operands),
+        "learned": tuple(_is_learned(operand, samples) for operand in operands),
         "layouts": tuple(map(layout, values)),
     }
     return Application(note.function, given, of_operands)
@@ -119,9 +121,9 @@ def _is_part(node: Any, operands: list[fx.Node]) -> bool:
     return node in operands
 
 
-def _is_learned(node: fx.Node, x: fx.Node) -> bool:
+def _is_learned(node: fx.Node, samples: Sequence[fx.Node]) -> bool:
     """Whether a tensor requires a gradient by way of others than the samples."""
-    nodes, seen = [node], {x}
+    nodes, seen = [node], set(samples)
     for source in nodes:
         values = tree_leaves(source.meta.get("example_value"))
         if source in seen or not any(isinstance(value, Tensor) and value.requires_grad for value in values):

@@ -1,18 +1,23 @@
 """What a step computes, and what it gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Batches = Mapping[str, Sequence[Any]]
+"""What a critic is called with, by batch: the leaves of its samples, then of further arguments of that batch's own."""
 Schedule = Literal["auto", "batched", "split"]
 
 
 @dataclass(frozen=True)
 class Objective:
     """What a plan computes.
+
+    A loss or a penalty that is any function at all is left to whoever runs the plan, which then comes in pieces: what
+    the function is of comes out of one, and its derivative goes into the next.
 
     Attributes:
         loss: ``(real_scores, fake_scores) -> 0-dim``; None for the penalty alone.
@@ -21,6 +26,10 @@ class Objective:
         one_sided: Whether only norms above it cost.
         at: "real", "fake" or "both" for the penalty on the samples themselves; "given" for points that are passed in.
         group_size: Samples that share one norm.
+        outside_loss: Whether the loss is left outside, in place of ``loss``.
+        outside_penalty: Whether the penalty is.
+        outside_scores: Whether scores at the points come out with the gradient, and their cotangents go in with its.
+        own_arguments: Whether the fake batch has further arguments of its own.
     """
 
     loss: Loss | None = None
@@ -29,10 +38,19 @@ class Objective:
     one_sided: bool = False
     at: Literal["real", "fake", "both", "given"] = "given"
     group_size: int = 1
+    outside_loss: bool = False
+    outside_penalty: bool = False
+    outside_scores: bool = False
+    own_arguments: bool = False
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether real and fake go through the critic for a loss."""
+        return self.loss is not None or self.outside_loss
 
     def batches(self) -> int:
         """Count the batches that a plain implementation sends through the critic."""
-        return 2 * bool(self.loss) + len(self.points())
+        return 2 * self.has_loss + len(self.points())
 
     @property
     def norm_options(self) -> dict[str, Any]:
@@ -51,18 +69,29 @@ class Objective:
 
     def inputs(self) -> list[str]:
         """Return the batches that a step is given."""
-        losses = ["real", "fake"] if self.loss else []
+        losses = ["real", "fake"] if self.has_loss else []
         return [*losses, *(name for name in self.points() if name not in losses)]
 
 
 class StepOutput(NamedTuple):
-    """Figures of one step, 0-dim tensors (None where the objective has no such part), and the gradients."""
+    """Figures of one step (None where the objective has no such part), and the gradients.
+
+    Attributes:
+        loss: The whole objective as far as the plan knows it, 0-dim.
+        penalty: Weight included, 0-dim.
+        real_score: mean D(real), 0-dim.
+        fake_score: mean D(fake), 0-dim.
+        gradient_norm: Mean ‖∇D‖₂ over the points, 0-dim.
+        norms: ‖∇D‖₂ by sample or group, ``[N]``, for every set of points.
+        gradients: By the plan's trainable inputs.
+    """
 
     loss: Tensor | None
     penalty: Tensor | None
     real_score: Tensor | None
     fake_score: Tensor | None
     gradient_norm: Tensor | None
+    norms: list[Tensor]
     gradients: list[Tensor | None]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from .operators import IN_PLACE, OUT
 from .record import Recorder
@@ -20,7 +21,7 @@ def finish(recorder: Recorder) -> fx.GraphModule:
     _fold_constants(recorder)
     graph.eliminate_dead_code()
     _order_by_first_use(graph)
-    _own_outputs(graph)
+    _own_outputs(graph, recorder.given_away)
     for node in graph.nodes:
         if node.target is aten.view.default:
             # Stand-ins misstate the strides of some operators (hardtanh_backward, log_sigmoid): a view may need a copy.
@@ -91,7 +92,7 @@ def _order_by_first_use(graph: fx.Graph) -> None:
 
     end = graph.output_node()
     for node in sorted(
-        graph.nodes, key=lambda node: node.meta.get("segment", 0) if node is not end else len(graph.nodes)
+        graph.nodes, key=lambda node: node.meta.get("segment", (0, 0)) if node is not end else (len(graph.nodes), 0)
     ):
         if node.target not in _VIEWS and node not in order:
             place(node)
@@ -133,22 +134,76 @@ def _written(node: fx.Node) -> set[int | None]:
     return {_memory(value) for value in written if isinstance(value, fx.Node)}
 
 
-def _own_outputs(graph: fx.Graph) -> None:
+def _own_outputs(graph: fx.Graph, given_away: list[bool]) -> None:
     """Give every output memory of its own: gradients are accumulated into, constants and inputs must not be."""
     end, seen = graph.output_node(), set[fx.Node]()
 
     def own(node: fx.Node) -> fx.Node:
         val = node.meta["val"]
-        shared = node in seen or not _owned(node) or 0 in val.stride()
+        shared = node in seen or not _owned(node) or 0 in val.stride() or _read_later(node)
         seen.add(node)
         if not shared:
             return node
         with graph.inserting_before(end):
             copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
-        copy.meta["val"] = val
+        copy.meta.update(val=val, segment=node.meta.get("segment", (0, 0)))
         return copy
 
-    end.args = fx.node.map_arg(end.args, own)
+    values: Any = end.args[0]
+    end.args = (tuple(fx.node.map_arg(v, own) if away else v for v, away in zip(values, [*given_away, True])),)
+
+
+def _read_later(node: fx.Node) -> bool:
+    """Whether a later piece reads the memory of a node: whoever is given it in between may write to it."""
+    piece = node.meta.get("segment", (0, 0))[0]
+    return any(reader.meta.get("segment", (piece, 0))[0] > piece for reader in _readers(node) if reader.op != "output")
+
+
+def cut(module: fx.GraphModule, pieces: int) -> list[fx.GraphModule]:
+    """Take a graph apart where it was cut.
+
+    Each piece takes what those before it leave for it, then its own inputs; it returns what it is asked for and, if it
+    is not the last, what the later ones need.
+    """
+    end = module.graph.output_node()
+    if pieces == 1:
+        end.args = end.args[0]  # type: ignore[assignment]
+        return [module]
+    of: dict[fx.Node, int] = {}
+    for node in module.graph.nodes:
+        if node is not end:
+            own = node.meta.get("segment", (0, 0))[0]
+            of[node] = max([own, *[of[source] for source in node.all_input_nodes]])
+    asked: list[Any] = list(end.args[0])  # type: ignore[arg-type]
+    readers: dict[fx.Node, int] = {}
+    for node, piece in of.items():
+        for user in node.users:
+            readers[node] = max(readers.get(node, piece), of.get(user, piece))
+    for number, values in enumerate(asked):
+        for node in _nodes_of(values):
+            readers[node] = max(readers.get(node, 0), number)
+    made = []
+    for number in range(pieces):
+        graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+        carried = [
+            node for node in of if of[node] < number and readers.get(node, 0) >= number and node.op != "get_attr"
+        ]
+        for node in [*carried, *[n for n in of if of[n] == number and n.op == "placeholder"]]:
+            env[node] = graph.placeholder(node.name)
+            env[node].meta = dict(node.meta)
+        for node, piece in of.items():
+            if node.op == "get_attr" or (piece == number and node.op != "placeholder"):
+                env[node] = graph.node_copy(node, env.__getitem__)
+        left = [node for node in of if of[node] <= number and readers.get(node, 0) > number and node.op != "get_attr"]
+        result = fx.node.map_arg(asked[number], env.__getitem__)
+        graph.output(result if number == pieces - 1 else (result, tuple(env[node] for node in left)))
+        graph.eliminate_dead_code()
+        made.append(fx.GraphModule(module, graph, class_name="FourPassStep"))
+    return made
+
+
+def _nodes_of(values: Any) -> list[fx.Node]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, fx.Node)]
 
 
 def _has_effect(node: fx.Node) -> bool:

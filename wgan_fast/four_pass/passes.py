@@ -6,7 +6,7 @@ cotangent of the activations that curvature creates.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,7 @@ class Roles:
     @classmethod
     def of(cls, captured: Captured) -> "Roles":
         """Follow the graph from its inputs; gradients stop at integers and where autograd was off."""
-        sampled, varying, learned = set(captured.sampled), {captured.x}, set(captured.trainable)
+        sampled, varying, learned = set(captured.sampled), set(captured.samples), set(captured.trainable)
         for node in captured.calls():
             sources = node.all_input_nodes
             if any(source in sampled for source in sources):
@@ -209,16 +209,16 @@ class Cotangents:
     """Cotangents by node, summed where several consumers contribute."""
 
     def __init__(self) -> None:
-        self._sums: dict[fx.Node, Any] = {}
+        self._sums: dict[Hashable, Any] = {}
 
-    def __contains__(self, node: fx.Node) -> bool:
+    def __contains__(self, node: Hashable) -> bool:
         return node in self._sums
 
-    def get(self, node: fx.Node) -> Any:
+    def get(self, node: Hashable) -> Any:
         """Return the sum so far; None for nothing."""
         return self._sums.get(node)
 
-    def add(self, node: fx.Node, value: Tensor | None, like: Any = None) -> None:
+    def add(self, node: Hashable, value: Tensor | None, like: Any = None) -> None:
         """Add a contribution, in the dtype and layout of the node's own value."""
         if value is None:
             return
@@ -253,14 +253,18 @@ class Block:
         run: All the rows.
         loss: The leading rows that only the loss sees; None if there are none.
         points: The trailing rows at which the gradient is penalised; None if there are none.
-        batches: How many batches the rows are.
+        lead: The batches that are the leading rows.
+        trail: Those that are the trailing ones.
+        scores: The outputs whose gradient is penalised.
         factors: Where the loss sees the points too, dL/ds of each; the loss's cotangent there is that times δ.
     """
 
     run: Run
     loss: Run | None
     points: Rows | None
-    batches: int
+    lead: list[str]
+    trail: list[str]
+    scores: list[fx.Node]
     factors: Tensor | None = None
 
 
@@ -271,17 +275,20 @@ class FourPasses:
         self.block, self.roles, self.shared = block, roles, weight_cotangents
         self.captured = block.run.captured
         self.nodes = [node for node in self.captured.calls() if node in roles.sampled]
+        self.before = _before(block.scores)
+        self.penalised = self.before | set(block.scores)
         self.delta, self.point_delta = Cotangents(), Cotangents()
         self.tangent: Values = {}
         self.curved: set[str] = set()
 
-    def cotangents(self, seed: Tensor) -> Tensor | None:
-        """Pass 2: carry ``seed`` (like the scores) back; returns the input gradient at the points."""
+    def cotangents(self, seeds: Mapping[fx.Node, Tensor]) -> list[Tensor | None]:
+        """Pass 2: carry ``seeds`` (like the outputs) back; returns the input gradient at the points."""
         run, points = self.block.run, self.block.points
-        self.delta.add(self.captured.scores, seed)
-        if self.captured.scores not in self.roles.learned:
-            # Without a trainable parameter in it, the critic still has an input gradient.
-            self.point_delta.add(self.captured.scores, points.take(self.captured.scores, seed) if points else None)
+        for output, seed in seeds.items():
+            self.delta.add(output, seed)
+            if output in self.block.scores and output not in self.roles.learned:
+                # Without a trainable parameter in it, the critic still has an input gradient.
+                self.point_delta.add(output, points.take(output, seed) if points else None)
         for node in reversed(self.nodes):
             if node in self.roles.learned:
                 self._back(node, run, self.delta, lambda s: s in self.roles.learned)
@@ -289,7 +296,7 @@ class FourPasses:
                     self._back(node, points, self.point_delta, self._only_points, self._point(node))
             elif points is not None:
                 self._back(node, points, self.point_delta, self._only_points)
-        return self.point_delta.get(self.captured.x)  # type: ignore[no-any-return]
+        return [self.point_delta.get(leaf) for leaf in self.captured.samples]
 
     def _only_points(self, source: fx.Node) -> bool:
         return source in self.roles.varying and source not in self.roles.learned
@@ -330,13 +337,13 @@ class FourPasses:
     def _call(run: Run, node: fx.Node) -> Call | None:
         return run.calls[node] if isinstance(node.target, WITH_RULES) else None
 
-    def tangents(self, v: Tensor) -> None:
+    def tangents(self, v: Sequence[Tensor]) -> None:
         """Pass 3: carry ``v`` (like the points) forward through the linearised critic."""
         points = self.block.points
         assert points is not None
-        self.tangent[self.captured.x] = v
+        self.tangent.update(zip(self.captured.samples, v))
         for node in self.nodes:
-            if node not in self.roles.varying or node is self.captured.scores:
+            if node not in self.roles.varying or node not in self.before:
                 continue
             if node.target is operator.getitem:
                 parent = self.tangent.get(node.args[0])  # type: ignore[arg-type]
@@ -368,22 +375,21 @@ class FourPasses:
 
     def _rows_of(self, node: fx.Node, beta: Cotangents) -> None:
         """Add the gradient of a further argument with a row per sample, which enters with every batch."""
-        points, loss = self.block.points, self.block.loss
-        shares = []
+        points, loss, lead, trail = self.block.points, self.block.loss, self.block.lead, self.block.trail
+        shares: list[tuple[list[str], Tensor]] = []
         if node in self.delta:
             delta = self.delta.get(node)
             if points is None:
-                shares.append(delta)
+                shares.append((lead, delta))
             elif loss is not None:
-                shares.append(self._loss_rows(node, delta))
+                shares.append((lead, self._loss_rows(node, delta)))
             if points is not None and self.block.factors is not None:
-                shares.append(points.scale(node, self._point(node), self.block.factors))
+                shares.append((trail, points.scale(node, self._point(node), self.block.factors)))
         if node in beta:
-            shares.append(beta.get(node))
-        rows = self.block.run.values[node].shape[0] // self.block.batches
-        for share in shares:
-            for part in share.split(rows):
-                self.shared.add(node, part, part)
+            shares.append((trail, beta.get(node)))
+        for names, share in shares:
+            for name, part in zip(names, share.chunk(len(names))):
+                self.shared.add((node, name), part, part)
 
     def _weights_and_curvature(self) -> Cotangents:
         beta = Cotangents()
@@ -403,7 +409,7 @@ class FourPasses:
                 if weights and node in self.delta:
                     self._weights(node, call, operands, weights, beta.get(node))
             with self.block.run.label(f"beta_{node.name}"), explained(node):
-                if inner and self.block.points is not None:
+                if inner and self.block.points is not None and node in self.penalised:
                     self._curvature(node, operands, inner, beta)
         return beta
 
@@ -430,7 +436,7 @@ class FourPasses:
         def pull(chosen: list[int], gradients: Sequence[Tensor | None]) -> None:
             self.shared.pull(self.block.run, node, [operands[i] for i in chosen], gradients)
 
-        if self.block.points is None:
+        if self.block.points is None or node not in self.penalised:
             pull(weights, rule.vjp(call, delta, weights))
             return
         data = call.slot(rule.data) if rule.data else None
@@ -495,6 +501,17 @@ class FourPasses:
         return self.block.loss.take(node, value) if isinstance(self.block.loss, Rows) else value
 
 
+def _before(outputs: list[fx.Node]) -> set[fx.Node]:
+    """Find what some outputs are computed from."""
+    pending, found = list(outputs), set[fx.Node]()
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                pending.append(source)
+    return found
+
+
 def shared_gradients(run: Run, nodes: Iterator[fx.Node], learned: set[fx.Node], into: Cotangents) -> None:
     """Carry the cotangents of values that no sample enters back to the parameters, by the ordinary chain rule."""
     for node in nodes:
@@ -511,24 +528,28 @@ def shared_gradients(run: Run, nodes: Iterator[fx.Node], learned: set[fx.Node], 
 
 
 def penalty_seed(
-    gradient: Tensor, *, weight: float, target: float, one_sided: bool, group_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    gradient: Sequence[Tensor], *, weight: float, target: float, one_sided: bool, group_size: int
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Turn the input gradient into what pass 3 starts from.
 
     Args:
-        gradient: g ``[N, *D]``.
+        gradient: g ``[N, *D]``, in each of the samples' tensors.
         weight: w.
         target: The norm that costs nothing.
         one_sided: Whether only norms above it cost.
         group_size: Samples that share one norm.
 
     Returns:
-        v = (w/N) ψ'(‖g‖) g/‖g‖ ``[N, *D]`` (0 where g = 0), the penalty, and the mean norm.
+        v = (w/N) ψ'(‖g‖) g/‖g‖ ``[N, *D]`` (0 where g = 0) in each, the penalty, the mean norm, and the norms ``[N]``.
     """
-    penalty, mean_norm, _, v = torch.ops.wgan_fast.gradient_norm_penalty(
-        gradient, weight, target, one_sided, group_size
+    joined = gradient[0] if len(gradient) == 1 else torch.cat([g.flatten(1) for g in gradient], 1)
+    penalty, mean_norm, norms, v = torch.ops.wgan_fast.gradient_norm_penalty(
+        joined, weight, target, one_sided, group_size
     )
-    return v, penalty, mean_norm
+    if len(gradient) == 1:
+        return [v], penalty, mean_norm, norms
+    parts = v.split([g[0].numel() for g in gradient], 1)
+    return [part.reshape(g.shape).to(g.dtype) for part, g in zip(parts, gradient)], penalty, mean_norm, norms
 
 
 def number_values(values: Mapping[fx.Node, Any]) -> Values:

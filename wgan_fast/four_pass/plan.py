@@ -16,7 +16,7 @@ from .counting import Counter
 from .flat import FlatStep, Layout
 from .independence import CoupledError, Dims, batch_dims, opaque
 from .objective import Objective, RefusedError, Schedule
-from .optimize import finish, save_memory
+from .optimize import cut, finish, save_memory
 from .passes import Roles, Run, number_values
 from .record import Recorder
 
@@ -44,9 +44,12 @@ class Plan(FlatStep):
         ValueError: The critic does not return a row of scores per sample, or its scores do not depend on its input.
 
     Attributes:
-        graph: As ``FlatStep``; ``plan.code`` is what runs.
+        pieces: As ``FlatStep``; ``plan.code`` is what runs.
         schedule: "batched" or "split".
-        trainable: Which inputs the gradients belong to, in their order.
+        trainable: Which inputs the gradients belong to, in their order; those of the fake batch's own further
+            arguments come after them.
+        scales: Whether what the points give back to the one score of each scales what was pulled back from it.
+        differentiable: The outputs of which an outside loss is to have a derivative.
         coupled: Why samples are not proven apart; None where they are.
         curved: Operators whose curvature the step carries.
         linear: The other operators between the points and the scores.
@@ -63,6 +66,7 @@ class Plan(FlatStep):
     ) -> None:
         self.captured, self.objective, self.in_place = captured, objective, in_place
         self.device = inputs[captured.inputs.index(captured.x)].device.type
+        self.own_arguments = [n for n in captured.sampled if n in captured.trainable] if objective.own_arguments else []
         self._autocast_enabled = torch.is_autocast_enabled(self.device)
         self._autocast_dtype = torch.get_autocast_dtype(self.device)
         self.trainable = [captured.inputs.index(node) for node in captured.trainable]
@@ -72,8 +76,9 @@ class Plan(FlatStep):
             for node, value in [*zip(captured.inputs, inputs), *captured.constants.items()]
         }
         self.roles = Roles.of(captured)
-        if captured.scores not in self.roles.varying:
+        if not self.roles.varying.intersection(captured.picked(0)):
             raise unconnected()
+        self.differentiable = [node for node in captured.picked(-1) if node in self.roles.learned]
         self.coupled: str | None = None
         self.dims: Dims = {}
         self.numbers: dict[fx.Node, Any] = {}
@@ -81,29 +86,52 @@ class Plan(FlatStep):
         self.linear: set[str] = set()
         try:
             self._prove()
+            self.scales = self.one_score and not self.coupled
             self.schedule = self._arrange(schedule)
-            graph, layout = self._record(dict(zip(captured.inputs, inputs)))
+            pieces, layout = self._record(dict(zip(captured.inputs, inputs)))
         except RefusedError as refused:
             raise refused.error from None
         except CaptureError:
             raise
         except Exception as error:
             raise CaptureError(f"the step cannot be recorded{raised_at(error)}: {first_line(error)}") from error
-        read = [i for i, node in enumerate(captured.inputs) if node is not captured.x and isinstance(inputs[i], Tensor)]
-        super().__init__(graph, read, layout, self.device)
+        super().__init__(pieces, self._live(inputs), layout, self.device)
+
+    def _live(self, inputs: Sequence[Any]) -> list[int]:
+        """Return which inputs of the captured graph are read as they are."""
+        samples = set(self._apart())
+        tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
+        return [i for i in tensors if self.captured.inputs[i] not in samples]
+
+    def _apart(self, name: str | None = None) -> list[fx.Node]:
+        """Return the inputs that a batch brings itself: its samples, and its own further arguments."""
+        own = self.objective.own_arguments and name == "fake"
+        return [node for node, i in self.captured.sampled.items() if own or i < self.captured.leaves]
 
     def _prove(self) -> None:
         """Run the critic on stand-ins of one and of two batches to see which dimensions grow."""
         small, calls = self._rehearse(1)
         try:
-            scores = check_scores(small[self.captured.scores], small[self.captured.x], self.objective.group_size)
+            scores = [
+                check_scores(
+                    small[node],
+                    small[self.captured.x],
+                    self.objective.group_size,
+                    rows=not self.objective.outside_penalty,
+                )
+                for node in self.captured.picked(0)
+            ]
         except (TypeError, ValueError) as error:
             raise RefusedError(error) from None
-        self.one_score = scores.numel() == scores.shape[0]
+        self.one_score = len(scores) == 1 and scores[0].numel() == scores[0].shape[0]
         activations = [small[node] for node in self.captured.calls() if node in self.roles.sampled]
         storages = {x.untyped_storage()._cdata: x.untyped_storage() for x in activations if isinstance(x, Tensor)}
         self._activation_bytes = sum(storage.nbytes() for storage in storages.values())
         self.numbers = number_values(small)
+        groups = small[self.captured.x].shape[0] // self.objective.group_size
+        if any(part.dim() == 0 or part.shape[0] != groups for part in scores):
+            self.coupled = "scores are not in rows of samples"
+            return
         if not self.captured.dynamic:
             self.coupled = "the batch size is fixed in the captured graph"
             return
@@ -122,8 +150,7 @@ class Plan(FlatStep):
         if self.coupled or schedule == "split":
             return "split"
         # By size and never by a stopwatch, so that runs can be repeated bit for bit.
-        losses = ["real", "fake"] if self.objective.loss else []
-        joined = len({*losses, *self.objective.points()})
+        joined = len(self.objective.inputs())
         large = self.device == "cpu" and joined * self._activation_bytes > JOINED_BYTES
         return "split" if schedule == "auto" and large else "batched"
 
@@ -141,21 +168,26 @@ class Plan(FlatStep):
         """Autocast as it was when the plan was made."""
         return torch.autocast(self.device, dtype=self._autocast_dtype, enabled=self._autocast_enabled)
 
-    def _record(self, examples: Mapping[fx.Node, Any]) -> tuple[fx.GraphModule, Layout]:
+    def _record(self, examples: Mapping[fx.Node, Any]) -> tuple[list[fx.GraphModule], Layout]:
         recorder = self.recorder = Recorder()
         objective = self.objective
+        apart = set(self._apart())
         given = {
             node: recorder.input(node.name, value.detach()) if isinstance(value, Tensor) else value
             for node, value in examples.items()
-            if node is not self.captured.x
+            if node not in apart
         }
-        example = examples[self.captured.x].detach()
-        layout: Layout = {}
-        batches: dict[str, Tensor] = {}
+        layout: Layout = []
+        batches: dict[str, dict[fx.Node, Tensor]] = {}
         for name in objective.inputs():
-            batches[name] = recorder.input(name, example)
-            layout[name] = (example.shape, example.stride())
-        numbers = recorder.numbers("weight", "target") if objective.points() else {}
+            batches[name] = {node: given[node] for node in self.captured.sampled if node not in apart}
+            for node in self._apart(name):
+                example, position = examples[node].detach(), self.captured.sampled[node]
+                label = name if node is self.captured.x else f"{name}_{node.name}"
+                batches[name][node] = recorder.input(label, example)
+                layout.append((name, position, example.shape, example.stride()))
+        penalised = objective.points() and not objective.outside_penalty
+        numbers = recorder.numbers("weight", "target") if penalised else {}
         constants = {node: recorder.constant(node.name, value) for node, value in self.captured.constants.items()}
         with recorder.fake, recorder, torch.no_grad():
             base = Run(self.captured, recorder.labelled)
@@ -168,12 +200,13 @@ class Plan(FlatStep):
         recorder.output(outputs)
         if numbers:
             _read_numbers(recorder.graph, **numbers)
-        graph = finish(recorder)
-        if self.in_place:
-            save_memory(graph.graph)
-        graph.graph.lint()
-        graph.recompile()
-        return graph, layout
+        pieces = cut(finish(recorder), 1 + recorder.piece)
+        for piece in pieces:
+            if self.in_place:
+                save_memory(piece.graph)
+            piece.graph.lint()
+            piece.recompile()
+        return pieces, layout
 
     def units(self, flops: int | None = None) -> float:
         """Return FLOPs, by default those of the step, in critic forwards over one batch."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from .stand_ins import evaluate
@@ -34,7 +34,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         graph: The graph being written.
         constants: Tensors that the recorded code closes over, by attribute name.
         label: Name given to the nodes recorded from here on.
-        segment: Where these nodes run: the graph is ordered by segment, as far as its data flow allows.
+        piece: Which piece of the step these nodes are in: between pieces, somebody else computes.
+        segment: Where these nodes run, in this piece: the graph is ordered by segment, as far as its data flow allows.
+        cuts: What each piece but the last gives.
     """
 
     def __init__(self) -> None:
@@ -43,7 +45,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self.label = ""
-        self.segment = 0
+        self.piece = 0
+        self.segment = (0, 0)
+        self.cuts: list[Any] = []
+        self.given_away: list[bool] = []
         # Fake tensors own no memory; holding them keeps their ids from being reused.
         self._seen: dict[int, tuple[Tensor, fx.Node]] = {}
         self._calls: dict[Hashable, fx.Node] = {}
@@ -51,7 +56,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def input(self, name: str, example: Tensor) -> Tensor:
         """Add a graph input that looks like ``example``; returns its stand-in."""
-        fake = self.fake.from_tensor(example, static_shapes=True).detach()
+        with _disable_current_modes():
+            if self.fake.is_our_fake(example):
+                with self.fake:
+                    fake = torch.empty_strided(
+                        example.shape, example.stride(), dtype=example.dtype, device=example.device
+                    )
+            else:
+                fake = self.fake.from_tensor(example, static_shapes=True).detach()
         self._bind(fake, self.graph.placeholder(name))
         return fake
 
@@ -70,9 +82,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._bind(fake, self.graph.get_attr(name))
         return fake
 
+    def cut(self, values: Any, *, given_away: bool = False) -> None:
+        """End a piece, which gives ``values``, a nest of tensors; inputs from here on are of the next one.
+
+        Args:
+            values: What whoever computes between the pieces may read, and nobody else writes to.
+            given_away: Whether they may be written to.
+        """
+        self.cuts.append(values)
+        self.given_away.append(given_away)
+        self.piece += 1
+        self.segment = (self.piece, 0)
+
     def output(self, values: Any) -> None:
-        """Close the graph: ``values`` is a nest of tensors and None."""
-        self.graph.output(tree_map_only(Tensor, self.node, values))
+        """Close the graph: ``values`` is a nest of tensors and None; before it come those of the cuts."""
+        self.graph.output(tree_map_only(Tensor, self.node, (*self.cuts, values)))
 
     def node(self, tensor: Tensor) -> fx.Node:
         """Return the node that computes ``tensor``."""

@@ -1,0 +1,104 @@
+"""Losses and penalties that are any function at all: computed by autograd, between the pieces of a plan."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..checks import UNREACHED, check_loss
+from ..four_pass.capture import Output
+from ..four_pass.plan import Plan
+
+
+def nested(picks: Any, outputs: Mapping[int, Any] | Sequence[Any]) -> Any:
+    """Return what was made of a critic's output, from the outputs of its graph by number."""
+    return tree_map(lambda leaf: outputs[leaf.number] if isinstance(leaf, Output) else leaf, picks)
+
+
+class Outside:
+    """Computes a value from what one piece gives, and for the next one its derivative.
+
+    Attributes:
+        value: What came of it, a constant.
+        given: Its derivative, for what the next piece takes; None where there is none.
+    """
+
+    value: Tensor
+    given: Sequence[Tensor | None]
+
+    def __call__(self, asked: Any) -> Sequence[Tensor | None]:
+        """Answer a piece."""
+        with torch.enable_grad():
+            value, leaves = self.evaluate(asked)
+        self.value = value.detach()
+        if value.requires_grad:
+            # Not into the leaves alone: what else it is computed from gets its gradient too.
+            torch.autograd.backward(value)
+        self.given = [leaf.grad for leaf in leaves]
+        return self.given
+
+    def evaluate(self, asked: Any) -> tuple[Tensor, list[Tensor]]:
+        """Return the value, and what the next piece wants the derivative by."""
+        raise NotImplementedError
+
+
+class OutsideLoss(Outside):
+    """A loss of what a critic returns for real and for fake.
+
+    Args:
+        plan: The plan.
+        loss: ``(real_output, fake_output) -> 0-dim``, nested as the critic's last pick.
+        before: Is called before any gradient is left anywhere.
+    """
+
+    def __init__(self, plan: Plan, loss: Callable[[Any, Any], Any], before: Callable[[], None]) -> None:
+        self.plan, self.loss, self.before = plan, loss, before
+
+    def evaluate(self, asked: Any) -> tuple[Tensor, list[Tensor]]:
+        """Return the value, and the outputs."""
+        captured = self.plan.captured
+        nodes, outputs, wanted = captured.picked(-1), captured.outputs, list[Tensor]()
+        sides = []
+        for values in asked:
+            found = {}
+            for node, value in zip(nodes, values):
+                found[outputs.index(node)] = leaf = value.detach()
+                if node in self.plan.differentiable:
+                    wanted.append(leaf.requires_grad_())
+            sides.append(nested(captured.picks[-1], found))
+        value = check_loss(self.loss(*sides))
+        if not value.requires_grad:
+            raise ValueError(UNREACHED)
+        self.before()
+        return value, wanted
+
+
+class OutsidePenalty(Outside):
+    """A penalty of the input gradient at one or more sets of points.
+
+    Args:
+        penalty: Takes the gradients of one set, and returns the penalty and the norms ``[N]``.
+        before: Is called before any gradient is left anywhere.
+
+    Attributes:
+        norms: ‖∇D‖₂ for every set of points.
+    """
+
+    def __init__(self, penalty: Callable[[list[Tensor]], tuple[Tensor, Tensor]], before: Callable[[], None]) -> None:
+        self.penalty, self.before = penalty, before
+        self.norms: list[Tensor] = []
+
+    def evaluate(self, asked: Any) -> tuple[Tensor, list[Tensor]]:
+        """Return the value, and the gradients."""
+        _, sets = asked
+        values, wanted = [], list[Tensor]()
+        for gradients in sets:
+            leaves = [gradient.detach().requires_grad_() for gradient in gradients]
+            value, norms = self.penalty(leaves)
+            values.append(value)
+            self.norms.append(norms)
+            wanted += leaves
+        self.before()
+        return sum(values[1:], values[0]), wanted
