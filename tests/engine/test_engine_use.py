@@ -710,16 +710,6 @@ def test_explain_names_the_line_that_cannot_be_captured() -> None:
     assert "if x.sum() > 0" in str(report)
 
 
-class Reversed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return -0.3 * gradient
-
-
 def _hooked(h: Tensor) -> Tensor:
     if h.requires_grad:
         h.register_hook(lambda gradient: 2 * gradient)
@@ -749,7 +739,6 @@ def scaled(middle: Callable[[Tensor], Tensor] = lambda h: h) -> Scaled:
 @pytest.mark.parametrize(
     ("middle", "said"),
     [
-        (Reversed.apply, "an autograd.Function with a backward of its own"),
         (_hooked, "a hook on a tensor's gradient"),
         (lambda h: torch.fft.fft(h).abs(), "complex numbers"),
     ],

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_on
 
 from ..checks import WHOLE, Score, check_scores, picked, unconnected
 from ..four_pass.capture import Captured, CaptureError, first_line, lower, raised_at, where
+from .functions import noted, unguarded
 
 MOST_IN_A_ROW = 3
 """Calls of one critic that are traced one after the other, before it is left to autograd."""
@@ -237,7 +238,7 @@ class GuardedCall:
         function(*call)
 
     def _compile(self, call: tuple[Any, ...]) -> None:
-        with hushed(), _without_statistics(), torch._dynamo.config.patch(_NO_SHORTCUTS):
+        with hushed(), _without_statistics(), noted(), torch._dynamo.config.patch(_NO_SHORTCUTS):
             try:
                 self._call(*call)
             except Exception as error:
@@ -310,7 +311,7 @@ class Traced:
             output = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output
             _guard_more(output)
             classes = _classes(_pending.call[0], output)
-            self._methods = [*_methods(classes, set(codes)), *_attributes(classes, codes)]
+            self._methods = [*_methods(classes, set(codes)), *_attributes(classes, codes), *unguarded(graph)]
             self._values = list(_loosely_guarded(output))
             if output.random_calls:
                 raise CaptureError("the critic draws Python's random numbers")

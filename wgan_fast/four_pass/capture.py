@@ -9,6 +9,7 @@ import operator
 import os
 import re
 import traceback
+import types
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from .functions import Application, UnknownError, applied, is_function
+from .operators import Applied
 from .record import functional_form
 
 aten = torch.ops.aten
@@ -163,7 +166,7 @@ def lower(
     """
     placeholders = [node for node in trace.graph.nodes if node.op == "placeholder"]
     outputs = list(dict.fromkeys(node for node in tree_leaves(picks) if isinstance(node, fx.Node)))
-    functions = _functions(trace, outputs, numbers)
+    functions = _functions(trace, outputs, samples, numbers)
     lowered = _to_aten(functions, [node.meta["example_value"] for node in placeholders])
     captured = Captured(fx.Graph(), functions=functions, leaves=leaves)
     env: dict[fx.Node, fx.Node] = {}
@@ -247,7 +250,10 @@ def _short_name(placeholder: fx.Node) -> str:
 
 
 def _functions(
-    trace: fx.GraphModule, outputs: list[fx.Node], numbers: Mapping[fx.Node, float | None]
+    trace: fx.GraphModule,
+    outputs: list[fx.Node],
+    samples: Sequence[fx.Node],
+    numbers: Mapping[fx.Node, float | None],
 ) -> fx.GraphModule:
     """Make numbers tensors, and inference mode what it is to autograd; the result is the outputs alone."""
     graph = fx.Graph()
@@ -280,13 +286,45 @@ def _functions(
             raise CaptureError(
                 f"{where(node)} registers a hook on a tensor's gradient, which four passes would not call"
             )
-        elif isinstance(node.target, torch._ops.HigherOrderOperator) and name not in _WRAPPERS:
-            raise CaptureError(_no_rule_for(node))
+        elif is_function(node):
+            env[node] = _apply(graph, node, _application(trace, node, samples, numbers), env)
+            continue
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            _check_wrapper(trace, node)
         env[node] = graph.node_copy(node, env.__getitem__)
         if node.target is getattr and node.args[1:] == ("data",):
             env[node].target, env[node].args = torch.detach, env[node].args[:1]
     graph.output(tuple(env[node] for node in outputs))
     return fx.GraphModule(trace, graph)
+
+
+def _application(
+    trace: fx.GraphModule, node: fx.Node, samples: Sequence[fx.Node], numbers: Mapping[fx.Node, float | None]
+) -> Application:
+    try:
+        return applied(trace, node, samples, numbers)
+    except UnknownError as error:
+        raise CaptureError(f"{where(node)} is an autograd.Function with a backward of its own, {error}") from None
+
+
+def _apply(graph: fx.Graph, node: fx.Node, made: Application, env: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Put the function for which a node of Dynamo's stands in its place."""
+    args = fx.node.map_arg(made.args, lambda source: env[source])
+    new = graph.call_function(Applied(made.function), args, made.of_operands)
+    new.meta = dict(node.meta)
+    return new
+
+
+def _check_wrapper(trace: fx.GraphModule, node: fx.Node) -> None:
+    """Refuse a higher-order operator unless it only wraps, and what it wraps has no backward of its own."""
+    if getattr(node.target, "__name__", "") not in _WRAPPERS:
+        raise CaptureError(f"{where(node)} is a higher-order operator, which has no rule")
+    body = getattr(trace, str(node.args[0].target))  # type: ignore[union-attr]
+    for inner in body.graph.nodes:
+        if is_function(inner):
+            raise CaptureError(f"{where(inner)} is an autograd.Function with a backward of its own, in a checkpoint")
+        if isinstance(inner.target, torch._ops.HigherOrderOperator):
+            _check_wrapper(body, inner)
 
 
 def _to_aten(functions: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
@@ -307,24 +345,44 @@ def _to_aten(functions: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs what checkpoints and the like wrap as if it were not wrapped: there is no double backward to save for."""
+    """Runs what checkpoints and the like wrap as if it were not wrapped: there is no double backward to save for.
+
+    An ``autograd.Function`` stays one call.
+    """
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function."""
         if getattr(target, "__name__", "") in _WRAPPERS:
             body, *operands = args
             return _Interpreter(body).run(*operands)
-        return super().call_function(target, args, kwargs)
+        if isinstance(target, Applied):
+            tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
+            # Nor is it written down where the function switches gradients on or off.
+            with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+                made = target(*args, **kwargs)
+            proxies = tree_map_only(Tensor | torch.SymInt, tracer.unwrap_proxy, args)
+            proxy = tracer.create_proxy("call_function", target, proxies, kwargs)
+            return track_tensor_tree(made, proxy, constant=None, tracer=tracer)
+        made = super().call_function(target, args, kwargs)
+        if isinstance(target, types.FunctionType) and target.__module__ != "torch.nn.functional":
+            _check_derivatives(made, (args, kwargs))
+        return made
+
+
+def _check_derivatives(made: Any, given: Any) -> None:
+    """Refuse derivatives of the user's own in a function that ``allow_in_graph`` keeps the trace from looking into."""
+    before, steps = ([x.grad_fn for x in tree_leaves(some) if isinstance(x, Tensor)] for some in (given, made))
+    seen: set[Any] = {None, *before}
+    step: Any
+    for step in steps:
+        if step not in seen and hasattr(step, "_forward_cls"):
+            raise CaptureError(f"{step._forward_cls.__qualname__} has a backward of its own, hidden by allow_in_graph")
+        steps += [] if step in seen else [further for further, _ in step.next_functions]
+        seen.add(step)
 
 
 _WRAPPERS = {"wrap", "tag_activation_checkpoint"}
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
-
-
-def _no_rule_for(node: fx.Node) -> str:
-    if "autograd_function_apply" in str(node.target):
-        return f"{where(node)} is an autograd.Function with a backward of its own"
-    return f"{where(node)} is a higher-order operator, which has no rule"
 
 
 def _plain(module: fx.GraphModule, captured: Captured, env: dict[fx.Node, fx.Node]) -> list[fx.Node]:
@@ -345,7 +403,7 @@ def _plain(module: fx.GraphModule, captured: Captured, env: dict[fx.Node, fx.Nod
         elif name == "_set_grad_enabled":
             enabled = bool(node.args[0])
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise CaptureError(_no_rule_for(node))
+            raise CaptureError(f"{where(node)} is a higher-order operator, which has no rule")
         elif node.target is torch.ops.aten.detach_.default:
             for alias in _aliases(node.args[0], node, module.graph):
                 env[alias] = graph.call_function(torch.ops.aten.detach.default, (env[alias],))

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from .capture import Captured, where
-from .operators import ROWS, SIZED, Call
+from .operators import ROWS, SIZED, Applied, Call
 from .operators.rows import Placed, aligned
 from .stand_ins import is_elementwise
 
@@ -21,6 +21,12 @@ Dims = dict[fx.Node, int]
 
 class CoupledError(Exception):
     """A node is not proven to keep samples apart; the message names it."""
+
+
+def opaque(captured: Captured) -> str | None:
+    """Say which node the proof cannot look into; None where it can into all."""
+    functions = [where(node) for node in captured.calls() if isinstance(node.target, Applied)]
+    return f"{functions[0]} is an autograd.Function, which is not proven to keep samples apart" if functions else None
 
 
 def batch_dims(

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from .capture import STOPS_GRADIENT, Captured, CaptureError, first_line, where
 from .independence import Dims
-from .operators import Call, Slot, rule_for
+from .operators import WITH_RULES, Call, Slot, rule_for
 
 Values = dict[fx.Node, Any]
 Label = Callable[[str], AbstractContextManager[None]]
@@ -71,7 +71,7 @@ class Run:
     def evaluate(self, nodes: Sequence[fx.Node], sampled: set[fx.Node]) -> None:
         """Run ``nodes`` forward, from the values of their inputs."""
         for node in nodes:
-            if not isinstance(node.target, torch._ops.OpOverload):
+            if not isinstance(node.target, WITH_RULES):
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
                 self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
                 continue
@@ -335,7 +335,7 @@ class FourPasses:
 
     @staticmethod
     def _call(run: Run, node: fx.Node) -> Call | None:
-        return run.calls[node] if isinstance(node.target, torch._ops.OpOverload) else None
+        return run.calls[node] if isinstance(node.target, WITH_RULES) else None
 
     def tangents(self, v: Sequence[Tensor]) -> None:
         """Pass 3: carry ``v`` (like the points) forward through the linearised critic."""

@@ -14,7 +14,7 @@ from .blocks import Blocks
 from .capture import Captured, CaptureError, first_line, raised_at
 from .counting import Counter
 from .flat import FlatStep, Layout
-from .independence import CoupledError, Dims, batch_dims
+from .independence import CoupledError, Dims, batch_dims, opaque
 from .objective import Objective, RefusedError, Schedule
 from .optimize import cut, finish, save_memory
 from .passes import Roles, Run, number_values
@@ -134,6 +134,9 @@ class Plan(FlatStep):
             return
         if not self.captured.dynamic:
             self.coupled = "the batch size is fixed in the captured graph"
+            return
+        self.coupled = opaque(self.captured)
+        if self.coupled:
             return
         try:
             large, _ = self._rehearse(2)

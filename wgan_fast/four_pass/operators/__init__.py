@@ -5,9 +5,15 @@ gets the generic rule, which asks autograd about that operator alone. Beside the
 (``overwrites``, ``fills``) and what PyTorch's table of FLOPs leaves out.
 """
 
-from . import activations, linear, normalization, pooling, recurrent, structure
+import torch
+
+from . import activations, functions, linear, normalization, pooling, recurrent, structure
 from .base import FLOPS, IN_PLACE, OPERATORS, OUT, ROWS, Call, Rule, Slot, rule_for
+from .functions import Applied
 from .structure import SIZED
+
+WITH_RULES = torch._ops.OpOverload | Applied
+"""What a rule may be asked for; what else a graph calls computes with numbers, or takes apart."""
 
 __all__ = [
     "FLOPS",
@@ -16,10 +22,13 @@ __all__ = [
     "OUT",
     "ROWS",
     "SIZED",
+    "WITH_RULES",
+    "Applied",
     "Call",
     "Rule",
     "Slot",
     "activations",
+    "functions",
     "linear",
     "normalization",
     "pooling",

@@ -116,28 +116,34 @@ class Rule:
             call.operands = [call.blank(x).copy_(x) if same else x for x, same in zip(call.operands, alike)]
         return call.run()
 
+    def leaves(self, call: Call) -> list[Tensor]:
+        """Return detached operands to differentiate the operator by, which runs once more for it."""
+        if _draws(call):
+            raise NotImplementedError("an operator that draws random numbers needs a rule of its own")
+        return [x.detach().requires_grad_() if x.is_floating_point() else x for x in call.operands]
+
     def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
         """Return ∂⟨δ, f(x)⟩/∂x for the operands ``wanted``."""
-        operands = _leaves(call)
+        operands = self.leaves(call)
         with torch.enable_grad():
             outputs, cotangents = _paired(call.run(operands), cotangent)
-            return _grad(outputs, [operands[i] for i in wanted], cotangents)
+            return grad(outputs, [operands[i] for i in wanted], cotangents)
 
     def jvp(self, call: Call, tangents: Sequence[Tensor | None]) -> Output:
         """Return the derivative of f along ``tangents``."""
         # The VJP is linear in its cotangent, so differentiating ⟨VJP(δ), t⟩ for δ gives the JVP. Unlike forward-mode
         # AD this needs nothing but the operator's double backward, and what it computes on the way is dead code.
         moving = [i for i, t in enumerate(tangents) if t is not None]
-        operands = _leaves(call)
+        operands = self.leaves(call)
         with torch.enable_grad():
             output = call.run(operands)
             outputs = [output] if isinstance(output, Tensor) else list(output)
             # Operators such as max over a dimension return integers too.
             moved = [out for out in outputs if out.is_floating_point()]
             dummies = [torch.zeros_like(out).requires_grad_() for out in moved]
-            gradients = _grad(moved, [operands[i] for i in moving], dummies, create_graph=True)
+            gradients = grad(moved, [operands[i] for i in moving], dummies, create_graph=True)
             pairs = [(g, tangents[i]) for g, i in zip(gradients, moving) if g is not None and g.requires_grad]
-            derivatives = iter(_grad([g for g, _ in pairs], dummies, [t for _, t in pairs]))
+            derivatives = iter(grad([g for g, _ in pairs], dummies, [t for _, t in pairs]))
         result = [next(derivatives) if out.is_floating_point() else None for out in outputs]
         return result[0] if isinstance(output, Tensor) else result
 
@@ -146,14 +152,14 @@ class Rule:
     ) -> Derivatives:
         """Return ∂⟨δ, JVP f(x)[t]⟩/∂x for the operands ``wanted``."""
         moving = [i for i, t in enumerate(tangents) if t is not None]
-        operands = _leaves(call)
+        operands = self.leaves(call)
         with torch.enable_grad():
             outputs, cotangents = _paired(call.run(operands), cotangent)
-            gradients = _grad(outputs, [operands[i] for i in moving], cotangents, create_graph=True)
+            gradients = grad(outputs, [operands[i] for i in moving], cotangents, create_graph=True)
             pairs = [(g, tangents[i]) for g, i in zip(gradients, moving) if g is not None and g.requires_grad]
             if not pairs:
                 return [None] * len(wanted)
-            return _grad([g for g, _ in pairs], [operands[i] for i in wanted], [t for _, t in pairs])
+            return grad([g for g, _ in pairs], [operands[i] for i in wanted], [t for _, t in pairs])
 
 
 class PiecewiseLinear(Rule):
@@ -260,20 +266,13 @@ def overload(name: str) -> Any:
 
 
 def rule_for(op: Any) -> Rule:
-    """Return the rule of an ATen overload."""
-    return OPERATORS[op].rule if op in OPERATORS else _GENERIC
+    """Return the rule of an ATen overload, or of what brings its own."""
+    return OPERATORS[op].rule if op in OPERATORS else getattr(op, "rule", _GENERIC)
 
 
 def on_gpu(x: Tensor) -> bool:
     """Whether an operator is to be written as kernels of a GPU like it."""
     return x.device.type == "cuda"
-
-
-def _leaves(call: Call) -> list[Tensor]:
-    """Detached operands to differentiate the operator by, which runs once more for it."""
-    if _draws(call):
-        raise NotImplementedError("an operator that draws random numbers needs a rule of its own")
-    return [operand.detach().requires_grad_() if operand.is_floating_point() else operand for operand in call.operands]
 
 
 def _draws(call: Call) -> bool:
@@ -290,9 +289,8 @@ def _paired(output: Output, cotangent: Output) -> tuple[list[Tensor], list[Tenso
     return [out for out, _ in kept], [cot for _, cot in kept]
 
 
-def _grad(
-    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Any], create_graph: bool = False
-) -> Derivatives:
+def grad(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Any], create_graph: bool = False) -> Derivatives:
+    """Return what autograd does, with None for what does not depend on an input and for what has no gradient."""
     kept = [(out, cot) for out, cot in zip(outputs, cotangents) if out.requires_grad]
     differentiable = [x for x in inputs if x.requires_grad]
     if not kept or not differentiable:
