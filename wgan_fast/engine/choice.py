@@ -174,7 +174,6 @@ def traced_choice(
     group_size: int,
     outside: bool,
     scored: bool,
-    engine: Engine,
     score: int | str | None,
     function: bool,
 ) -> EngineChoice:
@@ -187,8 +186,7 @@ def traced_choice(
         group_size: Samples that share a score.
         outside: Whether the penalty is a function of one's own.
         scored: Whether scores are wanted.
-        engine: As in ``gradient_penalty``.
-        score: Likewise, or the ``id`` of a function.
+        score: As in ``gradient_penalty``, or the ``id`` of a function.
         function: Whether it is that.
     """
     objective = Objective(group_size=group_size, outside_penalty=True, outside_scores=scored)
@@ -200,7 +198,7 @@ def traced_choice(
                 "under torch.compile, score must be an index, a key, or the function of a GradientPenalty that was "
                 "made outside of what is compiled"
             )
-    return penalty_choice(ctypes.cast(identity, ctypes.py_object).value, objective, engine, pick)
+    return penalty_choice(ctypes.cast(identity, ctypes.py_object).value, objective, "four_pass", pick)
 
 
 def unwrapped(critic: Callable[..., Any]) -> Callable[..., Any]:

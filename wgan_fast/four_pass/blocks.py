@@ -222,16 +222,14 @@ class Blocks:
         return outside
 
     def _outside_scores(self, passes: FourPasses, seeds: list[Tensor]) -> None:
-        """Have the scores at the points count: one each, as factors of what was pulled back already."""
-        block = passes.block
+        """Have the scores at the points count: one each, as factors of what was pulled back already.
+
+        Others go back by themselves, together with what curvature gives.
+        """
         if self.plan.scales:
-            block.factors = seeds[0].flatten()
-            return
-        alone = Block(block.run, block.run, None, block.trail, [], self.scores)
-        again = FourPasses(alone, self.roles, self.cotangents)
-        with self.plan.autocast():
-            again.cotangents({n: s for n, s in zip(self.scores, seeds) if n in self.roles.sampled})
-            again.weights()
+            passes.block.factors = seeds[0].flatten()
+        else:
+            passes.block.seeds = dict(zip(self.scores, seeds))
 
     def _penalise(self, each: tuple[FourPasses, list[Tensor]], v: list[Tensor] | None) -> None:
         """Run passes 3 and 4 over one block."""

@@ -219,6 +219,7 @@ def save_memory(graph: fx.Graph) -> None:
     """Let operators write where nobody reads any more, for eager execution; a compiler does this by itself."""
     _fuse_relu(graph)
     _write_tangents(graph)
+    _accumulate(graph)
     _write_in_place(graph)
     graph.eliminate_dead_code()
 
@@ -270,6 +271,23 @@ def _write_tangents(graph: fx.Graph) -> None:
         node.replace_all_uses_with(whole)
         graph.erase_node(node)
         graph.erase_node(head)
+
+
+def _accumulate(graph: fx.Graph) -> None:
+    """Add a product to a value as it is made: a weight's gradient by tangents, and by activations where there is β."""
+    position = _positions(graph)
+    for node in list(graph.nodes):
+        if node.target is not aten.add.Tensor or node.kwargs:
+            continue
+        total, product = node.args
+        if not (isinstance(total, fx.Node) and isinstance(product, fx.Node) and product.target is aten.mm.default):
+            continue
+        val, like = total.meta["val"], node.meta["val"]
+        if list(product.users) != [node] or (val.shape, val.dtype, val.stride()) != (like.shape, like.dtype, like.stride()):
+            continue
+        if _owned(total) and not any(position.get(r, -1) > position[node] for r in _readers(total) - {node}):
+            node.target, node.args = aten.addmm_.default, (total, *product.args)
+            graph.erase_node(product)
 
 
 def _write_in_place(graph: fx.Graph) -> None:

@@ -8,7 +8,7 @@ cotangent of the activations that curvature creates.
 import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -257,6 +257,7 @@ class Block:
         trail: Those that are the trailing ones.
         scores: The outputs whose gradient is penalised.
         factors: Where the loss sees the points too, dL/ds of each; the loss's cotangent there is that times δ.
+        seeds: In place of the factors, dL/ds by output, where scores mix samples or are several to each.
     """
 
     run: Run
@@ -266,6 +267,7 @@ class Block:
     trail: list[str]
     scores: list[fx.Node]
     factors: Tensor | None = None
+    seeds: Mapping[fx.Node, Tensor] = field(default_factory=dict)
 
 
 class FourPasses:
@@ -393,6 +395,8 @@ class FourPasses:
 
     def _weights_and_curvature(self) -> Cotangents:
         beta = Cotangents()
+        for output, seed in self.block.seeds.items():
+            beta.add(output, seed, self.block.run.values[output])
         for node in reversed(self.nodes):
             if node not in self.roles.learned:
                 continue

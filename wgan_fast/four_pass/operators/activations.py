@@ -1,5 +1,6 @@
 """Activations, applied to each element: the Jacobian is diagonal, so VJP and JVP are one function."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -44,9 +45,14 @@ class Elementwise(Rule):
         """Return f''(x) t δ."""
         if self._bend is None:
             return [None for _ in wanted]
-        if callable(self._bend):
+        if callable(self._bend) and not self._approximate(call):
             return [self._bend(call, tangents[0] * cotangent) for _ in wanted]
         return super().second(call, tangents, cotangent, wanted)
+
+
+    @staticmethod
+    def _approximate(call: Call) -> bool:
+        return call.op is aten.gelu.default and call.argument("approximate") != "none"
 
 
 def elementwise(name: str, *arguments: Example, slope: Along | None = None, bend: Along | str | None = None) -> None:
@@ -73,6 +79,19 @@ def _exp(call: Call, vector: Tensor) -> Tensor:
     return vector * call.output  # type: ignore[no-any-return]
 
 
+def _silu(call: Call, vector: Tensor) -> Tensor:
+    """f' = s + x s(1 − s) and f'' = s(1 − s)(2 + x(1 − 2s)), with s the sigmoid of x."""
+    x = call.operands[0]
+    s = x.sigmoid()
+    return aten.sigmoid_backward(vector, s) * (torch.addcmul(x, x, s, value=-2) + 2)
+
+
+def _gelu(call: Call, vector: Tensor) -> Tensor:
+    """f' = Φ(x) + x φ(x) and f'' = φ(x)(2 − x²), with the normal distribution's Φ and φ."""
+    square = call.operands[0].square()
+    return (square * -0.5).exp() * (vector * (2 - square)) * (2 * math.pi) ** -0.5  # type: ignore[no-any-return]
+
+
 # Slopes are read from the output where they can be, so that the input need not be kept.
 elementwise("relu", slope=lambda call, v: aten.threshold_backward(v, call.output, 0))
 elementwise("leaky_relu", (0.2,), (-0.1,), slope=_leaky)
@@ -87,7 +106,9 @@ elementwise("hardshrink", (0.3,))
 elementwise("softshrink", (0.3,))
 for _name in ("abs", "relu6", "hardsigmoid"):
     elementwise(_name)
-for _name in ("silu", "gelu", "softplus", "elu", "mish", "hardswish", "log_sigmoid"):
+elementwise("silu", slope=lambda call, v: aten.silu_backward(v, call.operands[0]), bend=_silu)
+elementwise("gelu", bend=_gelu)
+for _name in ("softplus", "elu", "mish", "hardswish", "log_sigmoid"):
     elementwise(_name, bend="autograd")
 
 for _name in ("relu", "leaky_relu", "tanh", "sigmoid"):
