@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..penalty import PenaltyConfig, draw_alpha
 from ..training import models
 from ..training.networks import channels_last, copy_of, to_channels_last
+from .published import r3gan_discriminator, stylegan2_discriminator
 
 SEED = 0
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -143,6 +144,12 @@ CRITICS = {
     "dcgan-64": _model("DCGAN, 3x64x64, width 64", 64, 64, "dcgan64", 3, 64, 64),
     "language": CriticSpec(
         "1-D ResNet, 32 of 96 characters, width 128", (96, 32), 64, partial(models.language_critic, (96, 32), 128)
+    ),
+    "stylegan2-64": CriticSpec(
+        "StyleGAN2's discriminator, 3x64x64, width 32", (3, 64, 64), 16, partial(stylegan2_discriminator, 64, 32)
+    ),
+    "r3gan-32": CriticSpec(
+        "R3GAN's discriminator, 3x32x32, width 64", (3, 32, 32), 32, partial(r3gan_discriminator, 32, 64)
     ),
 }
 """Widths are the papers' where a CPU can bear it: 128 for the ResNet and 512 for text are not among those."""

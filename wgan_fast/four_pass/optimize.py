@@ -283,7 +283,11 @@ def _accumulate(graph: fx.Graph) -> None:
         if not (isinstance(total, fx.Node) and isinstance(product, fx.Node) and product.target is aten.mm.default):
             continue
         val, like = total.meta["val"], node.meta["val"]
-        if list(product.users) != [node] or (val.shape, val.dtype, val.stride()) != (like.shape, like.dtype, like.stride()):
+        if list(product.users) != [node] or (val.shape, val.dtype, val.stride()) != (
+            like.shape,
+            like.dtype,
+            like.stride(),
+        ):
             continue
         if _owned(total) and not any(position.get(r, -1) > position[node] for r in _readers(total) - {node}):
             node.target, node.args = aten.addmm_.default, (total, *product.args)

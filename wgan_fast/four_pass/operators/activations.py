@@ -49,7 +49,6 @@ class Elementwise(Rule):
             return [self._bend(call, tangents[0] * cotangent) for _ in wanted]
         return super().second(call, tangents, cotangent, wanted)
 
-
     @staticmethod
     def _approximate(call: Call) -> bool:
         return call.op is aten.gelu.default and call.argument("approximate") != "none"
@@ -80,14 +79,14 @@ def _exp(call: Call, vector: Tensor) -> Tensor:
 
 
 def _silu(call: Call, vector: Tensor) -> Tensor:
-    """f' = s + x s(1 − s) and f'' = s(1 − s)(2 + x(1 − 2s)), with s the sigmoid of x."""
+    """Multiply by f'' = s(1 − s)(2 + x(1 − 2s)), with s the sigmoid of x."""
     x = call.operands[0]
     s = x.sigmoid()
-    return aten.sigmoid_backward(vector, s) * (torch.addcmul(x, x, s, value=-2) + 2)
+    return aten.sigmoid_backward(vector, s) * (torch.addcmul(x, x, s, value=-2) + 2)  # type: ignore[no-any-return]
 
 
 def _gelu(call: Call, vector: Tensor) -> Tensor:
-    """f' = Φ(x) + x φ(x) and f'' = φ(x)(2 − x²), with the normal distribution's Φ and φ."""
+    """Multiply by f'' = φ(x)(2 − x²), with φ the density of the normal distribution."""
     square = call.operands[0].square()
     return (square * -0.5).exp() * (vector * (2 - square)) * (2 * math.pi) ** -0.5  # type: ignore[no-any-return]
 
