@@ -99,15 +99,17 @@ bench: $(VENV)/jax  ## The critic step against the alternatives, on this CPU; go
 	$(BENCH) --models toy-mlp dcgan-28 --penalties r1-r2 none --variants naive no-penalty drop-in ours limit --seconds 4
 	$(BENCH) --models toy-mlp dcgan-28 --batch-sizes 16 512 --variants naive ours limit --seconds 4
 	$(BENCH) --scaling --seconds 2
+	$(BIN)/python benchmarks/forms.py --out benchmarks/results/forms
 	$(MAKE) report
 
 bench-kernels: $(VENV)/package  ## Each kernel against the alternatives, and the step against the committed results
 	$(BIN)/python -m pytest benchmarks
 
-report: $(VENV)/package  ## The tables of README.md and docs/scaling.md from the committed results
+report: $(VENV)/package  ## The tables of README.md and docs/ from the committed results
 	$(BIN)/python -m wgan_fast.bench.report README.md benchmarks/results
 	$(BIN)/python -m wgan_fast.bench.scaling docs/scaling.md benchmarks/results/scaling
 	$(BIN)/python benchmarks/gpu/report.py docs/gpu.md benchmarks/results/gpu
+	$(BIN)/python benchmarks/forms.py --out benchmarks/results/forms --report docs/forms.md
 
 kernel-check: $(VENV)/package  ## The Triton kernels for every architecture against their baselines; needs no GPU
 	$(BIN)/python tests/kernel_resources.py

@@ -31,7 +31,7 @@ from .checks import (
     picked,
 )
 from .engine.autograd import Opened, Piecewise, opened_at, penalised
-from .engine.choice import EngineChoice, GivenWay, penalty_choice, remember_score, traced_choice, unwrapped
+from .engine.choice import EngineChoice, GivenWay, named, penalty_choice, traced_choice, unwrapped
 from .engine.compiled_callers import opened_by_number
 from .engine.guarded import Called
 from .four_pass import Objective
@@ -322,8 +322,7 @@ class GradientPenalty:
         self.critic_args, self.penalty_args, self.critic_kwargs = critic_args, penalty_args, critic_kwargs
         self.return_norms, self.return_scores = return_norms, return_scores
         self._engine = engine
-        if not torch.compiler.is_compiling():
-            remember_score(self.config.score)
+        self._score_name = None if torch.compiler.is_compiling() else named(self.config.score)
         # Where the penalty is that of the norm and nothing else is asked for, one plan does it all.
         self._open = self.config.penalty is not None or return_scores
         self._objective = Objective(
@@ -438,9 +437,14 @@ class GradientPenalty:
             return None
         if self._engine == "autograd":
             return None
+        if callable(score) and self._score_name is None:
+            raise TypeError(
+                "under torch.compile, score must be an index, a key, or the function of a GradientPenalty that was "
+                "made outside of what is compiled"
+            )
         # Whatever it costs: a compiler cannot differentiate twice.
         settings = self.config.group_size, self.config.penalty is not None, self.return_scores
-        known = traced_choice(id(critic), *settings, id(score) if callable(score) else score, callable(score))
+        known = traced_choice(id(critic), *settings, None if callable(score) else score, self._score_name)
         return opened_by_number(known.number, critic, points, args, kwargs, scored=self.return_scores)
 
 

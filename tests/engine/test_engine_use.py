@@ -555,13 +555,12 @@ def test_operators_pass_opcheck() -> None:
     parameters = [p.detach().clone().requires_grad_() for p in critic.parameters()]
     number, nest = penalty._four_passes.number, "['tuple', (0,), ['tuple', ], {}, ]"
     arguments = (number, [real], [0], parameters, [], nest, None, True, True)
-    operators = torch.ops.wgan_fast
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(operators.input_gradient.default, arguments, test_utils=checks)
-    token, gradient, scores = operators.input_gradient(*arguments)
+    torch.library.opcheck(torch.ops.wgan_fast.input_gradient.default, arguments, test_utils=checks)
+    token, gradient, scores = torch.ops.wgan_fast.input_gradient(*arguments)
     constants = [p.detach() for p in parameters]
     given = token, constants, [gradient.detach(), scores.detach()]
-    torch.library.opcheck(operators.parameter_gradients.default, given, test_utils=("test_faketensor",))
+    torch.library.opcheck(torch.ops.wgan_fast.parameter_gradients.default, given, test_utils=("test_faketensor",))
 
 
 @pytest.mark.slow

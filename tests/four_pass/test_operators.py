@@ -126,7 +126,7 @@ SQUARE = torch.randn(5, 5, dtype=torch.float64)
 FOLLOWING = {
     **dict.fromkeys(["bernoulli", "rand_like", "randn_like", "rrelu"]),  # draw
     **dict.fromkeys(["zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full"]),
-    **dict.fromkeys(["one_hot", "embedding", "bmm", "mm", "einsum"]),
+    **dict.fromkeys(["one_hot", "embedding", "bmm", "mm", "einsum", "index", "index_select"]),
     "celu": ("celu",), "detach": ("detach",), "fill": ("fill.Scalar", 2.0), "full_like": ("full_like", 2.0),
     "copy": ("copy", "x"), "lerp": ("lerp.Scalar", "x", 0.3), "masked_fill": ("masked_fill.Scalar", "mask", 2.0),
     "ones_like": ("ones_like",), "zeros_like": ("zeros_like",), "selu": ("selu",), "square": ("square",),
@@ -289,6 +289,50 @@ def test_a_table_is_looked_up_by_samples():
     assert ROWS["embedding"](call, Placed([0, None], [table.shape, index.shape], out, 0)) is None
     one_hot = Call(aten.one_hot.default, (Slot(0), 5), {}, [index], [True])
     assert ROWS["one_hot"](one_hot, Placed([0], [index.shape], aten.one_hot.default(index, 5), 0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("positions", "dim", "place"),
+    [
+        ([None, 0], 0, 0),  # x[:, i]
+        ([None, 0, 0], 0, 0),
+        ([None, 0, None, 0], 0, 1),  # x[:, i, :, i]: what is indexed apart comes first
+        ([0], 1, 1),
+        ([0], 0, None),  # x[i]: samples chosen
+        ([None, 0], 1, None),
+        ([0, None, 0], 1, 1),
+    ],
+)
+def test_rows_lie_beside_what_is_indexed(positions, dim, place):
+    """On one batch and on two: the dimension that grows is the samples', or they are not told apart."""
+    index = torch.tensor([1, 0, 1])
+    outs = []
+    for n in (4, 8):
+        x = torch.randn([n if d == dim else 4 for d in range(4)])
+        outs.append(x[tuple(slice(None) if p is None else index for p in positions)])
+    changed = [d for d in range(outs[0].dim()) if outs[0].shape[d] != outs[1].shape[d]]
+    slots = [None if p is None else Slot(1) for p in positions]
+    call = Call(aten.index.Tensor, (Slot(0), slots), {}, [torch.randn(4, 4, 4, 4), index], [True, False])
+    grown = changed[0] if changed else 0
+    shapes = [torch.Size([4] * 4), index.shape]
+    assert ROWS["index"](call, Placed([dim, None], shapes, outs[0], grown)) == place
+    assert ROWS["index"](call, Placed([dim, 0], shapes, outs[0], grown)) is None
+
+
+def test_rows_lie_beside_what_is_selected():
+    x, index = torch.randn(4, 5, 6), torch.tensor([1, 0])
+    call = Call(aten.index_select.default, (Slot(0), 1, Slot(1)), {}, [x, index], [True, False])
+    out = x.index_select(1, index)
+    assert ROWS["index_select"](call, Placed([0, None], [x.shape, index.shape], out, 0)) == 0
+    assert ROWS["index_select"](call, Placed([2, None], [x.shape, index.shape], out, 2)) == 2
+    assert ROWS["index_select"](call, Placed([1, None], [x.shape, index.shape], out, 1)) is None
+    assert ROWS["index_select"](call, Placed([0, 0], [x.shape, index.shape], out, 0)) is None
+
+
+def test_what_is_expanded_to_the_batch_is_equal_in_every_row():
+    constant = torch.randn(1, 5)
+    call = Call(aten.expand.default, (Slot(0), [4, 5]), {}, [constant], [False])
+    assert ROWS["expand"](call, Placed([None], [constant.shape], constant.expand(4, 5), 0)) == 0
 
 
 def backward_arguments(name: str, x: Tensor, v: Tensor):

@@ -144,38 +144,43 @@ _CHOICES = weakref.WeakKeyDictionary()
 
 
 def penalty_choice(
-    critic: Callable[..., Any], objective: Objective, engine: Engine, score: Score = None
+    critic: Callable[..., Any], objective: Objective, engine: Engine, score: Score = None, *, alike: bool = True
 ) -> EngineChoice:
-    """Return the choice for a critic's penalty of any weight and target, kept as long as the critic lives.
+    """Return the choice for a critic's penalty, kept as long as the critic lives.
 
     Of a wrapped critic it is the choice for the module within: the caller's own backward reduces.
+
+    Args:
+        critic: The critic.
+        objective: A form of one.
+        engine: As in ``gradient_penalty``.
+        score: Likewise.
+        alike: Whether functions of one code share a choice, as those do that are made anew at every step.
     """
     critic = unwrapped(critic)
     choices = _CHOICES.setdefault(lasting(critic), {})
-    key = objective.form(), engine, lasting(score) if callable(score) else score
+    key = objective, engine, lasting(score) if callable(score) and alike else score
     choice = choices.get(key)
     if choice is None:
-        choice = choices.setdefault(key, EngineChoice(critic, objective.form(), engine))
+        choice = choices.setdefault(key, EngineChoice(critic, objective, engine))
         choice.score = score
     return choice
 
 
-_FUNCTIONS: "weakref.WeakValueDictionary[Any, Any]" = weakref.WeakValueDictionary()
+_FUNCTIONS: "weakref.WeakValueDictionary[str, Any]" = weakref.WeakValueDictionary()
 
 
-def remember_score(score: Score) -> None:
-    """Have a score that is a function known by its ``id``, which is all that a compiler can pass on."""
-    if callable(score):
-        _FUNCTIONS[id(score)] = score
+def named(score: Score) -> str | None:
+    """Return a name by which a compiler, which passes on and guards constants alone, can tell a function's choice."""
+    if not callable(score):
+        return None
+    name = f"score {next(_numbers)}"
+    _FUNCTIONS[name] = score
+    return name
 
 
 def traced_choice(
-    identity: int,
-    group_size: int,
-    outside: bool,
-    scored: bool,
-    score: int | str | None,
-    function: bool,
+    identity: int, group_size: int, outside: bool, scored: bool, score: int | str | None, name: str | None
 ) -> EngineChoice:
     """Return the choice for a critic's input gradient, for a compiler.
 
@@ -186,19 +191,12 @@ def traced_choice(
         group_size: Samples that share a score.
         outside: Whether the penalty is a function of one's own.
         scored: Whether scores are wanted.
-        score: As in ``gradient_penalty``, or the ``id`` of a function.
-        function: Whether it is that.
+        score: As in ``gradient_penalty``, unless it is a function.
+        name: What ``named`` gave for that.
     """
-    objective = Objective(group_size=group_size, outside_penalty=True, outside_scores=scored)
-    pick: Score = score
-    if function:
-        pick = _FUNCTIONS.get(score)
-        if pick is None:
-            raise TypeError(
-                "under torch.compile, score must be an index, a key, or the function of a GradientPenalty that was "
-                "made outside of what is compiled"
-            )
-    return penalty_choice(ctypes.cast(identity, ctypes.py_object).value, objective, "four_pass", pick)
+    objective = Objective(group_size=group_size, outside_penalty=True, outside_scores=scored).form()
+    pick = score if name is None else _FUNCTIONS[name]
+    return penalty_choice(ctypes.cast(identity, ctypes.py_object).value, objective, "four_pass", pick, alike=False)
 
 
 def unwrapped(critic: Callable[..., Any]) -> Callable[..., Any]:

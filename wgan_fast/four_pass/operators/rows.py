@@ -163,15 +163,22 @@ def windows(call: Call, dim: int, shape: torch.Size, at: Placed) -> int | None:
     return None if dim == call.argument("dimension") % len(shape) else dim
 
 
+def indexed(call: Call, at: Placed) -> int | None:
+    """Find the dimension that grows where other ones alone are indexed, by what is no sample's."""
+    dim, indices = at.dims[0], call.argument("indices")
+    if dim is None or any(other is not None for other in at.dims[1:]):
+        return None
+    return at.grown if dim >= len(indices) or indices[dim] is None else None
+
+
 def before_last(count: Callable[[Call], int]) -> Where:
     """Works on so many of the last dimensions."""
     return of_first(lambda call, dim, shape, at: dim if dim < len(shape) - count(call) else None)
 
 
-@of_first
-def expand(call: Call, dim: int, shape: torch.Size, at: Placed) -> int | None:
-    """Count the dimension from the end."""
-    return dim + at.out.dim() - len(shape)
+def expand(call: Call, at: Placed) -> int | None:
+    """Count the dimension from the end; what has no rows gets equal ones."""
+    return at.grown if at.dims[0] is None else at.dims[0] + at.out.dim() - len(at.shapes[0])
 
 
 @of_first

@@ -211,7 +211,8 @@ follows(rows.made, "zeros", "ones", "full", "empty", "rand", "randn", "new_zeros
 follows(
     rows.reduce, "amax", "amin", "linalg_vector_norm", "logsumexp", "max", "min", "norm", "prod", "std", "var"
 )  # fmt: skip
-follows(rows.along, "glu", "log_softmax", "softmax", "sort", "topk")
+follows(rows.along, "glu", "index_select", "log_softmax", "softmax", "sort", "topk")
+follows(rows.indexed, "index")
 follows(rows.keep_leading, "channel_shuffle")
 follows(rows.same, "one_hot")
 follows(rows.looked_up, "embedding")
