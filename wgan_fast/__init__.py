@@ -5,14 +5,8 @@ from .build import build_info
 from .clipping import clip_weights_
 from .critic_step import CriticStep, CriticStepResult
 from .explain import Explanation, explain
-from .penalty import (
-    GradientPenalty,
-    PenaltyConfig,
-    PenaltyResult,
-    gradient_penalty,
-    interpolate,
-    penalty_from_gradient,
-)
+from .penalty import GradientPenalty, PenaltyResult, gradient_penalty, penalty_from_gradient
+from .points import PenaltyConfig, interpolate
 
 __version__ = "0.1.0"
 

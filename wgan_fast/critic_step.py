@@ -36,7 +36,7 @@ from .four_pass import Objective, StepOutput
 from .four_pass.blocks import joined
 from .losses import LOSSES, AdversarialLoss, get_loss, wasserstein
 from .ops.samples import settled
-from .penalty import PenaltyConfig, Samples, check_part, draw, each, floating, mixed, one_precision, thinned
+from .points import PenaltyConfig, Samples, check_part, draw, each, floating, mixed, one_precision, thinned
 from .precision import accumulation_dtype
 
 Precision = Literal["fp32", "bf16"]

@@ -15,7 +15,7 @@ from .engine.guarded import Called
 from .engine.planned import FourPassEngine
 from .four_pass import CaptureError, Plan
 from .losses import AdversarialLoss, wasserstein
-from .penalty import PenaltyConfig, Samples
+from .points import PenaltyConfig, Samples
 
 
 @dataclass(frozen=True)

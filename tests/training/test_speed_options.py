@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wgan_fast import CriticStep, GradientPenalty, PenaltyConfig
 from wgan_fast.backends import convolves_in_tensor_cores
 from wgan_fast.errors import InputError
-from wgan_fast.penalty import thinned
+from wgan_fast.points import thinned
 from wgan_fast.training import TrainConfig, Trainer
 from wgan_fast.training.cli import main
 from wgan_fast.training.data import load_data

@@ -16,7 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from .. import reference
 from ..checks import check_scores
 from ..errors import InputError
-from ..penalty import PenaltyConfig, draw_alpha
+from ..points import PenaltyConfig, draw_alpha
 from ..training import models
 from ..training.networks import channels_last, copy_of, to_channels_last
 from .published import r3gan_discriminator, stylegan2_discriminator

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..errors import InputError
-from ..penalty import PenaltyConfig
+from ..points import PenaltyConfig
 
 Method = Literal["wgan-gp", "wgan-lp", "wgan-clip", "r1", "dragan", "gan", "lsgan", "hinge"]
 Optimizer = Literal["adam", "rmsprop"]
