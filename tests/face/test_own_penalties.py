@@ -208,6 +208,21 @@ def test_a_graph_has_one_score_and_its_nodes_have_norms(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_score_without_dimensions(engine: str) -> None:
+    """A mean, or the loss of an auxiliary head."""
+    critic, x, own = patches(), points(), FORMS["the sixth power"]
+    for pick in (lambda out: out.mean(), lambda out: nn.functional.softplus(out).sum()):
+        result = gradient_penalty(critic, points=x, score=pick, penalty=own, engine=engine, return_scores=True)
+        assert_same(result.penalty + 2 * result.scores, penalty(critic, x, pick, own) + 2 * pick(critic(x)), critic)
+    config = PenaltyConfig(penalty=own, score=lambda out: out.mean())
+    left = []
+    for each in ENGINES:
+        CriticStep(critic, penalty=config, engine=each)(points(2), points(3), 0.5)
+        left.append([p.grad.clone() for p in critic.parameters()])
+    torch.testing.assert_close(left[0], left[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_adjacency_and_nodes_are_one_sample(engine: str) -> None:
     torch.manual_seed(0)
     critic = GraphCritic().double()

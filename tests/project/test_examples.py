@@ -166,6 +166,36 @@ def test_sequences_move_to_the_data(example):
     assert improvement(generator, module.networks()[0], real, module.LATENT) < 0.9  # 0.8 after 60 steps, 0.35 after 150
 
 
+def test_forces_that_are_fitted_explain_energies_and_forces(example):
+    module = example("force_matching")
+    torch.manual_seed(0)
+    energy, force = module.errors(module.train(200))
+    torch.manual_seed(0)
+    energy_alone, force_alone = module.errors(module.train(200, weight=0.0))
+    assert energy < 0.9 * energy_alone
+    assert force < 0.9 * force_alone
+
+
+def test_the_distance_to_a_surface_is_learned_from_its_points(example):
+    module = example("signed_distance")
+    on_surface = module.surface(100)
+    assert module.true_distance(on_surface).abs().max() < 1e-6
+    assert module.error(module.train(200)) < 0.3 * module.error(module.SignedDistance())
+
+
+def test_path_lengths_even_out_what_a_style_changes(example):
+    module = example("path_length", "sklearn")
+    images = module.torch.from_numpy(module.load_digits().images).float()[:, None] / 8 - 1
+    spreads, errors = [], []
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        error, spread = module.measure(*module.train(images, 300, weight), images)
+        errors.append(error)
+        spreads.append(spread)
+    assert spreads[1] < 0.95 * spreads[0]
+    assert errors[1] < 1.1 * errors[0]
+
+
 def test_every_example_is_tested():
     with open(__file__) as file:
         text = file.read()

@@ -123,7 +123,7 @@ class Plan(FlatStep):
             ]
         except (TypeError, ValueError) as error:
             raise RefusedError(error) from None
-        self.one_score = len(scores) == 1 and scores[0].numel() == scores[0].shape[0]
+        self.one_score = len(scores) == 1 and scores[0].dim() > 0 and scores[0].numel() == scores[0].shape[0]
         activations = [small[node] for node in self.captured.calls() if node in self.roles.sampled]
         storages = {x.untyped_storage()._cdata: x.untyped_storage() for x in activations if isinstance(x, Tensor)}
         self._activation_bytes = sum(storage.nbytes() for storage in storages.values())
