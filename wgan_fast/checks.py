@@ -64,7 +64,8 @@ def check_one(name: str, batch: object, group_size: int = 1) -> Tensor:
             if not isinstance(leaf, Tensor):
                 kind = type(batch).__name__
                 raise TypeError(
-                    f"{name} is a {kind}, which must hold tensors alone, and {path} is {type(leaf).__name__}"
+                    f"{name} is a {kind}, which must hold tensors alone, and {path} is {type(leaf).__name__}: give the "
+                    "critic what is no sample by critic_args, or by a function of the samples"
                 )
         first = _check_nest(name, leaves)  # type: ignore[arg-type]
     else:
@@ -128,12 +129,15 @@ def picked(output: Any, score: Score | EllipsisType) -> Any:
             raise TypeError(f"score={score!r} picks from a tuple, list or dict, and the critic returns a tensor")
         else:
             try:
-                output = output[score]
-            except (KeyError, IndexError, TypeError):
-                has = f"the keys {list(output)}" if isinstance(output, Mapping) else f"{len(output)} parts"
+                named = isinstance(score, str) and not isinstance(output, Mapping)
+                output = getattr(output, score) if named else output[score]  # type: ignore[arg-type]
+            except (KeyError, IndexError, TypeError, AttributeError):
+                has = f"the keys {list(output)}" if isinstance(output, Mapping) else f"the type {type(output).__name__}"
+                if isinstance(output, tuple | list):
+                    has = f"{len(output)} parts"
                 raise ValueError(f"score={score!r} is not in what the critic returns, which has {has}") from None
         if isinstance(output, list | tuple) and len(output) and all(isinstance(part, Tensor) for part in output):
-            return list(output)
+            return list(output) if len(output) > 1 else output[0]
     return output
 
 
@@ -144,7 +148,8 @@ def check_scores(scores: object, x: Tensor, group_size: int = 1, *, one: bool = 
     """
     groups = x.shape[0] // group_size
     if not isinstance(scores, Tensor):
-        say = ", say: score=0, score='name' or a function of it" if isinstance(scores, tuple | list | Mapping) else ""
+        simple = scores is None or isinstance(scores, bool | int | float | str)
+        say = "" if simple else ", say: score=0, score='name' or a function of it"
         raise TypeError(
             f"critic must return a tensor of scores, got {type(scores).__name__}"
             + (f"; which part is the score{say}" if say else "")

@@ -36,7 +36,18 @@ from .four_pass import Objective, StepOutput
 from .four_pass.blocks import joined
 from .losses import LOSSES, AdversarialLoss, get_loss, wasserstein
 from .ops.samples import settled
-from .points import PenaltyConfig, Samples, check_part, draw, each, floating, mixed, one_precision, thinned
+from .points import (
+    PenaltyConfig,
+    Samples,
+    check_part,
+    draw,
+    each,
+    floating,
+    mixed,
+    nested_alike,
+    one_precision,
+    thinned,
+)
 from .precision import accumulation_dtype
 
 Precision = Literal["fp32", "bf16"]
@@ -135,7 +146,7 @@ class CriticStep:
             precision=precision,
             schedule=schedule,
         )
-        self._choices: dict[tuple[PenaltyConfig | None, bool, bool], EngineChoice] = {}
+        self._choices: dict[Objective, EngineChoice] = {}
         self.steps_taken = 0
         """Calls so far; decides which steps carry a lazy penalty, so set it when resuming."""
 
@@ -201,7 +212,7 @@ class CriticStep:
         if self.penalty:
             check_part(self.penalty, N)
         part = penalty if penalty and penalty.samples not in (None, N) else None
-        real, fake = each(settled, real), each(settled, fake)
+        real, fake = each(settled, real), each(settled, nested_alike(real, fake))
         mixing = noise = None
         if penalty:
             mixing, noise = draw(penalty, real, alpha)
@@ -218,8 +229,10 @@ class CriticStep:
         with torch.enable_grad(), self._autocast(first.device.type):
             apart: list[_Part] = []
             if part:
-                further = thinned(part, (critic_args, critic_kwargs or {}, penalty_args), N)
-                apart = [self._apart(part, x, *further) for x in mixed(part, real, fake, mixing, noise)]
+                sides = {"fake": ["fake"], "both": ["real", "fake"]}.get(part.at, ["points"])
+                whole = Called(self.critic, real, critic_args, critic_kwargs or {}, own=own)
+                for side, x in zip(sides, mixed(part, real, fake, mixing, noise)):
+                    apart.append(self._apart(part, x, *thinned(part, (*whole.further(side), penalty_args), N)))
                 penalty = None
             _, picks = objective_of(self.loss, penalty, self.score)
             called = Called(unwrapped(self.critic), real, critic_args, critic_kwargs or {}, picks, own)
@@ -437,16 +450,16 @@ class CriticStep:
             alone: Whether it is without the loss.
             own: Whether the fake batch has further arguments of its own.
         """
-        if (penalty, alone, own) not in self._choices:
-            # A step without the penalty still sees the groups that the penalty packs.
-            group_size = self.penalty.group_size if self.penalty else 1
-            objective, _ = objective_of(
-                None if alone else self.loss, penalty, self.score, group_size=group_size, own_arguments=own
-            )
-            self._choices[penalty, alone, own] = EngineChoice(
+        # A step without the penalty still sees the groups that the penalty packs.
+        group_size = self.penalty.group_size if self.penalty else 1
+        objective, _ = objective_of(
+            None if alone else self.loss, penalty, self.score, group_size=group_size, own_arguments=own
+        )
+        if objective not in self._choices:
+            self._choices[objective] = EngineChoice(
                 self.critic, objective, self.engine, schedule=self.schedule, compile=self.compile
             )
-        return self._choices[penalty, alone, own]
+        return self._choices[objective]
 
     def _penalty_now(self) -> PenaltyConfig | None:
         if self.penalty is None or self.penalty.every == 1:

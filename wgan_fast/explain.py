@@ -116,6 +116,8 @@ def explain(
     first = check_one("example_input", example_input)
     check_critic_arguments(critic_args, critic_kwargs)
     if penalty is not None and group_size != 1:
+        if penalty.group_size not in (1, group_size):
+            raise ValueError(f"group_size is {group_size}, and {penalty.group_size} in penalty")
         penalty = replace(penalty, group_size=group_size)
     objective, picks = objective_of(loss, penalty, score, group_size=group_size)
     if loss is None:
@@ -127,12 +129,12 @@ def explain(
     try:
         planned = engine.planned(called)
     except CaptureError as error:
-        _check_runs(called, group_size, rows=not objective.outside_penalty)
+        _check_runs(called, objective.group_size, rows=not objective.outside_penalty)
         return Explanation("autograd", str(error))
     plan = planned.plan
     fused: FusedMLP | str = "the step is not WGAN-GP's"
     if objective.loss is wasserstein.critic and penalty is not None and not objective.outside_penalty:
-        fused = fused_mlp(plan.captured, first, group_size=group_size)
+        fused = fused_mlp(plan.captured, first, group_size=objective.group_size)
     return Explanation(
         "four_pass",
         schedule=plan.schedule,

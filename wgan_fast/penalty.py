@@ -25,7 +25,7 @@ from .engine.autograd import Opened, Piecewise, opened_at, penalised
 from .engine.choice import EngineChoice, GivenWay, named, penalty_choice, traced_choice, unwrapped
 from .engine.compiled_callers import opened_by_number
 from .engine.guarded import Called
-from .four_pass import Objective
+from .four_pass import CaptureError, Objective
 from .points import At, PenaltyConfig, Samples, given_points, penalty_points, thinned
 
 
@@ -201,14 +201,14 @@ class GradientPenalty:
             raise TypeError(f"critic must be callable, got {type(critic).__name__}")
         check_engine(engine)
         check_critic_arguments(critic_args, critic_kwargs)
-        check_penalty_arguments(penalty_args, penalty if config is None else config)
         self.critic = critic
         options = PenaltyConfig(weight, target, one_sided, at, group_size, penalty=penalty, score=score)
         if config is not None and not isinstance(config, PenaltyConfig):
             raise TypeError(f"config must be a PenaltyConfig or None, got {type(config).__name__}")
         if config is not None and options != PenaltyConfig():
-            raise ValueError("config says what is penalised: options that say so must not be given with it")
+            raise ValueError("config says what is penalised: other values must not be given beside it")
         self.config = options if config is None else config
+        check_penalty_arguments(penalty_args, self.config.penalty)
         self.generator = generator
         self.critic_args, self.penalty_args, self.critic_kwargs = critic_args, penalty_args, critic_kwargs
         self.return_norms, self.return_scores = return_norms, return_scores
@@ -231,8 +231,11 @@ class GradientPenalty:
     @property
     def _four_passes(self) -> EngineChoice:
         engine: Engine = self._engine
-        if self.return_scores and isinstance(self.critic, DistributedDataParallel) and engine != "four_pass":
-            engine = "autograd"  # it reduces gradients of its own forwards alone, and this one is all there is
+        if self.return_scores and isinstance(self.critic, DistributedDataParallel):
+            # It reduces gradients of its own forwards alone, and this one is all there is.
+            if engine == "four_pass":
+                raise CaptureError("a DistributedDataParallel critic's own forward must give the scores")
+            engine = "autograd"
         return penalty_choice(self.critic, self._objective, engine, self.config.score)
 
     def __call__(
@@ -325,7 +328,10 @@ class GradientPenalty:
         """Differentiate under ``torch.compile``, where operators stand for the four passes; None for autograd."""
         critic, score = unwrapped(self.critic), self.config.score
         if not isinstance(critic, nn.Module):
-            return None
+            raise TypeError(
+                "under torch.compile the critic of a gradient penalty must be an nn.Module, got "
+                f"{type(critic).__name__}: make the function the forward of one"
+            )
         if self._engine == "autograd":
             return None
         if callable(score) and self._score_name is None:

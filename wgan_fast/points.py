@@ -212,6 +212,7 @@ def penalty_points(
     else:
         real, fake = one_precision(real, fake)
         check_samples(real, fake, config.group_size)
+        fake = nested_alike(real, fake)
     real, fake = each(settled, real), each(settled, fake)
     return mixed(config, real, fake, *draw(config, real, alpha, generator))
 
@@ -248,6 +249,11 @@ def floating(samples: Samples) -> Tensor:
     if isinstance(samples, Tensor):
         return samples
     return next(leaf for leaf in tree_leaves(samples) if leaf.is_floating_point())  # type: ignore[no-any-return]
+
+
+def nested_alike(real: Samples, fake: Samples) -> Samples:
+    """Return fake with the keys of its dictionaries in the order of real's; both have been checked."""
+    return fake if isinstance(real, Tensor) else tree_map(lambda _, theirs: theirs, real, fake)
 
 
 def one_precision(real: Samples, fake: Samples) -> tuple[Samples, Samples]:

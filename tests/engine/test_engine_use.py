@@ -554,12 +554,12 @@ def test_operators_pass_opcheck() -> None:
     penalty = GradientPenalty(critic, engine="four_pass", return_scores=True)
     parameters = [p.detach().clone().requires_grad_() for p in critic.parameters()]
     number, nest = penalty._four_passes.number, "['tuple', (0,), ['tuple', ], {}, ]"
-    arguments = (number, [real], [0], parameters, [], nest, None, True, True)
+    arguments = (number, [real], [0], parameters, [], nest, None, True, True, 0)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.wgan_fast.input_gradient.default, arguments, test_utils=checks)
     token, gradient, scores = torch.ops.wgan_fast.input_gradient(*arguments)
     constants = [p.detach() for p in parameters]
-    given = token, constants, [gradient.detach(), scores.detach()]
+    given = number, token, constants, [gradient.detach(), scores.detach()]
     torch.library.opcheck(torch.ops.wgan_fast.parameter_gradients.default, given, test_utils=("test_faketensor",))
 
 

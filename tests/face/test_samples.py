@@ -106,6 +106,54 @@ def test_a_penalty_of_ones_own_sees_the_gradient_nested_as_the_samples(engine: s
     assert seen == [{"image": (N, 2, 4, 4), "latent": (N, 5)}] * 2
 
 
+def reversed_keys(samples: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(reversed(samples.items()))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_keys_may_come_in_any_order(engine: str) -> None:
+    """Also of tensors of one shape, which could be taken for each other."""
+
+    class Sides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.left, self.right, self.last = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 1)
+            self.double()
+
+        def forward(self, samples):
+            return self.last(torch.tanh(self.left(samples["a"]) * self.right(samples["b"])))
+
+    critic, own = Sides(), lambda g: g["a"].norm(dim=1) + 2 * g["b"].norm(dim=1)
+    real, fake = ({"a": tensors(seed)[1], "b": tensors(seed + 5)[1]} for seed in (1, 2))
+    expected = penalty(critic, mixed(real, fake, torch.full((N,), 0.5).double())).detach()
+    step = CriticStep(critic, engine=engine)
+    for x, y in ((real, fake), (real, reversed_keys(fake)), (reversed_keys(real), fake)):
+        ours = gradient_penalty(critic, x, y, alpha=0.5, engine=engine)
+        torch.testing.assert_close(ours.detach(), expected, rtol=1e-10, atol=0)
+        result = step(x, y, 0.5)
+        torch.testing.assert_close(result.penalty, expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(result.fake_score, critic(fake).mean().detach(), rtol=1e-10, atol=1e-12)
+        assert_same(
+            gradient_penalty(critic, points=x, penalty=own, engine=engine), penalty(critic, real, own=own), critic
+        )
+
+
+@pytest.mark.filterwarnings("ignore:wgan_fast differentiates with autograd")
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+def test_a_critic_may_add_to_its_samples(engine: str) -> None:
+    inner = nn.Linear(5, 1).double()
+
+    def critic(samples):
+        samples["h"] = samples["x"] * 2
+        return inner(samples["h"]).tanh()
+
+    points = {"x": tensors(1)[1]}
+    ours = gradient_penalty(critic, points=points, engine=engine)
+    assert_same(ours, penalty(lambda x: inner(x * 2).tanh(), points["x"]), inner)
+    assert list(points) == ["x"]
+
+
 class Labelled(nn.Module):
     """A critic of a tensor and integers."""
 

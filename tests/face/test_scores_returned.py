@@ -1,6 +1,9 @@
 """Scores and penalty from one forward: what loops need that have the scores already and want R1 at the same points."""
 
+import collections
+import contextlib
 import functools
+import operator
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.utils.flop_counter import FlopCounterMode
 
-from wgan_fast import GradientPenalty, PenaltyConfig, PenaltyResult, explain, gradient_penalty
+from wgan_fast import CriticStep, GradientPenalty, PenaltyConfig, PenaltyResult, explain, gradient_penalty
 
 ENGINES = ["four_pass", "autograd"]
 
@@ -232,8 +235,6 @@ def test_functions_methods_and_conditions(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ["auto", *ENGINES])
 def test_data_parallel_on_one_device_is_its_module(engine: str, recwarn: pytest.WarningsRecorder) -> None:
-    from wgan_fast import CriticStep
-
     critic, (real, fake) = mlp(nn.Tanh), torch.randn(2, N, 5, dtype=torch.float64)
     spread = nn.DataParallel(critic)
     assert_same(
@@ -294,3 +295,78 @@ def test_checked_compares_what_others_made_of_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Plan, "go_on", wrong)
     with pytest.raises(checked.GradientsDifferError):
         step()
+
+
+@pytest.mark.parametrize("what", ["penalty", "scores"])
+def test_a_second_derivative_raises_instead_of_missing(what: str) -> None:
+    critic, real = mlp(nn.Tanh), torch.randn(N, 5, dtype=torch.float64)
+    weight = critic[0].weight
+    result = gradient_penalty(critic, real, at="real", engine="four_pass", return_scores=what == "scores")
+    value = result.scores.exp().mean() if what == "scores" else result
+    (first,) = torch.autograd.grad(value + weight.square().sum(), weight, create_graph=True)
+    torch.testing.assert_close(first, first.detach())
+    with pytest.raises(RuntimeError, match='engine="autograd" gives ones that can'):
+        first.square().sum().backward()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_score_that_is_listed_twice_counts_twice(engine: str) -> None:
+    critic, real = mlp(nn.Tanh), torch.randn(N, 5, dtype=torch.float64)
+    twice = lambda out: [out, out]  # noqa: E731
+    with pytest.warns(RuntimeWarning, match="listed twice") if engine == "four_pass" else contextlib.nullcontext():
+        ours = gradient_penalty(
+            critic, real, at="real", score=twice, engine="auto" if engine == "four_pass" else engine
+        )
+    assert_same(ours, penalty(critic, real, lambda out: 2 * out), critic)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_names_and_getters_pick(engine: str) -> None:
+    inner, real = mlp(nn.Tanh), torch.randn(N, 5, dtype=torch.float64)
+    outputs = collections.namedtuple("outputs", "score features")
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor):
+            return outputs(self.inner(x), x)
+
+    critic, theirs = Named(), penalty(inner, real)
+    getters = [] if engine == "four_pass" else [operator.itemgetter(0), operator.attrgetter("score")]
+    for score in ("score", 0, *getters):
+        ours = gradient_penalty(critic, real, at="real", score=score, engine=engine)
+        assert_same(ours, theirs, inner)
+        theirs = penalty(inner, real)
+
+
+def test_several_scores_of_one_critic_stay_in_four_passes(recwarn: pytest.WarningsRecorder) -> None:
+    real = torch.randn(N, 5, dtype=torch.float64)
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(nn.Tanh, 6)
+
+        def forward(self, x: Tensor):
+            return self.inner(x).unbind(1)
+
+    heads = Heads()
+    for i in range(6):
+        gradient_penalty(heads, real, at="real", score=i)
+    assert not [w for w in recwarn.list if "wgan_fast" in str(w.message)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_penalty_may_write_to_the_gradient(engine: str) -> None:
+    critic, (real, fake) = mlp(nn.Tanh), torch.randn(2, N, 5, dtype=torch.float64)
+    own = lambda g: g.pow_(2).sum(1)  # noqa: E731
+    ours = gradient_penalty(critic, real, at="real", penalty=own, engine=engine)
+    assert_same(ours, penalty(critic, real, own=lambda g: g.pow(2).sum(1)), critic)
+    loss = lambda r, f: f.add_(1).mean() - r.mul_(2).mean()  # noqa: E731
+    step = CriticStep(critic, loss=loss, penalty=PenaltyConfig(at="real", penalty=own), engine=engine)
+    expected = (
+        (critic(fake) + 1).mean() - 2 * critic(real).mean() + penalty(critic, real, own=lambda g: g.pow(2).sum(1))
+    )
+    torch.testing.assert_close(step(real, fake).loss, expected.detach(), rtol=1e-10, atol=1e-12)

@@ -190,6 +190,35 @@ def test_real_and_fake_have_labels_of_their_own(at: str, engine: str, schedule: 
     check(step, same, real, fake, alpha, critic_args=(LABELS,))
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("at", ["fake", "both"])
+def test_part_of_a_batch_keeps_to_the_labels_of_its_side(at: str, engine: str) -> None:
+    critic, (real, fake) = Conditional(), torch.randn(2, N, 5, dtype=torch.float64)
+    theirs = LABELS.roll(1)
+    step = CriticStep(critic, penalty=PenaltyConfig(at=at, samples=3), engine=engine)
+    expected = penalty(critic, fake[::2], lambda out: out, None, theirs[::2])
+    if at == "both":
+        expected = expected + penalty(critic, real[::2], lambda out: out, None, LABELS[::2])
+    expected = expected + critic(fake, theirs).mean() - critic(real, LABELS).mean()
+    check(step, expected, real, fake, critic_args=(LABELS,), fake_args=(theirs,))
+
+
+@pytest.mark.filterwarnings("ignore:wgan_fast differentiates with autograd")
+def test_a_critic_that_counts_its_calls_gets_the_arguments_of_each() -> None:
+    class Counting(Conditional):
+        calls = 0
+
+        def forward(self, x: Tensor, labels: Tensor, *, style: Tensor | None = None) -> Tensor:
+            self.calls += 1
+            return super().forward(x, labels) * (1 if self.calls % 2 else 2)
+
+    critic, (real, fake) = Counting(), torch.randn(2, N, 5, dtype=torch.float64)
+    result = CriticStep(critic, penalty=None)(real, fake, critic_args=(LABELS,), fake_args=(LABELS.roll(1),))
+    plain = Conditional.forward
+    torch.testing.assert_close(result.real_score, plain(critic, real, LABELS).mean().detach())
+    torch.testing.assert_close(result.fake_score, 2 * plain(critic, fake, LABELS.roll(1)).mean().detach())
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_both_conditions_learn(engine: str, schedule: str) -> None:

@@ -12,7 +12,9 @@ import pytest
 from wgan_fast.training import TrainConfig, cli
 
 CHECKOUT = Path(__file__).parents[2]
-PAGES = [f"docs/{name}.md" for name in ("benchmarks", "distributed", "forms", "kernels", "quality", "recipes", "scaling")]
+PAGES = [
+    f"docs/{name}.md" for name in ("benchmarks", "distributed", "forms", "kernels", "quality", "recipes", "scaling")
+]
 DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .. import reference
 from ..checks import check_penalty, check_scores, unconnected
@@ -24,6 +24,10 @@ class Piecewise:
     absent: bool = False
 
 
+def _unchanged(value: Tensor) -> Tensor:
+    return value
+
+
 class Opened(NamedTuple):
     """Scores and the input gradient at some points.
 
@@ -35,7 +39,7 @@ class Opened(NamedTuple):
 
     scores: Any
     gradient: Any
-    finish: Callable[[Tensor], Tensor]
+    finish: Callable[[Tensor], Tensor] = _unchanged
 
 
 def opened_at(
@@ -57,21 +61,23 @@ def opened_at(
     """
     differentiate, compiled = torch.is_grad_enabled(), torch.compiler.is_compiling()
     with torch.enable_grad():
-        x = tree_map(_leaf, points)
-        leaves = [leaf for leaf in tree_leaves(x) if leaf.requires_grad]
+        every, nest = tree_flatten(points)
+        every = [_leaf(sample) for sample in every]
+        leaves = [leaf for leaf in every if leaf.requires_grad]
         activations = PiecewiseLinear()
         plain = compiled or (piecewise is not None and piecewise.absent)
         with nullcontext() if plain else activations:
-            scores = critic(x)
+            scores = critic(tree_unflatten(every, nest))
         if piecewise is not None and not plain:
             piecewise.absent = not activations.used
         parts = scores if isinstance(scores, list) and scores else [scores]
         for part in parts:
-            check_scores(part, tree_leaves(x)[0], group_size, rows=rows)
+            check_scores(part, every[0], group_size, rows=rows)
         found = iter(_input_gradient(parts, leaves, differentiate))
     if not differentiate:
         scores = tree_map_only(Tensor, Tensor.detach, scores)
-    gradient = tree_map(lambda leaf: next(found) if leaf.requires_grad else None, x)
+    # The critic may have added to the nest that it was given.
+    gradient = tree_unflatten([next(found) if leaf.requires_grad else None for leaf in every], nest)
     before = activations.before if differentiate else []
     return Opened(scores, gradient, partial(_with_zeros, before=before, samples=leaves) if before else _unchanged)
 
@@ -150,10 +156,6 @@ def penalised(
 def _leaf(sample: Tensor) -> Tensor:
     sample = sample.detach()
     return sample.requires_grad_() if sample.is_floating_point() else sample
-
-
-def _unchanged(value: Tensor) -> Tensor:
-    return value
 
 
 def _joined(gradient: list[Tensor]) -> Tensor:
@@ -262,15 +264,33 @@ class _Attached(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         gradients = ctx.saved_tensors
+        with torch.no_grad():
+            scaled = _Attached.scaled(gradients, cotangent)
+        found = [next(scaled) if t is None else t.new_zeros(t.shape) for t in ctx.unknown]
+        return None, None, *once(found)
+
+    @staticmethod
+    def scaled(gradients: Sequence[Tensor], cotangent: Tensor) -> Iterator[Tensor]:
+        """Multiply each by a number."""
         if all(gradient.dtype == cotangent.dtype for gradient in gradients):
-            scaled = iter(torch._foreach_mul(gradients, cotangent) if gradients else ())
-        else:
-            # A scaled loss's cotangent may be past what a lower precision holds.
-            scaled = iter([(gradient.to(cotangent.dtype) * cotangent).to(gradient.dtype) for gradient in gradients])
-        return None, None, *[next(scaled) if t is None else t.new_zeros(t.shape) for t in ctx.unknown]
+            return iter(torch._foreach_mul(list(gradients), cotangent) if gradients else ())
+        # A scaled loss's cotangent may be past what a lower precision holds.
+        return iter([(gradient.to(cotangent.dtype) * cotangent).to(gradient.dtype) for gradient in gradients])
+
+
+def once(gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Have gradients that are constants raise where they are differentiated again, instead of counting for nothing."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    if not torch.is_grad_enabled() or not present:
+        return gradients
+    error = torch._C._functions.DelayedError(
+        b'gradients in four passes cannot be differentiated again: engine="autograd" gives ones that can', len(present)
+    )
+    marked = error(*[gradient.detach().requires_grad_() for gradient in present])
+    found = iter(marked if isinstance(marked, tuple) else (marked,))
+    return [None if gradient is None else next(found) for gradient in gradients]
 
 
 def attach(value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:

@@ -4,7 +4,8 @@ import ctypes
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -54,6 +55,8 @@ class EngineChoice:
         self.four_pass: FourPassEngine | None = None
         self.score: Score = None
         """What compiled callers, who know the choice by its number, have picked of the critic's output."""
+        self.waiting: OrderedDict[int, Any] = OrderedDict()
+        """What their steps left that may still be differentiated, by token."""
         self.number = next(_numbers)
         _BY_NUMBER[self.number] = self
         self._owner = weakref.ref(lasting(critic))
@@ -159,12 +162,16 @@ def penalty_choice(
     """
     critic = unwrapped(critic)
     choices = _CHOICES.setdefault(lasting(critic), {})
-    key = objective, engine, lasting(score) if callable(score) and alike else score
+    key = objective, engine, _hashable(lasting(score) if callable(score) and alike else score)
     choice = choices.get(key)
     if choice is None:
         choice = choices.setdefault(key, EngineChoice(critic, objective, engine))
         choice.score = score
     return choice
+
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, Hashable) else type(value)
 
 
 _FUNCTIONS: "weakref.WeakValueDictionary[str, Any]" = weakref.WeakValueDictionary()
@@ -175,7 +182,10 @@ def named(score: Score) -> str | None:
     if not callable(score):
         return None
     name = f"score {next(_numbers)}"
-    _FUNCTIONS[name] = score
+    try:
+        _FUNCTIONS[name] = score
+    except TypeError:  # of a type without weak references: eager callers do not need it
+        return None
     return name
 
 

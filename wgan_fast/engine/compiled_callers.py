@@ -7,7 +7,6 @@ which could not plan one while it traces another: a new batch size makes a new p
 
 import ast
 import itertools
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -26,7 +25,7 @@ from .guarded import Called
 from .planned import FourPassEngine, Prepared, summed
 
 KEPT = 8
-"""Steps whose passes 3 and 4 may still come: what is computed in gradient mode and never differentiated is let go."""
+"""Steps of one critic and objective whose passes 3 and 4 may still come: what is never differentiated is let go."""
 
 
 def opened_by_number(
@@ -60,6 +59,7 @@ def opened_by_number(
         autocast,
         scored,
         torch.is_grad_enabled(),
+        _call(),
     )
     end = 1 + len(floating)
     gradients, updated, scores = made[1:end], made[end : end + len(buffers)], made[end + len(buffers) :]
@@ -68,11 +68,16 @@ def opened_by_number(
             buffer.copy_(new)
     found = iter(gradients)
     gradient = _refilled(points, found)
-    return Opened((scores[0] if len(scores) == 1 else list(scores)) if scored else None, gradient, _unchanged)
+    return Opened((scores[0] if len(scores) == 1 else list(scores)) if scored else None, gradient)
 
 
-def _unchanged(penalty: Tensor) -> Tensor:
-    return penalty
+def _call() -> int:
+    """Return a number that no other call in a compiled graph has: equal ones are not to be one, in what they draw."""
+    return next(_calls)
+
+
+_calls = itertools.count()
+_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _written(value: Any, tensors: list[Tensor]) -> str:
@@ -124,6 +129,7 @@ def _fake(
     autocast: torch.dtype | None,
     scored: bool,
     kept: bool,
+    call: int,
 ) -> list[Tensor]:
     plain = [torch.empty_like(tensors[i], memory_format=torch.contiguous_format) for i in floating]
     token = torch.empty((), dtype=torch.int64, device="cpu")
@@ -164,8 +170,9 @@ def _known(number: int) -> tuple[nn.Module, Score, FourPassEngine]:
 
 @operator(
     "input_gradient(int number, Tensor[] tensors, int[] floating, Tensor[] parameters, Tensor[] buffers, str nest, "
-    "ScalarType? autocast, bool scored, bool kept) -> Tensor[]",
+    "ScalarType? autocast, bool scored, bool kept, int call) -> Tensor[]",
     fake=_fake,
+    tags=(torch.Tag.nondeterministic_seeded,),
 )
 def input_gradient(
     number: int,
@@ -177,10 +184,12 @@ def input_gradient(
     autocast: torch.dtype | None,
     scored: bool,
     kept: bool,
+    call: int,
 ) -> list[Tensor]:
     """Return a token by which the derivative goes on, the input gradients, updated buffers, and scores if wanted."""
     critic, score, four_pass = _known(number)
-    points, args, kwargs = _read(ast.literal_eval(nest), tensors)
+    # The compiler lends its memory, and uses it again when this returns.
+    points, args, kwargs = _read(ast.literal_eval(nest), [x.clone() for x in tensors] if kept else tensors)
     # Inside an operator the dispatcher has switched autograd off for this thread, and looking at the critic needs it.
     with (
         _outside_operators(),
@@ -203,9 +212,10 @@ def input_gradient(
     token = -1
     if kept:
         token = next(_tokens)
-        _LEFT[token] = _Left(step, left, points, order)
-        while len(_LEFT) > KEPT:
-            _LEFT.popitem(last=False)
+        waiting = choice_by_number(number).waiting
+        waiting[token] = _Left(step, left, points, order)
+        while len(waiting) > KEPT:
+            waiting.popitem(last=False)
     found = [gradient for gradient in tree_leaves(opened) if gradient is not None]
     return [
         torch.tensor(token),
@@ -225,23 +235,27 @@ class _Left(NamedTuple):
 
 
 _tokens = itertools.count()
-_LEFT: "OrderedDict[int, _Left]" = OrderedDict()
 
 
-def _fake_parameter_gradients(token: Tensor, parameters: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+def _fake_parameter_gradients(
+    number: int, token: Tensor, parameters: list[Tensor], cotangents: list[Tensor]
+) -> list[Tensor]:
     return [torch.empty_like(tensor) for tensor in parameters]
 
 
 @operator(
-    "parameter_gradients(Tensor token, Tensor[] parameters, Tensor?[] cotangents) -> Tensor[]",
+    "parameter_gradients(int number, Tensor token, Tensor[] parameters, Tensor?[] cotangents) -> Tensor[]",
     fake=_fake_parameter_gradients,
 )
-def parameter_gradients(token: Tensor, parameters: list[Tensor], cotangents: list[Tensor | None]) -> list[Tensor]:
+def parameter_gradients(
+    number: int, token: Tensor, parameters: list[Tensor], cotangents: list[Tensor | None]
+) -> list[Tensor]:
     """Return every parameter's gradient, from the cotangents of the input gradients and of the scores."""
-    kept = _LEFT.pop(int(token), None)
+    kept = choice_by_number(number).waiting.pop(int(token), None)
     if kept is None:
         raise RuntimeError(
-            f"under torch.compile a penalty can be differentiated once, and before {KEPT} further ones are computed"
+            f"under torch.compile a penalty can be differentiated once, and before {KEPT} further ones of its critic "
+            "are computed"
         )
     step, captured = kept.step, kept.step.planned.plan.captured
     with _outside_operators(), torch.no_grad():
@@ -256,7 +270,7 @@ def parameter_gradients(token: Tensor, parameters: list[Tensor], cotangents: lis
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _, tensors, floating, parameters, buffers, *_ = inputs
+    ctx.number, tensors, floating, parameters, buffers, *_ = inputs
     ctx.save_for_backward(output[0], *parameters)
     ctx.counts = len(tensors), len(floating), len(buffers)
 
@@ -265,8 +279,8 @@ def _backward(ctx: Any, cotangents: list[Tensor | None]) -> Any:
     token, *parameters = ctx.saved_tensors
     tensors, floating, buffers = ctx.counts
     along = [*cotangents[1 : 1 + floating], *cotangents[1 + floating + buffers :]]
-    gradients = torch.ops.wgan_fast.parameter_gradients(token, parameters, along)
-    return None, [None] * tensors, None, list(gradients), [None] * buffers, None, None, None, None
+    gradients = torch.ops.wgan_fast.parameter_gradients(ctx.number, token, parameters, along)
+    return None, [None] * tensors, None, list(gradients), [None] * buffers, None, None, None, None, None
 
 
 torch.library.register_autograd("wgan_fast::input_gradient", _backward, setup_context=_setup_context, lib=library)

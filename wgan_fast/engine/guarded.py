@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as modules
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_structure
 
 from ..checks import WHOLE, Score, check_scores, picked, unconnected
 from ..four_pass.capture import Captured, CaptureError, first_line, lower, raised_at, where
@@ -84,8 +84,9 @@ def _picked(*picks: Any) -> tuple[Tensor, ...]:
     return tuple(leaf for leaf in tree_leaves(picks) if isinstance(leaf, Tensor))
 
 
-def _forward(critic: Any, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], picks: Picks) -> Any:
+def _forward(critic: Any, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], picks: Picks, nest: str) -> Any:
     """Call the critic; the only function that is traced."""
+    assert nest is not None  # read, and so guarded: Dynamo does not guard the order of a dictionary's keys
     if not torch.compiler.is_compiling():
         raise CaptureError("torch.compile is switched off here")
     # A count that a module keeps may become an input, like any other number that changes.
@@ -367,6 +368,9 @@ class Traced:
             if pick is not WHOLE:
                 for each in part if isinstance(part, list) and pick is not None else [part]:
                     check_scores(each, samples[0], rows=False)
+        for part, pick in zip(picks, _pending.call[4]):
+            if pick is not WHOLE and len(tree_leaves(part)) > len(set(tree_leaves(part))):
+                raise CaptureError("one of its scores is listed twice")
         if not x:
             raise unconnected()
         numbers = [node for node in inputs if getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)]
@@ -565,7 +569,7 @@ def _arguments(called: Called, differentiable: bool) -> tuple[Any, ...]:
         first = tree_leaves(x)[0]
     if args or kwargs:
         args, kwargs = tree_map_only(Tensor, lambda leaf: _alias(leaf, first), (args, dict(kwargs)))
-    return critic, x, args, kwargs, picks
+    return critic, x, args, kwargs, picks, "" if isinstance(x, Tensor) else str(tree_structure(x))
 
 
 def _sample(leaf: Tensor, differentiable: bool) -> Tensor:
@@ -665,7 +669,7 @@ def _loosely_guarded(output: Any) -> Iterator[tuple[types.CodeType, Any]]:
 def _scope() -> dict[str, Any]:
     """Names by which Dynamo's guards find what they guard."""
     call = _pending.call
-    return {"L": dict(zip(("critic", "x", "args", "kwargs", "picks"), call)), "G": globals()}
+    return {"L": dict(zip(("critic", "x", "args", "kwargs", "picks", "nest"), call)), "G": globals()}
 
 
 def _is_still(before: Any, now: Any) -> bool:

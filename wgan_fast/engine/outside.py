@@ -64,9 +64,11 @@ class OutsideLoss(Outside):
         for values in asked:
             found = {}
             for node, value in zip(nodes, values):
-                found[outputs.index(node)] = leaf = value.detach()
+                leaf = value.detach()
                 if node in self.plan.differentiable:
                     wanted.append(leaf.requires_grad_())
+                # A copy, which the loss may write to.
+                found[outputs.index(node)] = leaf.clone()
             sides.append(nested(captured.picks[-1], found))
         value = check_loss(self.loss(*sides))
         if not value.requires_grad:
@@ -96,7 +98,7 @@ class OutsidePenalty(Outside):
         values, wanted = [], list[Tensor]()
         for gradients in sets:
             leaves = [gradient.detach().requires_grad_() for gradient in gradients]
-            value, norms = self.penalty(leaves)
+            value, norms = self.penalty([leaf.clone() for leaf in leaves])  # which it may write to
             values.append(value)
             self.norms.append(norms)
             wanted += leaves

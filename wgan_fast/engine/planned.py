@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import users_level
@@ -18,7 +17,7 @@ from ..four_pass.capture import Captured, CaptureError, first_line
 from ..four_pass.counting import Cost
 from ..four_pass.objective import Batches, Objective, Schedule, StepOutput
 from ..four_pass.plan import Plan
-from .autograd import Opened, attach
+from .autograd import Opened, attach, once
 from .cost import by_autograd, of_plan
 from .guarded import MOST_IN_A_ROW, Called, GuardedCall, Look, Traced, hushed
 from .outside import Outside, OutsidePenalty, nested
@@ -90,20 +89,7 @@ def _reading(captured: Captured) -> list[str | None]:
     return [node.format_node() for node in captured.graph.nodes if node.users or node.op == "output"]
 
 
-@dataclass
-class _Critic:
-    """What is known of one critic.
-
-    Attributes:
-        call: Looks at its forward.
-        traced_in_a_row: How many of its last calls had to be traced, by thread.
-    """
-
-    call: GuardedCall
-    traced_in_a_row: dict[int, int] = field(default_factory=dict)
-
-
-_CRITICS: "weakref.WeakKeyDictionary[Any, _Critic]" = weakref.WeakKeyDictionary()
+_CRITICS: "weakref.WeakKeyDictionary[Any, GuardedCall]" = weakref.WeakKeyDictionary()
 _NEWEST: "weakref.WeakKeyDictionary[type, GuardedCall]" = weakref.WeakKeyDictionary()
 """By the critics' class, so that a helper that is made anew at every step is not traced anew."""
 
@@ -120,7 +106,7 @@ def lasting(critic: Callable[..., Any]) -> Any:
     return owner if getattr(type(owner), "__weakrefoffset__", 0) else type(owner)
 
 
-def _known(called: Called) -> _Critic:
+def _known(called: Called) -> GuardedCall:
     owner = lasting(called.critic)
     known = _CRITICS.get(owner)
     if known is None:
@@ -128,7 +114,7 @@ def _known(called: Called) -> _Critic:
             newest = _NEWEST.get(type(owner))
             if newest is None or not newest.serves(called):
                 newest = _NEWEST[type(owner)] = GuardedCall()
-            known = _CRITICS.setdefault(owner, _Critic(newest))
+            known = _CRITICS.setdefault(owner, newest)
     return known
 
 
@@ -325,7 +311,7 @@ class Prepared:
         if self.objective.outside_scores:
             numbers = [captured.outputs.index(node) for node in captured.picked(0)]
             picked = nested(captured.picks[0], dict(zip(numbers, scores)))
-        return Opened(picked, self.nested(points, gradients), lambda penalty: penalty)
+        return Opened(picked, self.nested(points, gradients))
 
     def _as_autograd(self, gradients: list[Tensor | None], used: tuple[bool, ...]) -> list[Tensor | None]:
         """Have gradients be None exactly where autograd leaves none."""
@@ -349,13 +335,12 @@ class _Opened(torch.autograd.Function):
         return (*scores, *gradients)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         if not ctx.step.tensors:
             return None, None, None
         saved = iter(ctx.saved_tensors)
         left = [next(saved) if number is None else number for number in ctx.numbers]
-        return None, None, *ctx.step.go_on(left, cotangents, ctx.points)
+        return None, None, *once(ctx.step.go_on(left, cotangents, ctx.points))
 
 
 def summed(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> dict[int, Tensor]:
@@ -395,6 +380,7 @@ class FourPassEngine:
         self.objective, self.schedule, self.compile = objective, schedule, compile
         self._options = (objective.form(), schedule, compile)
         self._cheaper_only = cheaper_only
+        self._traced_in_a_row: dict[int, int] = {}  # of its last calls, by thread
         self.plans: dict[Hashable, Plan] = {}
         """All that this engine has run, in order."""
 
@@ -431,14 +417,13 @@ class FourPassEngine:
                 found = None
             return found is not None
 
-        known = _known(called)
         look = self._look(called, ready)
         thread = threading.get_ident()
-        traced_in_a_row = known.traced_in_a_row.get(thread, 0) + 1 if look.fresh else 0
+        traced_in_a_row = self._traced_in_a_row.get(thread, 0) + 1 if look.fresh else 0
         if not look.fresh:
-            known.traced_in_a_row.pop(thread, None)
+            self._traced_in_a_row.pop(thread, None)
         else:
-            known.traced_in_a_row[thread] = traced_in_a_row
+            self._traced_in_a_row[thread] = traced_in_a_row
         # Another thread, or a hook, may change the critic in between.
         for _ in range(3):
             if found is not None:
@@ -453,6 +438,10 @@ class FourPassEngine:
         if found is None:
             raise CaptureError("what its forward reads changes while it is planned")
         traced, inputs = look.traced, look.inputs
+        if traced.repeats and own:
+            raise ChangedError(
+                "its forward changes what it counts, and the fake batch has arguments of its own", [look]
+            )
         if traced.repeats and (batches := self.objective.batches()) > 1:
             looks = [look]
             try:
@@ -477,7 +466,7 @@ class FourPassEngine:
     def _look(
         self, called: Called, ready: Callable[[Traced, tuple[Any, ...]], bool], differentiable: bool = True
     ) -> Look:
-        return _known(called).call.look(called, ready, differentiable)
+        return _known(called).look(called, ready, differentiable)
 
     def _planned(self, called: Called, look: Look) -> Planned:
         traced, inputs = look.traced, look.inputs

@@ -92,9 +92,7 @@ class Blocks:
         for (lead, trail), run in zip(groups, runs):
             names = [*lead, *trail]
             if node in self.roles.sampled:
-                parts = (
-                    run.values[node].chunk(len(names), self.plan.dims.get(node, 0)) if names[1:] else [run.values[node]]
-                )
+                parts = _parts(run.values[node], len(names), self.plan.dims.get(node, 0))
             else:
                 parts = [self.base.values[node]] * len(names)
             # Where the points are the samples once more, the loss keeps to its own run of them.
@@ -204,7 +202,7 @@ class Blocks:
             assert points is not None
             if self.objective.outside_scores:
                 scores += [points.values[node] for node in self.scores]
-            gradients += zip(*[part.chunk(len(trail)) for part in gradient])
+            gradients += zip(*[_parts(part, len(trail)) for part in gradient])
         recorder.cut((scores, gradients), given_away=self.objective.outside_scores)
         outside: list[list[Tensor] | None] = []
         for number, ((_, trail), (each, gradient)) in enumerate(zip(groups, passes)):
@@ -214,7 +212,7 @@ class Blocks:
             if self.objective.outside_scores:
                 self._outside_scores(each, [recorder.input(f"seed_{n.name}", s) for n, s in zip(self.scores, scores)])
             given = [
-                [recorder.input(f"v_{number}_{k}_{i}", part.chunk(len(trail))[k]) for i, part in enumerate(gradient)]
+                [recorder.input(f"v_{number}_{k}_{i}", _parts(part, len(trail))[k]) for i, part in enumerate(gradient)]
                 for k in range(len(trail))
             ]
             with each.block.run.label("penalty"):
@@ -284,6 +282,10 @@ class Blocks:
             found.append(sum(parts[1:], parts[0]) if parts else None)
         rows = [node for node in self.captured.trainable if node in self.roles.sampled]
         return [*found, *[self.cotangents.get((node, name)) for name in own for node in rows]]
+
+
+def _parts(value: Tensor, count: int, dim: int = 0) -> Sequence[Tensor]:
+    return value.chunk(count, dim) if count > 1 else [value]
 
 
 def joined(scores: list[Tensor]) -> Tensor:

@@ -27,7 +27,11 @@ below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 
 
 def operator(
-    schema: str, *, fake: Callable[..., Any], launch: Callable[..., Any] | None = None
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    launch: Callable[..., Any] | None = None,
+    tags: tuple[torch.Tag, ...] = (),
 ) -> Callable[[_Form], _Form]:
     """Register the decorated function as an operator's plain form.
 
@@ -35,10 +39,11 @@ def operator(
         schema: As ``torch.library`` takes it.
         fake: Returns what the operator does, without data.
         launch: Runs the operator's Triton kernels.
+        tags: What else PyTorch is to know of it.
     """
 
     def register(plain: _Form) -> _Form:
-        name = library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+        name = library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))  # type: ignore[no-untyped-call]
         library.impl(name, plain, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"wgan_fast::{name}", fake, lib=library)
         if launch is not None:

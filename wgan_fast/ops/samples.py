@@ -44,9 +44,9 @@ def arranged(batch: Tensor, like: Tensor, *, copy: bool = True) -> Tensor:
 
 def settled(batch: Tensor) -> Tensor:
     """Return a batch as a constant that autograd takes, in memory in which no two elements share a place."""
-    batch = batch.detach()
     if torch.compiler.is_compiling():
-        return batch
+        return batch.detach() if batch.is_floating_point() else batch
+    batch = batch.detach()
     if batch.is_inference() or _overlaps(batch):
         return batch.contiguous().clone()
     return batch
