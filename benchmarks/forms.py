@@ -177,7 +177,7 @@ def report(folder: Path) -> str:
         here = results["environment"]
         parts.append(
             f"\n## {here['device']}, {here['threads']} threads\n\nPyTorch {here['versions']['torch']}, commit "
-            f"{here['commit']}.\n\n| form | usual | others | usual / ours |\n| --- | --- | --- | --- |\n"
+            f"{here['commit']}.\n\n| form | usual | ours; others | usual / ours |\n| --- | --- | --- | --- |\n"
         )
         for case in results["forms"].values():
             times = case["milliseconds"]
