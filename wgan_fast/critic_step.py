@@ -146,7 +146,7 @@ class CriticStep:
             precision=precision,
             schedule=schedule,
         )
-        self._choices: dict[Objective, EngineChoice] = {}
+        self._choices: dict[tuple[bool, bool, bool], tuple[EngineChoice, Picks]] = {}
         self.steps_taken = 0
         """Calls so far; decides which steps carry a lazy penalty, so set it when resuming."""
 
@@ -162,7 +162,7 @@ class CriticStep:
     @property
     def code(self) -> str:
         """The flat graphs that have run so far, as Python; none is where autograd or the operator for MLPs runs."""
-        engines = [choice.four_pass for choice in self._choices.values() if choice.four_pass]
+        engines = [choice.four_pass for choice, _ in self._choices.values() if choice.four_pass]
         return "\n".join(plan.code for engine in engines for plan in engine.plans.values() if plan.runs)
 
     def __call__(
@@ -234,9 +234,9 @@ class CriticStep:
                 for side, x in zip(sides, mixed(part, real, fake, mixing, noise)):
                     apart.append(self._apart(part, x, *thinned(part, (*whole.further(side), penalty_args), N)))
                 penalty = None
-            _, picks = objective_of(self.loss, penalty, self.score)
+            choice, picks = self._four_passes(penalty, own=own is not None)
             called = Called(unwrapped(self.critic), real, critic_args, critic_kwargs or {}, picks, own)
-            step = self._four_passes(penalty, own=own is not None).prepare(called)
+            step = choice.prepare(called)
             mlp = self._fused(step, penalty, real, mixing) if penalty and isinstance(step, Prepared) else None
             if isinstance(step, Prepared) and isinstance(mlp, FusedMLP) and penalty and mixing is not None:
                 output = self._one_operator(mlp, step, penalty, real, fake, mixing)
@@ -336,9 +336,9 @@ class CriticStep:
         penalty_args: tuple[Any, ...],
     ) -> "_Part":
         """Compute a penalty on part of the batch; no gradient is touched."""
-        _, picks = objective_of(None, penalty, self.score)
+        choice, picks = self._four_passes(penalty, alone=True)
         called = Called(unwrapped(self.critic), points, args, kwargs, picks)
-        step = self._four_passes(penalty, alone=True).prepare(called)
+        step = choice.prepare(called)
         if isinstance(step, Prepared) and penalty.penalty is None:
             output = step.run({"points": points})
             assert output.penalty is not None
@@ -442,24 +442,25 @@ class CriticStep:
         loss.backward()  # type: ignore[no-untyped-call]
         return _result(loss, value, real_scores.mean(), fake_scores.mean(), norm)
 
-    def _four_passes(self, penalty: PenaltyConfig | None, *, alone: bool = False, own: bool = False) -> EngineChoice:
-        """Return the choice for the loss and a penalty, or for the penalty alone.
+    def _four_passes(
+        self, penalty: PenaltyConfig | None, *, alone: bool = False, own: bool = False
+    ) -> tuple[EngineChoice, Picks]:
+        """Return the choice for the loss and a penalty, or for the penalty alone, and what is made of the output.
 
         Args:
             penalty: The penalty; None for the loss alone.
             alone: Whether it is without the loss.
             own: Whether the fake batch has further arguments of its own.
         """
-        # A step without the penalty still sees the groups that the penalty packs.
-        group_size = self.penalty.group_size if self.penalty else 1
-        objective, _ = objective_of(
-            None if alone else self.loss, penalty, self.score, group_size=group_size, own_arguments=own
-        )
-        if objective not in self._choices:
-            self._choices[objective] = EngineChoice(
-                self.critic, objective, self.engine, schedule=self.schedule, compile=self.compile
-            )
-        return self._choices[objective]
+        key = penalty is None, alone, own
+        if key not in self._choices:
+            # A step without the penalty still sees the groups that the penalty packs.
+            group_size = self.penalty.group_size if self.penalty else 1
+            loss = None if alone else self.loss
+            objective, picks = objective_of(loss, penalty, self.score, group_size=group_size, own_arguments=own)
+            choice = EngineChoice(self.critic, objective, self.engine, schedule=self.schedule, compile=self.compile)
+            self._choices[key] = choice, picks
+        return self._choices[key]
 
     def _penalty_now(self) -> PenaltyConfig | None:
         if self.penalty is None or self.penalty.every == 1:

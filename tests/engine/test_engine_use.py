@@ -790,7 +790,7 @@ def test_attributes_that_the_forward_writes_ask_for_no_new_plan() -> None:
     for _ in range(3):
         step(real, fake, alpha())
         critic(real)
-    (choice,) = step._choices.values()
+    ((choice, _),) = step._choices.values()
     assert choice.four_pass is not None
     assert len({id(plan) for plan in choice.four_pass.plans.values()}) <= 3
     assert critic.calls == 3 * (3 + 1)

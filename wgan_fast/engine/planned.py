@@ -180,6 +180,8 @@ class Prepared:
         """The trainable tensors that the forward reads, in the order of the gradients."""
         plan = self.planned.plan
         shared = [self.inputs[i] for i in plan.trainable]
+        if not self.own:
+            return shared
         return [*shared, *[self.own[plan.captured.sampled[n] - plan.captured.leaves] for n in plan.own_arguments]]
 
     def run(
@@ -315,10 +317,9 @@ class Prepared:
 
     def _as_autograd(self, gradients: list[Tensor | None], used: tuple[bool, ...]) -> list[Tensor | None]:
         """Have gradients be None exactly where autograd leaves none."""
-        tensors = self.tensors
         for i, reached in enumerate(self.reached(used) or ()):
             if reached is (gradients[i] is None):
-                gradients[i] = torch.zeros_like(tensors[i], requires_grad=False) if reached else None
+                gradients[i] = torch.zeros_like(self.tensors[i], requires_grad=False) if reached else None
         return gradients
 
 
