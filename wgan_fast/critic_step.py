@@ -305,11 +305,11 @@ class CriticStep:
         """Run a step's four passes; a loss or a penalty of the user's own is computed between them."""
         outside: list[Outside] = []
         if not _is_recorded(self.loss):
-            loss = OutsideLoss(step.planned.plan, lambda real, fake: self._loss_of(real, fake, loss_args), forget)
+            loss = OutsideLoss(step.planned.plan, lambda real, fake: self._loss_of(real, fake, loss_args))
             outside.append(loss)
         own = penalty is not None and penalty.penalty is not None
         if own:
-            outside.append(step.outside_penalty(batches, _penalised(penalty, penalty_args), forget))  # type: ignore[arg-type]
+            outside.append(step.outside_penalty(batches, _penalised(penalty, penalty_args)))  # type: ignore[arg-type]
         output = step.run(batches, *outside)
         if own:
             of_points = outside[-1]
@@ -319,7 +319,10 @@ class CriticStep:
             output = output._replace(loss=loss.value if output.penalty is None else loss.value + output.penalty)
         elif own:
             output = output._replace(loss=output.loss + output.penalty)  # type: ignore[operator]
-        return self._take(output, step.tensors, forget)
+        result = self._take(output, step.tensors, forget)
+        for each_of_them in outside:
+            each_of_them.leave()
+        return result
 
     def _forward(self, called: Called, side: str, x: Samples) -> tuple[Any, ...]:
         """Call the critic as it is, and return what is made of its output."""

@@ -212,10 +212,10 @@ def _with_zeros(penalty: Tensor, *, before: list[Any], samples: list[Tensor]) ->
     """
     if not penalty.requires_grad:
         return penalty
-    leaves = set(_leaves(before)).difference(samples)
+    leaves = set(leaves_of(before)).difference(samples)
     # An edge of the graph may carry nothing, as to the bias of a layer norm: small tensors get their zeros anyway.
     sought = {leaf for leaf in leaves if leaf.numel() > SMALL}
-    for leaf in _leaves([penalty.grad_fn]) if sought else ():
+    for leaf in leaves_of([penalty.grad_fn]) if sought else ():
         sought.discard(leaf)
         if not sought:
             break
@@ -223,7 +223,7 @@ def _with_zeros(penalty: Tensor, *, before: list[Any], samples: list[Tensor]) ->
     return _Zeros.apply(penalty, *missed) if missed else penalty  # type: ignore[no-untyped-call]
 
 
-def _leaves(functions: list[Any]) -> Iterator[Tensor]:
+def leaves_of(functions: list[Any]) -> Iterator[Tensor]:
     """Yield the tensors in which a graph ends, some of them more than once."""
     pending, seen = list(functions), set(functions)
     while pending:

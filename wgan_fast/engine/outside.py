@@ -1,6 +1,7 @@
 """Losses and penalties that are any function at all: computed by autograd, between the pieces of a plan."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,16 @@ from torch.utils._pytree import tree_map
 from ..checks import UNREACHED, check_loss
 from ..four_pass.capture import Output
 from ..four_pass.plan import Plan
+from .autograd import leaves_of
 
 
 def nested(picks: Any, outputs: Mapping[int, Any] | Sequence[Any]) -> Any:
     """Return what was made of a critic's output, from the outputs of its graph by number."""
     return tree_map(lambda leaf: outputs[leaf.number] if isinstance(leaf, Output) else leaf, picks)
+
+
+def _nothing() -> None:
+    pass
 
 
 class Outside:
@@ -27,17 +33,24 @@ class Outside:
 
     value: Tensor
     given: Sequence[Tensor | None]
+    _leave: Callable[[], None]
 
     def __call__(self, asked: Any) -> Sequence[Tensor | None]:
         """Answer a piece."""
         with torch.enable_grad():
-            value, leaves = self.evaluate(asked)
-        self.value = value.detach()
+            value, wanted = self.evaluate(asked)
+        self.value, self._leave = value.detach(), _nothing
+        self.given = [None] * len(wanted)
         if value.requires_grad:
-            # Not into the leaves alone: what else it is computed from gets its gradient too.
-            torch.autograd.backward(value)
-        self.given = [leaf.grad for leaf in leaves]
+            others = list(set(leaves_of([value.grad_fn])).difference(wanted))
+            self.given = torch.autograd.grad(value, wanted, allow_unused=True, retain_graph=bool(others))
+            if others:
+                self._leave = partial(torch.autograd.backward, value, inputs=others)
         return self.given
+
+    def leave(self) -> None:
+        """Leave its gradient in what else the value is computed from; until then nothing has been left anywhere."""
+        self._leave()
 
     def evaluate(self, asked: Any) -> tuple[Tensor, list[Tensor]]:
         """Return the value, and what the next piece wants the derivative by."""
@@ -50,11 +63,10 @@ class OutsideLoss(Outside):
     Args:
         plan: The plan.
         loss: ``(real_output, fake_output) -> 0-dim``, nested as the critic's last pick.
-        before: Is called before any gradient is left anywhere.
     """
 
-    def __init__(self, plan: Plan, loss: Callable[[Any, Any], Any], before: Callable[[], None]) -> None:
-        self.plan, self.loss, self.before = plan, loss, before
+    def __init__(self, plan: Plan, loss: Callable[[Any, Any], Any]) -> None:
+        self.plan, self.loss = plan, loss
 
     def evaluate(self, asked: Any) -> tuple[Tensor, list[Tensor]]:
         """Return the value, and the outputs."""
@@ -73,7 +85,6 @@ class OutsideLoss(Outside):
         value = check_loss(self.loss(*sides))
         if not value.requires_grad:
             raise ValueError(UNREACHED)
-        self.before()
         return value, wanted
 
 
@@ -82,14 +93,13 @@ class OutsidePenalty(Outside):
 
     Args:
         penalty: Takes the gradients of one set, and returns the penalty and the norms ``[N]``.
-        before: Is called before any gradient is left anywhere.
 
     Attributes:
         norms: ‖∇D‖₂ for every set of points.
     """
 
-    def __init__(self, penalty: Callable[[list[Tensor]], tuple[Tensor, Tensor]], before: Callable[[], None]) -> None:
-        self.penalty, self.before = penalty, before
+    def __init__(self, penalty: Callable[[list[Tensor]], tuple[Tensor, Tensor]]) -> None:
+        self.penalty = penalty
         self.norms: list[Tensor] = []
 
     def evaluate(self, asked: Any) -> tuple[Tensor, list[Tensor]]:
@@ -102,5 +112,4 @@ class OutsidePenalty(Outside):
             values.append(value)
             self.norms.append(norms)
             wanted += leaves
-        self.before()
         return sum(values[1:], values[0]), wanted

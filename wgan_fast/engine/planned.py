@@ -247,20 +247,16 @@ class Prepared:
         return attach(output.penalty, tensors, gradients), output.norms[0]
 
     def outside_penalty(
-        self,
-        batches: Mapping[str, Any],
-        penalty: Callable[[Any], tuple[Tensor, Tensor]],
-        before: Callable[[], None],
+        self, batches: Mapping[str, Any], penalty: Callable[[Any], tuple[Tensor, Tensor]]
     ) -> OutsidePenalty:
         """Return what computes a penalty between the pieces of the plan.
 
         Args:
             batches: As ``run`` takes them.
             penalty: Takes a gradient nested as the samples; returns the penalty and the norms.
-            before: Is called before any gradient is left anywhere.
         """
         sets = iter(self.objective.points())
-        return OutsidePenalty(lambda found: penalty(self.nested(batches[next(sets)], found)), before)
+        return OutsidePenalty(lambda found: penalty(self.nested(batches[next(sets)], found)))
 
     def nested(self, points: Any, found: Sequence[Tensor]) -> Any:
         """Nest the gradients of those tensors that the critic reads as the samples are; None for integers."""
