@@ -4,6 +4,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "program.h"
 #include "samples.h"
 
 namespace wgan_fast {
@@ -115,12 +116,8 @@ void reduce_rows(int64_t rows, int64_t size, const Reduce& reduce, const Apply& 
 }
 
 template <typename C>
-void penalty_as(const Tensor& gradient, const Penalty& penalty, const Tensor& value, const Tensor& mean_norm,
-                const Tensor& norm, const Tensor& seed) {
-  const Source<C> g(gradient);
-  const Target<C> v(seed);
-  auto* const norms = static_cast<C*>(norm.mutable_data_ptr());
-  const int64_t size = gradient.numel() / penalty.groups;
+void penalty_as(const Source<C>& g, int64_t size, const Penalty& penalty, C* value, C* mean_norm, C* norms,
+                const Target<C>& v) {
   reduce_rows(
       penalty.groups, size,
       [&](int64_t at, int64_t count) {
@@ -142,8 +139,16 @@ void penalty_as(const Tensor& gradient, const Penalty& penalty, const Tensor& va
     squares += excess * excess;
     sum += norms[row];
   }
-  *static_cast<C*>(value.mutable_data_ptr()) = static_cast<C>(penalty.weight * (squares / penalty.groups));
-  *static_cast<C*>(mean_norm.mutable_data_ptr()) = static_cast<C>(sum / penalty.groups);
+  *value = static_cast<C>(penalty.weight * (squares / penalty.groups));
+  *mean_norm = static_cast<C>(sum / penalty.groups);
+}
+
+template <typename C>
+void penalty_of(const Tensor& gradient, const Penalty& penalty, const Tensor& value, const Tensor& mean_norm,
+                const Tensor& norm, const Tensor& seed) {
+  const auto to = [](const Tensor& tensor) { return static_cast<C*>(tensor.mutable_data_ptr()); };
+  penalty_as<C>(Source<C>(gradient), gradient.numel() / penalty.groups, penalty, to(value), to(mean_norm),
+                to(norm), Target<C>(seed));
 }
 
 template <typename C>
@@ -191,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradient_norm_penalty(Tensor gradient
   const Tensor norm = empty(gradient, {penalty.groups}, {1}, dtype);
   const Tensor value = empty(gradient, {}, {}, dtype), mean_norm = empty(gradient, {}, {}, dtype);
   const Tensor seed = empty_samples(gradient, gradient.sizes()[0], gradient.scalar_type());
-  (wide ? penalty_as<double> : penalty_as<float>)(gradient, penalty, value, mean_norm, norm, seed);
+  (wide ? penalty_of<double> : penalty_of<float>)(gradient, penalty, value, mean_norm, norm, seed);
   return {value, mean_norm, norm, seed};
 }
 
@@ -217,6 +222,16 @@ Tensor gradient_norm_penalty_backward(Tensor gradient, Tensor norm, Tensor cotan
 }
 
 }  // namespace
+
+void run(const NormPenalty& instruction, float* const* memory, double weight, double target) {
+  const Penalty penalty{instruction.share.value() * weight, target, instruction.one_sided != 0,
+                        instruction.groups};
+  const auto at = [&](const View& view) { return view.at(memory, 0, 0); };
+  penalty_as<float>(Source<float>(at(instruction.gradient)), instruction.size, penalty,
+                    at(instruction.value), at(instruction.mean_norm), at(instruction.norms),
+                    Target<float>(at(instruction.seed)));
+}
+
 }  // namespace wgan_fast
 
 STABLE_TORCH_LIBRARY_IMPL(wgan_fast, CPU, m) {

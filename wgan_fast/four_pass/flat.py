@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from .counting import flops_of
 from .objective import Batches, StepOutput
+from .program import Program
 from .stand_ins import is_view
 
 Layout = list[tuple[str, int, torch.Size, tuple[int, ...]]]
@@ -23,6 +24,7 @@ class FlatStep:
         pieces: The graph, in one piece or, where others compute in between, in several. The first one's inputs are the
             live ones, then the batches, then the penalty's weight and target; a later one's are what those before it
             leave for it, then what it is given. Each but the last returns what it is asked for and what it leaves.
+        programs: The pieces as programs, or why they cannot be.
         live: Which inputs of the captured critic it takes.
         layout: The tensors of batches that it takes: batch, position, and the shape and strides that were planned for.
         device: Type of the device that it was planned for.
@@ -32,8 +34,15 @@ class FlatStep:
         runs: How often it has been run.
     """
 
-    def __init__(self, pieces: list[fx.GraphModule], live: Sequence[int], layout: Layout, device: str) -> None:
-        self.pieces, self.live, self.layout, self.device = pieces, live, layout, device
+    def __init__(
+        self,
+        pieces: list[fx.GraphModule],
+        programs: list[Program | str],
+        live: Sequence[int],
+        layout: Layout,
+        device: str,
+    ) -> None:
+        self.pieces, self.programs, self.live, self.layout, self.device = pieces, programs, live, layout, device
         self.compiled: list[Callable[..., Any]] = []
         self.runs = 0
         self._given = [
@@ -93,6 +102,10 @@ class FlatStep:
         with torch.no_grad(), torch.autocast(self.device, enabled=False) if on else nullcontext():
             if self.compiled:
                 return self.compiled[number](*tensors)
+            program = self.programs[number]
+            if isinstance(program, Program):
+                with torch._C._AutoDispatchBelowAutograd():
+                    return program(tensors)
             # Nothing here is differentiated: passing every operator on through autograd, and the graph through what a
             # module's call looks for, costs a tenth of a small step.
             with torch._C._AutoDispatchBelowAutograd():

@@ -156,7 +156,7 @@ def _own_outputs(graph: fx.Graph, given_away: list[bool]) -> None:
 def _read_later(node: fx.Node) -> bool:
     """Whether a later piece reads the memory of a node: whoever is given it in between may write to it."""
     piece = node.meta.get("segment", (0, 0))[0]
-    return any(reader.meta.get("segment", (piece, 0))[0] > piece for reader in _readers(node) if reader.op != "output")
+    return any(reader.meta.get("segment", (piece, 0))[0] > piece for reader in readers_of(node) if reader.op != "output")
 
 
 def cut(module: fx.GraphModule, pieces: int) -> list[fx.GraphModule]:
@@ -253,7 +253,7 @@ def _write_tangents(graph: fx.Graph) -> None:
         val, new = whole.meta["val"], node.meta["val"]
         if (val.shape, val.dtype, val.stride()) != (new.shape, new.dtype, new.stride()):
             continue
-        readers = _readers(whole)
+        readers = readers_of(whole)
         if not _owned(whole) or any(position.get(r, -1) > position[node] for r in readers):
             continue
         start = head.meta["val"].shape[dim]
@@ -289,7 +289,7 @@ def _accumulate(graph: fx.Graph) -> None:
             like.stride(),
         ):
             continue
-        if _owned(total) and not any(position.get(r, -1) > position[node] for r in _readers(total) - {node}):
+        if _owned(total) and not any(position.get(r, -1) > position[node] for r in readers_of(total) - {node}):
             node.target, node.args = aten.addmm_.default, (total, *product.args)
             graph.erase_node(product)
 
@@ -311,7 +311,7 @@ def _write_in_place(graph: fx.Graph) -> None:
             new.stride(),
         ):
             continue
-        readers = _readers(source)
+        readers = readers_of(source)
         if any(position.get(r, -1) > position[node] for r in readers) or any(o in readers for o in others):
             continue
         if node.target in IN_PLACE:
@@ -330,7 +330,7 @@ def _owned(node: fx.Node) -> bool:
     return not _returns_view(node)
 
 
-def _readers(node: fx.Node) -> set[fx.Node]:
+def readers_of(node: fx.Node) -> set[fx.Node]:
     """Everything that reads a node's memory, through views too."""
     found: set[fx.Node] = set()
     pending = list(node.users)

@@ -18,6 +18,7 @@ from .independence import CoupledError, Dims, batch_dims, opaque
 from .objective import Objective, RefusedError, Schedule
 from .optimize import cut, finish, save_memory
 from .passes import Roles, Run, number_values
+from .program import Program, program_of
 from .record import Recorder
 
 JOINED_BYTES = 64 * 2**20
@@ -88,14 +89,14 @@ class Plan(FlatStep):
             self._prove()
             self.scales = self.one_score and not self.coupled
             self.schedule = self._arrange(schedule)
-            pieces, layout = self._record(dict(zip(captured.inputs, inputs)))
+            pieces, programs, layout = self._record(dict(zip(captured.inputs, inputs)))
         except RefusedError as refused:
             raise refused.error from None
         except CaptureError:
             raise
         except Exception as error:
             raise CaptureError(f"the step cannot be recorded{raised_at(error)}: {first_line(error)}") from error
-        super().__init__(pieces, self._live(inputs), layout, self.device)
+        super().__init__(pieces, programs, self._live(inputs), layout, self.device)
 
     def _live(self, inputs: Sequence[Any]) -> list[int]:
         """Return which inputs of the captured graph are read as they are."""
@@ -168,7 +169,7 @@ class Plan(FlatStep):
         """Autocast as it was when the plan was made."""
         return torch.autocast(self.device, dtype=self._autocast_dtype, enabled=self._autocast_enabled)
 
-    def _record(self, examples: Mapping[fx.Node, Any]) -> tuple[list[fx.GraphModule], Layout]:
+    def _record(self, examples: Mapping[fx.Node, Any]) -> tuple[list[fx.GraphModule], list[Program | str], Layout]:
         recorder = self.recorder = Recorder()
         objective = self.objective
         apart = set(self._apart())
@@ -201,12 +202,13 @@ class Plan(FlatStep):
         if numbers:
             _read_numbers(recorder.graph, **numbers)
         pieces = cut(finish(recorder), 1 + recorder.piece)
+        programs = [program_of(piece) for piece in pieces]
         for piece in pieces:
             if self.in_place:
                 save_memory(piece.graph)
             piece.graph.lint()
             piece.recompile()
-        return pieces, layout
+        return pieces, programs, layout
 
     def units(self, flops: int | None = None) -> float:
         """Return FLOPs, by default those of the step, in critic forwards over one batch."""

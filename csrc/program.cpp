@@ -1,0 +1,365 @@
+// Runs programs: a whole flat graph in one call, with products, what follows them element by element, and
+// memory that is kept from call to call.
+
+#include "program.h"
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+
+#include "samples.h"
+
+namespace wgan_fast {
+namespace {
+
+// Of a product's left side, what stays in a core's second-level cache while panel after panel of the right
+// side passes; and the depth up to which a panel fits beside it.
+constexpr int64_t kRowBytes = 384 * 1024;
+constexpr int64_t kDepth = 2560, kDepthOfBlocks = 1024;
+// Rows up to which the right side is read where it lies.
+constexpr int64_t kDirectRows = 28;
+constexpr int64_t kBlockElements = 8192;
+constexpr int64_t kSumRows = 256, kSumColumns = 128;
+// Operations below which waking a thread costs more than it saves.
+constexpr int64_t kAlone = 500000;
+// Outputs of at least so many bytes come from the memory that is kept.
+constexpr int64_t kKept = 65536;
+
+// Memory by size. A fresh allocation of megabytes is faulted in page by page at first use, which costs as
+// much as the arithmetic of a small step: what a step frees is kept for the next.
+class Memory {
+ public:
+  static Memory& get() {
+    static auto* const memory = new Memory;  // outlives the tensors that return to it
+    return *memory;
+  }
+
+  float* take(int64_t bytes) {
+    const std::lock_guard lock(mutex_);
+    const auto found = free_.find(bytes);
+    if (found == free_.end()) {
+      void* const fresh = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+      STD_TORCH_CHECK(fresh != nullptr, "out of memory: no ", bytes, " bytes for a step");
+      return static_cast<float*>(fresh);
+    }
+    float* const data = found->second;
+    free_.erase(found);
+    kept_ -= bytes;
+    return data;
+  }
+
+  void give_back(float* data, int64_t bytes) {
+    const std::lock_guard lock(mutex_);
+    free_.emplace(bytes, data);
+    kept_ += bytes;
+    while (kept_ > kMost) {
+      const auto largest = std::prev(free_.end());
+      kept_ -= largest->first;
+      std::free(largest->second);
+      free_.erase(largest);
+    }
+  }
+
+ private:
+  static constexpr int64_t kAlignment = 4096, kMost = 256 << 20;
+
+  std::mutex mutex_;
+  std::multimap<int64_t, float*> free_;
+  int64_t kept_ = 0;
+};
+
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) : bytes_(4 * floats), data_(Memory::get().take(bytes_)) {}
+  ~Scratch() { Memory::get().give_back(data_, bytes_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  float* data() const { return data_; }
+
+ private:
+  const int64_t bytes_;
+  float* const data_;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls `run(task)` for every task, from at most so many threads. A thread takes the next when it has done
+// one: on a machine that is shared no thread waits for another's share.
+template <typename Run>
+void share(int64_t tasks, int64_t threads, const Run& run) {
+  threads = std::min(threads, tasks);
+  if (threads <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) run(task);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(task);
+  });
+}
+
+int64_t threads_for(int64_t operations) {
+  return operations < kAlone ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+}
+
+// A product cut into tiles; how they are laid out depends on its shape alone.
+class Product {
+ public:
+  Product(const Kernel& kernel, const Tiles& t)
+      : kernel_(kernel), t_(t), panels_(ceil_div(kernel.columns, t.columns)),
+        tiles_(ceil_div(kernel.rows, t.rows)) {
+    for (int64_t s = 0; s < kernel.segments; ++s) depth_ += segment(s).depth;
+    const Segment& first = segment(0);
+    dots_ = kernel.segments == 1 && kernel.columns == 1 && first.a.column == 1 && first.b.row == 1;
+    direct_ = kernel.segments == 1 && first.b.column == 1 && kernel.rows <= kDirectRows;
+    packs_rows_ = kernel.segments > 1 || (first.a.column != 1 && kernel.rows > 1 && depth_ > 1);
+    blocks_ = depth_ <= kDepth ? 1 : ceil_div(depth_, kDepthOfBlocks);
+    longest_ = ceil_div(depth_, blocks_);
+  }
+
+  // Floats that `run` needs.
+  int64_t scratch() const {
+    if (dots_) return 0;
+    return longest_ * (panels_ * t_.columns + (packs_rows_ ? kernel_.rows : 0));
+  }
+
+  void run(float* const* memory, float* scratch) const {
+    const int64_t threads = threads_for(2 * kernel_.rows * kernel_.columns * depth_);
+    if (dots_) return run_dots(memory, threads);
+    float* const right = scratch;
+    float* const left = scratch + longest_ * panels_ * t_.columns;
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const int64_t begin = depth_ * block / blocks_, end = depth_ * (block + 1) / blocks_;
+      pack(memory, begin, end, right, left, threads);
+      multiply(memory, begin, end, right, left, threads);
+    }
+  }
+
+ private:
+  const Segment& segment(int64_t s) const { return kernel_.first_segment()[s]; }
+  int64_t row(int64_t tile) const { return kernel_.rows * tile / tiles_; }
+  int64_t width(int64_t panel) const { return std::min(t_.columns, kernel_.columns - panel * t_.columns); }
+  bool packed(int64_t panel) const { return !direct_ || width(panel) < t_.columns; }
+
+  void finish(float* const* memory, int64_t r0, int64_t r1, int64_t c0, int64_t c1) const {
+    for (int64_t s = 0; s < kernel_.statements; ++s)
+      t_.run(kernel_.first_statement()[s], memory, r0, r1, c0, c1);
+  }
+
+  void run_dots(float* const* memory, int64_t threads) const {
+    constexpr int64_t kRows = 32;
+    share(ceil_div(kernel_.rows, kRows), threads, [&](int64_t task) {
+      const int64_t begin = task * kRows, end = std::min(begin + kRows, kernel_.rows);
+      for (int64_t r = begin; r < end; ++r)
+        *kernel_.to.at(memory, r, 0) = static_cast<float>(
+            t_.dot(depth_, segment(0).a.at(memory, r, 0), segment(0).b.at(memory, 0, 0)));
+      finish(memory, begin, end, 0, 1);
+    });
+  }
+
+  // Calls `run(segment, from, to, at)` for the parts of the segments between two depths.
+  template <typename Run>
+  void in_segments(int64_t begin, int64_t end, const Run& run) const {
+    int64_t start = 0;
+    for (int64_t s = 0; s < kernel_.segments; start += segment(s++).depth) {
+      const int64_t from = std::max(begin, start), to = std::min(end, start + segment(s).depth);
+      if (from < to) run(segment(s), from - start, to - from, from - begin);
+    }
+  }
+
+  void pack(float* const* memory, int64_t begin, int64_t end, float* right, float* left,
+            int64_t threads) const {
+    const int64_t first = direct_ ? kernel_.columns / t_.columns : 0;
+    share(panels_ - first + (packs_rows_ ? tiles_ : 0), threads, [&](int64_t task) {
+      const int64_t panel = first + task, tile = panel - panels_;
+      in_segments(begin, end, [&](const Segment& s, int64_t from, int64_t depth, int64_t at) {
+        if (panel < panels_)
+          t_.pack(depth, width(panel), s.b.at(memory, from, panel * t_.columns), s.b.row, s.b.column,
+                  right + panel * t_.columns * longest_ + at * t_.columns);
+        else
+          t_.pack_rows(depth, row(tile + 1) - row(tile), s.a.at(memory, row(tile), from), s.a.row, s.a.column,
+                       left + row(tile) * longest_ + at * (row(tile + 1) - row(tile)));
+      });
+    });
+  }
+
+  void multiply(float* const* memory, int64_t begin, int64_t end, const float* right, const float* left,
+                int64_t threads) const {
+    const int64_t depth = end - begin;
+    // Rows whose left side stays in the cache, and groups of panels: enough tasks for the threads.
+    int64_t row_blocks = ceil_div(tiles_, std::max<int64_t>(1, kRowBytes / (4 * t_.rows * depth)));
+    const int64_t enough = threads == 1 ? 1 : 4 * threads;
+    const int64_t groups = std::min(panels_, ceil_div(enough, row_blocks));
+    row_blocks = std::min(tiles_, std::max(row_blocks, ceil_div(enough, groups)));
+    share(row_blocks * groups, threads, [&](int64_t task) {
+      const int64_t block = task / groups, group = task % groups;
+      for (int64_t panel = panels_ * group / groups; panel < panels_ * (group + 1) / groups; ++panel)
+        for (int64_t i = tiles_ * block / row_blocks; i < tiles_ * (block + 1) / row_blocks; ++i)
+          tile(memory, i, panel, begin, depth, right, left, end == depth_);
+    });
+  }
+
+  void tile(float* const* memory, int64_t tile, int64_t panel, int64_t begin, int64_t depth,
+            const float* right, const float* left, bool last) const {
+    const int64_t r0 = row(tile), r1 = row(tile + 1), c0 = panel * t_.columns, c1 = c0 + width(panel);
+    const Segment& only = segment(0);
+    const bool packed = this->packed(panel);
+    const float* const b =
+        packed ? right + panel * t_.columns * longest_ : only.b.at(memory, begin, panel * t_.columns);
+    const int64_t b_depth = packed ? t_.columns : only.b.row;
+    const float* const a = packs_rows_ ? left + r0 * longest_ : only.a.at(memory, r0, begin);
+    const int64_t a_row = packs_rows_ ? 1 : only.a.row;
+    const int64_t a_depth = packs_rows_ ? r1 - r0 : depth == 1 ? 1 : only.a.column;
+    float* const c = kernel_.to.at(memory, r0, c0);
+    if (c1 - c0 == t_.columns) {
+      t_.multiply(r1 - r0, depth, a, a_row, a_depth, b, b_depth, c, kernel_.to.row, begin > 0);
+    } else {
+      float edge[16 * 32];
+      t_.multiply(r1 - r0, depth, a, a_row, a_depth, b, b_depth, edge, t_.columns, false);
+      for (int64_t i = 0; i < r1 - r0; ++i)
+        for (int64_t j = 0; j < c1 - c0; ++j) {
+          float& to = c[i * kernel_.to.row + j];
+          to = edge[i * t_.columns + j] + (begin > 0 ? to : 0);
+        }
+    }
+    if (last) finish(memory, r0, r1, c0, c1);
+  }
+
+  const Kernel& kernel_;
+  const Tiles& t_;
+  const int64_t panels_, tiles_;
+  int64_t depth_ = 0, blocks_ = 1, longest_ = 0;
+  bool dots_ = false, direct_ = false, packs_rows_ = false;
+};
+
+void run_statements(const Kernel& kernel, const Tiles& t, float* const* memory) {
+  const int64_t width = std::min(kernel.columns, kBlockColumns);
+  const int64_t height = std::max<int64_t>(1, kBlockElements / width);
+  const int64_t across = ceil_div(kernel.columns, width);
+  const int64_t threads = kernel.rows * kernel.columns < kGrainSize ? 1 : torch::stable::get_num_threads();
+  share(ceil_div(kernel.rows, height) * across, threads, [&](int64_t task) {
+    const int64_t r0 = task / across * height, c0 = task % across * width;
+    for (int64_t s = 0; s < kernel.statements; ++s)
+      t.run(kernel.first_statement()[s], memory, r0, std::min(r0 + height, kernel.rows), c0,
+            std::min(c0 + width, kernel.columns));
+  });
+}
+
+int64_t scratch_of(const Sum& sum) {
+  return sum.columns * (1 + (sum.rows > kSumRows ? ceil_div(sum.rows, kSumRows) : 0));
+}
+
+// In parts of so many rows, whatever the number of threads: it adds up in one order.
+void run(const Sum& sum, const Tiles& t, float* const* memory, float* scratch) {
+  const int64_t parts = ceil_div(sum.rows, kSumRows), across = ceil_div(sum.columns, kSumColumns);
+  const int64_t threads = sum.rows * sum.columns < kGrainSize ? 1 : torch::stable::get_num_threads();
+  float* const total = scratch;
+  float* const partial = parts > 1 ? scratch + sum.columns : scratch;
+  share(parts * across, threads, [&](int64_t task) {
+    const int64_t part = task / across, c0 = task % across * kSumColumns;
+    t.sum(sum.from, memory, part * kSumRows, std::min((part + 1) * kSumRows, sum.rows), c0,
+          std::min(c0 + kSumColumns, sum.columns), partial + part * sum.columns);
+  });
+  if (parts > 1) {
+    float* const of_parts[] = {partial};
+    t.sum(View{0, 0, sum.columns, 1}, of_parts, 0, parts, 0, sum.columns, total);
+  }
+  const auto scale = static_cast<float>(sum.scale.value());
+  for (int64_t c = 0; c < sum.columns; ++c) *sum.to.at(memory, 0, c) = scale * total[c];
+}
+
+void run(const Draw& draw, const Tiles& t, float* const* memory, uint64_t seed) {
+  constexpr int64_t kWords = 256;
+  auto* const to = reinterpret_cast<uint32_t*>(draw.to.at(memory, 0, 0));
+  share(ceil_div(draw.words, kWords), threads_for(draw.words * 32 * 16), [&](int64_t task) {
+    const int64_t first = task * kWords;
+    t.draw(seed + static_cast<uint64_t>(draw.stream) * 0xD1342543DE82EF95, first,
+           std::min(kWords, draw.words - first), static_cast<uint32_t>(draw.keep), to + first);
+  });
+}
+
+// The words of a program before its first instruction: floats of planned memory; the number of inputs, and of
+// elements in each; the number of outputs, and of dimensions of each, and their sizes.
+class Header {
+ public:
+  explicit Header(const int64_t* words) : at_(words) {}
+
+  int64_t next() { return *at_++; }
+  const int64_t* rest() const { return at_; }
+
+ private:
+  const int64_t* at_;
+};
+
+std::vector<Tensor> run_program(const Tensor& program, const std::vector<Tensor>& inputs, double weight,
+                                double target, int64_t seed) {
+  STD_TORCH_CHECK(program.scalar_type() == ScalarType::Long && program.is_contiguous() && program.is_cpu(),
+                  "expected a program: int64 words on the CPU");
+  const auto* const words = static_cast<const int64_t*>(program.const_data_ptr());
+  Header header(words);
+  const int64_t planned = header.next();
+  std::vector<float*> memory{nullptr};
+  STD_TORCH_CHECK(header.next() == static_cast<int64_t>(inputs.size()), "expected as many inputs as planned");
+  for (const auto& input : inputs) {
+    STD_TORCH_CHECK(input.is_cpu() && input.scalar_type() == ScalarType::Float,
+                    "expected float32 tensors on the CPU");
+    STD_TORCH_CHECK(header.next() == input.numel(), "expected inputs of the sizes that were planned for");
+    memory.push_back(static_cast<float*>(const_cast<void*>(input.const_data_ptr())));
+  }
+  std::vector<Tensor> outputs;
+  for (int64_t count = header.next(); count > 0; --count) {
+    std::vector<int64_t> sizes(header.next());
+    for (auto& size : sizes) size = header.next();
+    std::vector<int64_t> strides(sizes.size());
+    int64_t numel = 1;
+    for (size_t d = sizes.size(); d-- > 0; numel *= sizes[d]) strides[d] = numel;
+    const int64_t bytes = 4 * numel;
+    if (bytes < kKept) {
+      outputs.push_back(empty(program, sizes, strides, ScalarType::Float));
+    } else {
+      const auto give_back = [bytes](void* data) { Memory::get().give_back(static_cast<float*>(data), bytes); };
+      outputs.push_back(torch::stable::from_blob(Memory::get().take(bytes), sizes, strides,
+                                                 torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                                 ScalarType::Float, give_back));
+    }
+    memory.push_back(static_cast<float*>(outputs.back().mutable_data_ptr()));
+  }
+  const Tiles& t = tiles();
+  const auto* const first = reinterpret_cast<const Instruction*>(header.rest());
+  const auto* const end = reinterpret_cast<const Instruction*>(words + program.numel());
+  int64_t spare = 0;
+  for (const auto* i = first; i < end; i = i->next()) {
+    if (i->kind == Kind::kKernel && i->body<Kernel>().segments > 0)
+      spare = std::max(spare, Product(i->body<Kernel>(), t).scratch());
+    if (i->kind == Kind::kSum) spare = std::max(spare, scratch_of(i->body<Sum>()));
+  }
+  const Scratch scratch(planned + spare + 16);
+  memory[0] = scratch.data();
+  float* const unplanned = scratch.data() + planned;
+  for (const auto* i = first; i < end; i = i->next()) {
+    switch (i->kind) {
+      case Kind::kKernel:
+        if (i->body<Kernel>().segments > 0)
+          Product(i->body<Kernel>(), t).run(memory.data(), unplanned);
+        else
+          run_statements(i->body<Kernel>(), t, memory.data());
+        break;
+      case Kind::kSum:
+        run(i->body<Sum>(), t, memory.data(), unplanned);
+        break;
+      case Kind::kNormPenalty:
+        run(i->body<NormPenalty>(), memory.data(), weight, target);
+        break;
+      case Kind::kDraw:
+        run(i->body<Draw>(), t, memory.data(), static_cast<uint64_t>(seed));
+        break;
+    }
+  }
+  return outputs;
+}
+
+}  // namespace
+}  // namespace wgan_fast
+
+STABLE_TORCH_LIBRARY_IMPL(wgan_fast, CPU, m) { m.impl("run_program", TORCH_BOX(&wgan_fast::run_program)); }

@@ -1,0 +1,87 @@
+// The inner loops of a program for every instruction set that it may meet, and the choice among them.
+
+#include <algorithm>
+
+#include "program.h"
+
+// Products are taken with fused multiply-adds where a processor has them.
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
+namespace wgan_fast {
+namespace {
+
+// In the order of wgan_fast/four_pass/program.py.
+enum class Code : int64_t {
+  kCopy,
+  kFill,
+  kAdd,
+  kMultiply,
+  kDivide,
+  kScale,
+  kLeakyRelu,
+  kRelu,
+  kLeakyReluBackward,
+  kThresholdBackward,
+  kMask,
+};
+
+namespace plain {
+#define NAME "plain"
+#define VECTOR 4
+#define ROWS 6
+#include "tiles.inc"
+#undef NAME
+#undef VECTOR
+#undef ROWS
+}  // namespace plain
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define WGAN_FAST_X86 1
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace avx2 {
+#define NAME "AVX2"
+#define VECTOR 8
+#define ROWS 6
+#include "tiles.inc"
+#undef NAME
+#undef VECTOR
+#undef ROWS
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+namespace avx512 {
+#define NAME "AVX-512"
+#define VECTOR 16
+#define ROWS 14
+#include "tiles.inc"
+#undef NAME
+#undef VECTOR
+#undef ROWS
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+const Tiles& chosen() {
+#ifdef WGAN_FAST_X86
+  if (__builtin_cpu_supports("x86-64-v4")) return avx512::kTiles;
+  if (__builtin_cpu_supports("x86-64-v3")) return avx2::kTiles;
+#endif
+  return plain::kTiles;
+}
+
+}  // namespace
+
+const Tiles& tiles() {
+  static const Tiles& best = chosen();
+  return best;
+}
+
+}  // namespace wgan_fast

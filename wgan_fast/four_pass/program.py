@@ -1,0 +1,729 @@
+"""Programs: a flat graph of float32 matrices, written down for ``wgan_fast::run_program``.
+
+What a plan of few, small operators costs is the host, fresh memory, and passes over memory that do nothing but
+multiply by a mask. A program is the same graph as instructions over memory that was planned once: products, with what
+follows them element by element applied to each tile as it is made. The graph is its truth: an operator that is not
+written down here leaves the graph to PyTorch.
+"""
+
+import math
+import operator
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
+
+from ..ops.run_program import AVAILABLE
+from .optimize import readers_of
+from .stand_ins import gives_view
+
+aten = torch.ops.aten
+
+# In the order of csrc/tiles.cpp and csrc/program.h.
+(
+    COPY, FILL, ADD, MULTIPLY, DIVIDE, SCALE, LEAKY_RELU, RELU, LEAKY_RELU_BACKWARD, THRESHOLD_BACKWARD, MASK,
+) = range(11)  # fmt: skip
+KERNEL, SUM, NORM_PENALTY, DRAW = range(4)
+ARENA = 0
+
+
+class UnwrittenError(Exception):
+    """A graph has something that programs do not have."""
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Memory of a program.
+
+    Attributes:
+        numel: Floats in it.
+        base: Number of an input's or output's memory; ``ARENA`` for planned memory.
+        ready: The last instruction that writes to it; -1 for what is given.
+        offset: Where it lies in planned memory.
+        within: The buffer, and the offset there, that it became part of.
+    """
+
+    numel: int
+    base: int = ARENA
+    ready: int = -1
+    offset: int = 0
+    within: "tuple[Buffer, int] | None" = None
+
+    def resolved(self) -> "tuple[Buffer, int]":
+        """Return the buffer whose memory it is, and where it starts in that."""
+        if self.within is None:
+            return self, 0
+        buffer, start = self.within[0].resolved()
+        return buffer, start + self.within[1]
+
+
+@dataclass(eq=False)
+class View:
+    """A tensor in a buffer: ``like`` is on the meta device, with its shape, strides and offset.
+
+    Attributes:
+        kernel: The kernel that makes exactly this matrix, and so may go on with it tile by tile.
+    """
+
+    buffer: Buffer
+    like: Tensor
+    kernel: "Kernel | None" = None
+
+    def viewed(self, function: Callable[[Tensor], Tensor]) -> "View":
+        """Apply an operator that returns a view."""
+        return View(self.buffer, function(self.like))
+
+    def matrix(self, shape: Sequence[int]) -> "Matrix":
+        """Return it, broadcast to a shape, as a matrix of rows and columns."""
+        like, first = self.like.expand(shape), 0 if len(shape) < 2 else 1
+        strides = [_one_stride(like.shape[part], like.stride()[part]) for part in (slice(first), slice(first, None))]
+        return Matrix(self.buffer, self.like.storage_offset(), *strides)
+
+
+@dataclass
+class Matrix:
+    """Where the elements of a matrix lie; strides in elements."""
+
+    buffer: Buffer
+    offset: int
+    row: int
+    column: int
+
+    def words(self) -> list[int]:
+        """Write it down."""
+        buffer, start = self.buffer.resolved()
+        return [buffer.base, buffer.offset + start + self.offset, self.row, self.column]
+
+
+@dataclass
+class Joined:
+    """Tensors that follow each other along the first dimension, not yet in one memory."""
+
+    parts: list[View]
+
+
+@dataclass
+class Bits:
+    """A random mask of rows, times a scale."""
+
+    view: View
+    scale: float = 1.0
+
+
+@dataclass
+class Statement:
+    """``to = code(*sources)`` with numbers."""
+
+    code: int
+    to: Matrix
+    sources: list[Matrix]
+    numbers: list[float]
+
+    def words(self) -> list[int]:
+        """Write it down."""
+        empty = [0, 0, 0, 0]
+        sources = [source.words() for source in self.sources] + [empty] * (3 - len(self.sources))
+        numbers = [*self.numbers, 0.0, 0.0][:2]
+        return [self.code, *self.to.words(), *sum(sources, []), *map(_word, numbers)]
+
+
+@dataclass(eq=False)
+class Kernel:
+    """A matrix: a product, if it has segments (left, right, depth), and what is made of it."""
+
+    shape: Sequence[int]
+    rows: int
+    columns: int
+    to: Matrix | None = None
+    segments: list[tuple[Matrix, Matrix, int]] = field(default_factory=list)
+    statements: list[Statement] = field(default_factory=list)
+
+    def words(self) -> list[int]:
+        """Write it down."""
+        segments = sum([[*a.words(), *b.words(), depth] for a, b, depth in self.segments], [])
+        statements = sum([statement.words() for statement in self.statements], [])
+        to = [0, 0, 0, 0] if self.to is None else self.to.words()
+        counts = [len(self.segments), len(self.statements)]
+        return [KERNEL, self.rows, self.columns, *to, *counts, *segments, *statements]
+
+    def matrices(self) -> Iterator[Matrix]:
+        """Yield all that it touches."""
+        if self.to is not None:
+            yield self.to
+        for left, right, _ in self.segments:
+            yield from (left, right)
+        for statement in self.statements:
+            yield from (statement.to, *statement.sources)
+
+
+@dataclass
+class Other:
+    """Any other instruction; what is a ``Matrix`` in it is written down as such."""
+
+    kind: int
+    fields: list[Any]
+
+    def words(self) -> list[int]:
+        """Write it down."""
+        return [self.kind, *sum([f.words() if isinstance(f, Matrix) else [f] for f in self.fields], [])]
+
+    def matrices(self) -> Iterator[Matrix]:
+        """Yield all that it touches."""
+        return (field for field in self.fields if isinstance(field, Matrix))
+
+
+class Program:
+    """A graph that has been written down.
+
+    Args:
+        words: What ``wgan_fast::run_program`` takes.
+        given: What it is given besides: the graph's inputs by position, with their strides, and constants.
+        structure: What the graph returns, as Python over the list ``out``.
+        numbers: Positions of the penalty's weight and target among the inputs; none without a penalty.
+        draws: Whether it draws random numbers: its own, seeded by PyTorch's default generator.
+    """
+
+    def __init__(
+        self,
+        words: list[int],
+        given: list[tuple[int, tuple[int, ...]] | Tensor],
+        structure: str,
+        numbers: list[int],
+        draws: bool,
+    ) -> None:
+        self._words = torch.tensor(words)
+        self._numbers = numbers
+        self._inputs = [source for source in given if not isinstance(source, Tensor)]
+        self._constants = [source for source in given if isinstance(source, Tensor)]
+        self._draws = draws
+        self._arrange: Callable[[list[Tensor]], Any] = eval(f"lambda out: {structure}")
+
+    def __call__(self, tensors: Sequence[Any]) -> Any:
+        """Run it on the graph's inputs; returns what the graph does."""
+        weight, target = [tensors[i] for i in self._numbers] or (0.0, 0.0)
+        seed = int(torch.empty((), dtype=torch.int64).random_()) if self._draws else 0
+        inputs = [_laid_out(tensors[i], stride) for i, stride in self._inputs] + self._constants
+        return self._arrange(torch.ops.wgan_fast.run_program.default(self._words, inputs, weight, target, seed))
+
+
+def _laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    if tensor.stride() == stride:
+        return tensor
+    return torch.empty_strided(tensor.shape, stride).copy_(tensor)
+
+
+def program_of(piece: fx.GraphModule) -> Program | str:
+    """Write a flat graph down, or say in a clause why it cannot be."""
+    if not AVAILABLE:
+        return "the extension is not there"
+    try:
+        return _Writer(piece).written()
+    except UnwrittenError as error:
+        return str(error)
+
+
+@dataclass
+class _Fresh:
+    """Memory that nothing has been written to."""
+
+    shape: list[int]
+
+
+@dataclass
+class _Scaled:
+    """A number among the graph's inputs, by position, times a factor."""
+
+    position: int
+    factor: float = 1.0
+
+
+class _Writer:
+    """Writes one graph down, operator after operator; what it makes of a node is in ``values``."""
+
+    def __init__(self, piece: fx.GraphModule) -> None:
+        self.piece = piece
+        self.values: dict[fx.Node, Any] = {}
+        self.instructions: list[Kernel | Other] = []
+        self.given: list[tuple[Buffer, Any]] = []
+        self.buffers: list[Buffer] = []
+        self.numbers: list[int] = []
+        self.streams = 0
+
+    def written(self) -> Program:
+        """Write everything down."""
+        position, outputs = 0, None
+        for node in self.piece.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = self._placeholder(node, position)
+                position += 1
+            elif node.op == "get_attr":
+                constant = getattr(self.piece, node.target).contiguous()
+                self.values[node] = self._input(constant, constant)
+            elif node.op == "call_function":
+                self.values[node] = self._call(node)
+            else:
+                outputs = node.args[0]
+        shapes: list[torch.Size] = []
+        structure = self._structure(outputs, shapes)
+        used = {matrix.buffer.resolved()[0] for matrix in self._matrices()}
+        given = [(buffer, source) for buffer, source in self.given if buffer in used]
+        given.sort(key=lambda pair: isinstance(pair[1], Tensor))
+        for number, (buffer, _) in enumerate(given):
+            buffer.base = 1 + number
+        for buffer in self.buffers:
+            if buffer.base < 0:
+                buffer.base = len(given) - buffer.base
+        header = [self._plan_memory(), len(given), *[buffer.numel for buffer, _ in given], len(shapes)]
+        for shape in shapes:
+            header += [len(shape), *shape]
+        words = header
+        for instruction in self.instructions:
+            kind, *body = instruction.words()
+            words += [kind, len(body), *body]
+        return Program(words, [source for _, source in given], structure, self.numbers, self.streams > 0)
+
+    def _matrices(self) -> Iterator[Matrix]:
+        for instruction in self.instructions:
+            yield from instruction.matrices()
+
+    def _plan_memory(self) -> int:
+        """Give every buffer of planned memory its place, beside those that live at the same time; returns the size."""
+        spans: dict[Buffer, tuple[int, int]] = {}
+        for index, instruction in enumerate(self.instructions):
+            for matrix in instruction.matrices():
+                buffer = matrix.buffer.resolved()[0]
+                if buffer.base == ARENA:
+                    spans[buffer] = (spans.get(buffer, (index, index))[0], index)
+        placed: list[Buffer] = []
+        size = 0
+        for buffer in sorted(spans, key=lambda buffer: -buffer.numel):
+            first, last = spans[buffer]
+            others = [other for other in placed if spans[other][0] <= last and first <= spans[other][1]]
+            offset = 0
+            for other in sorted(others, key=lambda other: other.offset):
+                if offset + buffer.numel <= other.offset:
+                    break
+                offset = max(offset, other.offset + _whole_lines(other.numel))
+            buffer.offset = offset
+            placed.append(buffer)
+            size = max(size, offset + _whole_lines(buffer.numel))
+        return size
+
+    # What a node's value is.
+
+    def _placeholder(self, node: fx.Node, position: int) -> Any:
+        val = node.meta.get("val")
+        if isinstance(val, Tensor):
+            return self._input(val, (position, val.stride())) if _is_plain(val) else None
+        return _Scaled(position)
+
+    def _input(self, like: Tensor, source: Any) -> Any:
+        if not _is_plain(like):
+            return None
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride())) if like.numel() else 0
+        buffer = Buffer(like.numel())
+        if like.numel() == 0 or extent < like.numel():
+            return None
+        self.given.append((buffer, source))
+        return View(buffer, torch.empty_strided(like.shape, like.stride(), device="meta"))
+
+    def _view(self, node: Any) -> View:
+        """Return a node's value as a tensor in one buffer."""
+        value = self.values.get(node) if isinstance(node, fx.Node) else None
+        if isinstance(value, Joined):
+            value = self.values[node] = self._join(node, value)
+        if not isinstance(value, View):
+            raise UnwrittenError(f"{node} is no float32 tensor that programs have")
+        return value
+
+    def _new(self, shape: Sequence[int]) -> View:
+        like = torch.empty(tuple(shape), device="meta")
+        buffer = Buffer(like.numel())
+        self.buffers.append(buffer)
+        return View(buffer, like)
+
+    def _add(self, kind: int, *fields: Any) -> None:
+        index = len(self.instructions)
+        self.instructions.append(Other(kind, list(fields)))
+        for matrix in self.instructions[-1].matrices():
+            if matrix.buffer.base == ARENA and matrix.buffer.ready < 0:
+                matrix.buffer.ready = index
+
+    # Operators.
+
+    def _call(self, node: fx.Node) -> Any:
+        target = node.target
+        if target is operator.getitem:
+            return self.values[node.args[0]][node.args[1]]
+        if target is operator.mul and isinstance(self.values.get(node.args[0]), _Scaled):
+            scaled = self.values[node.args[0]]
+            return _Scaled(scaled.position, scaled.factor * node.args[1])
+        if target in _WRITERS:
+            val = node.meta.get("val")
+            if isinstance(val, Tensor) and (not _is_plain(val) or val.numel() == 0):
+                raise UnwrittenError(f"{node} is not float32 on a CPU, or is empty")
+            return _WRITERS[target](self, node, *node.args, **node.kwargs)
+        if gives_view(target) and target is not aten.as_strided.default:
+            return self._viewed(node)
+        raise UnwrittenError(f"{target} has no place in programs")
+
+    def _viewed(self, node: fx.Node) -> Any:
+        source, *rest = node.args
+        value = self.values[source]
+
+        def view(like: Tensor) -> Any:
+            return node.target(like, *rest, **node.kwargs)  # type: ignore[operator]
+
+        if isinstance(value, _Fresh):
+            shape = view(torch.empty(value.shape, device="meta"))
+            if shape.shape != torch.Size(value.shape) or not shape.is_contiguous():
+                raise UnwrittenError(f"{node} rearranges memory that is to be filled at random")
+            return value
+        if isinstance(value, Bits):
+            like = view(value.view.like)
+            if like.dim() != 2 or like.shape[1:] != value.view.like.shape[1:] or like.stride() != value.view.like.stride():
+                raise UnwrittenError(f"{node} rearranges a random mask")
+            return Bits(View(value.view.buffer, like), value.scale)
+        value = self._view(source)
+        made = view(value.like)
+        if isinstance(made, Tensor):
+            return View(value.buffer, made)
+        return [View(value.buffer, part) for part in made]
+
+    def _statement(self, code: int, node: fx.Node, sources: Sequence[Any], *numbers: float) -> View:
+        """Compute a node element by element."""
+        views = [self._view(source) for source in sources]
+        kernel, index = self._kernel(node.meta["val"].shape, views)
+        return self._stated(code, kernel, index, views, numbers, self._reused(kernel, node, sources, views))
+
+    def _kernel(self, shape: Sequence[int], sources: Sequence[View]) -> tuple[Kernel, int]:
+        """Return the kernel that made the latest of some sources, tile by tile, or a new one."""
+        rows, columns = _rows_and_columns(shape)
+        newest = max((view.buffer.resolved()[0].ready for view in sources), default=-1)
+        latest = [view.kernel for view in sources if view.buffer.resolved()[0].ready == newest]
+        kernel = self.instructions[newest] if newest >= 0 else None
+        if (
+            isinstance(kernel, Kernel)
+            and (kernel.rows, kernel.columns) == (rows, columns)
+            and all(made_by is kernel for made_by in latest)
+        ):
+            return kernel, newest
+        self.instructions.append(Kernel(shape, rows, columns))
+        return self.instructions[-1], len(self.instructions) - 1  # type: ignore[return-value]
+
+    def _stated(
+        self,
+        code: int,
+        kernel: Kernel,
+        index: int,
+        sources: Sequence[View],
+        numbers: Sequence[float] = (),
+        to: View | None = None,
+        bits: Bits | None = None,
+    ) -> View:
+        if to is None:
+            to = self._new(kernel.shape)
+            to.kernel = kernel
+        buffer = to.buffer.resolved()[0]
+        buffer.ready = max(buffer.ready, index)
+        matrices = [source.matrix(kernel.shape) for source in sources]
+        if bits:
+            matrices.append(Matrix(bits.view.buffer, bits.view.like.storage_offset(), bits.view.like.stride(0), 0))
+        kernel.statements.append(Statement(code, to.matrix(kernel.shape), matrices, list(numbers)))
+        return to
+
+    def _copy(self, source: View, to: View) -> None:
+        self.instructions.append(Kernel(source.like.shape, *_rows_and_columns(source.like.shape)))
+        self._stated(COPY, self.instructions[-1], len(self.instructions) - 1, [source], to=to)  # type: ignore[arg-type]
+
+    def _reused(self, kernel: Kernel, node: fx.Node, sources: Sequence[Any], views: Sequence[View]) -> View | None:
+        """Return a source that the kernel itself made and that nothing else reads: it is overwritten."""
+        for source, view in zip(sources, views):
+            fills = view.kernel is kernel and view.like.shape == kernel.shape and view.buffer.within is None
+            if fills and readers_of(source) == {node}:
+                return view
+        return None
+
+    def _product(self, node: fx.Node, left: Any, right: Any) -> View:
+        joined = self.values.get(right)
+        if isinstance(joined, Joined):
+            parts, start = [], 0
+            for part in joined.parts:
+                depth = part.like.shape[0]
+                parts.append((self._view(left).viewed(lambda like: like.narrow(1, start, depth)), part, depth))  # noqa: B023
+                start += depth
+        else:
+            parts = [(self._view(left), self._view(right), self._view(right).like.shape[0])]
+        shape = node.meta["val"].shape
+        kernel = Kernel(shape, *shape)
+        made = self._new(shape)
+        made.kernel, made.buffer.ready = kernel, len(self.instructions)
+        self.instructions.append(kernel)
+        kernel.to = made.matrix(shape)
+        kernel.segments = [(_operand(a), _operand(b), depth) for a, b, depth in parts]
+        return made
+
+    def _join(self, node: fx.Node, joined: Joined, dim: int = 0) -> View:
+        """Put tensors into one memory: those that nothing else reads are made there."""
+        whole = self._new(node.meta["val"].shape)
+        start = 0
+        for part in joined.parts:
+            size = part.like.shape[dim]
+            place = whole.viewed(lambda like: like.narrow(dim, start, size))  # noqa: B023
+            start += size
+            buffer = part.buffer
+            if dim == 0 and self._is_own(buffer) and _fills(part):
+                buffer.within = whole.buffer, place.like.storage_offset()
+                whole.buffer.ready = max(whole.buffer.ready, buffer.ready)
+            else:
+                self._copy(part, place)
+        return whole
+
+    def _is_own(self, buffer: Buffer) -> bool:
+        return buffer in self.buffers and buffer.base == ARENA and buffer.within is None
+
+    def _summed(self, node: fx.Node, matrix: View, scale: float) -> View:
+        """Sum a matrix over its rows."""
+        rows, columns = matrix.like.shape
+        made = self._new(node.meta["val"].shape)
+        to = Matrix(made.buffer, 0, 0, 1)
+        self._add(SUM, rows, columns, _operand(matrix), to, _word(scale))
+        return made
+
+    # Outputs.
+
+    def _structure(self, outputs: Any, shapes: list[torch.Size]) -> str:
+        """Have every output in memory of its own; returns the nest of them as Python over ``out``."""
+        if isinstance(outputs, tuple | list):
+            return f"[{', '.join(self._structure(each, shapes) for each in outputs)}]"
+        if not isinstance(outputs, fx.Node):
+            if outputs is not None:
+                raise UnwrittenError("it returns something else than tensors")
+            return "None"
+        view, val = self._view(outputs), outputs.meta["val"]
+        if not val.is_contiguous():
+            raise UnwrittenError(f"{outputs} is not contiguous")
+        if not (self._is_own(view.buffer) and _fills(view)):
+            source, view = view, self._new(val.shape)
+            self._copy(source, view)
+        view.buffer.base = -1 - len(shapes)
+        shapes.append(val.shape)
+        return f"out[{len(shapes) - 1}]"
+
+
+def _operand(view: View) -> Matrix:
+    return Matrix(view.buffer, view.like.storage_offset(), *view.like.stride())
+
+
+def _rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
+    return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+
+
+def _one_stride(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """Return the stride between elements of several dimensions taken as one."""
+    dims = [(size, stride) for size, stride in zip(sizes, strides) if size != 1]
+    for (_, outer), (size, inner) in zip(dims, dims[1:]):
+        if outer != size * inner:
+            raise UnwrittenError("a tensor's elements do not lie in rows")
+    return dims[-1][1] if dims else 0
+
+
+def _fills(view: View) -> bool:
+    return view.like.is_contiguous() and view.like.numel() == view.buffer.numel
+
+
+def _is_plain(val: Tensor) -> bool:
+    return val.dtype == torch.float32 and val.device.type == "cpu" and val.layout == torch.strided
+
+
+def _whole_lines(floats: int) -> int:
+    return (floats + 15) // 16 * 16
+
+
+def _word(number: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
+_Written = Callable[..., Any]
+_WRITERS: dict[Any, _Written] = {}
+
+
+def _writes(*targets: Any) -> Callable[[_Written], _Written]:
+    def register(write: _Written) -> _Written:
+        _WRITERS.update(dict.fromkeys(targets, write))
+        return write
+
+    return register
+
+
+@_writes(aten.mm.default)
+def _mm(w: _Writer, node: fx.Node, left: fx.Node, right: fx.Node) -> View:
+    return w._product(node, left, right)
+
+
+@_writes(aten.addmm.default, aten._addmm_activation.default)
+def _addmm(w: _Writer, node: fx.Node, bias: fx.Node, left: fx.Node, right: fx.Node, **options: Any) -> View:
+    if options:
+        raise UnwrittenError(f"{node} has options {', '.join(options)}")
+    product = w._product(node, left, right)
+    kernel, index = product.kernel, product.buffer.ready
+    assert kernel is not None
+    w._stated(ADD, kernel, index, [product, w._view(bias)], [1.0], product)
+    if node.target is aten._addmm_activation.default:
+        w._stated(RELU, kernel, index, [product], to=product)
+    return product
+
+
+@_writes(aten.cat.default)
+def _cat(w: _Writer, node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0) -> Any:
+    joined = Joined([w._view(tensor) for tensor in tensors])
+    dim %= node.meta["val"].dim()
+    depth_alone = all(user.target is aten.mm.default and user.args[1] is node is not user.args[0] for user in node.users)
+    return joined if dim == 0 and depth_alone else w._join(node, joined, dim)
+
+
+@_writes(aten.reshape.default)
+def _reshape(w: _Writer, node: fx.Node, tensor: fx.Node, shape: Sequence[int]) -> Any:
+    view = w._view(tensor)
+    try:
+        return view.viewed(lambda like: like.view(shape))
+    except RuntimeError:
+        return w._statement(COPY, node, [tensor]).viewed(lambda like: like.view(shape))
+
+
+@_writes(aten.clone.default)
+def _clone(w: _Writer, node: fx.Node, tensor: fx.Node, memory_format: Any = None) -> View:
+    made = w._new(node.meta["val"].shape)
+    w._copy(w._view(tensor), made)
+    return made
+
+
+@_writes(aten.add.Tensor)
+def _add(w: _Writer, node: fx.Node, tensor: fx.Node, other: Any, alpha: float = 1) -> View:
+    if not isinstance(other, fx.Node):
+        return w._statement(SCALE, node, [tensor], 1.0, alpha * other)
+    return w._statement(ADD, node, [tensor, other], alpha)
+
+
+@_writes(aten.sub.Tensor)
+def _sub(w: _Writer, node: fx.Node, tensor: fx.Node, other: Any, alpha: float = 1) -> View:
+    return _add(w, node, tensor, other, -alpha)
+
+
+@_writes(aten.mul.Tensor)
+def _mul(w: _Writer, node: fx.Node, tensor: fx.Node, other: Any) -> View:
+    if not isinstance(other, fx.Node):
+        return w._statement(SCALE, node, [tensor], other, 0.0)
+    for source, bits in ((tensor, w.values[other]), (other, w.values[tensor])):
+        if isinstance(bits, Bits):
+            view = w._view(source)
+            kernel, index = w._kernel(node.meta["val"].shape, [view, bits.view])
+            to = w._reused(kernel, node, [source], [view])
+            return w._stated(MASK, kernel, index, [view], [bits.scale], to, bits)
+    return w._statement(MULTIPLY, node, [tensor, other])
+
+
+@_writes(aten.div.Tensor, aten.div_.Tensor)
+def _div(w: _Writer, node: fx.Node, tensor: fx.Node, other: Any) -> Any:
+    value = w.values[tensor]
+    if isinstance(value, Bits) and not isinstance(other, fx.Node):
+        return Bits(value.view, value.scale / other)
+    if node.target is aten.div_.Tensor:
+        raise UnwrittenError(f"{node} writes to memory that it was given")
+    if not isinstance(other, fx.Node):
+        return w._statement(SCALE, node, [tensor], 1 / other, 0.0)
+    return w._statement(DIVIDE, node, [tensor, other])
+
+
+@_writes(aten.neg.default)
+def _neg(w: _Writer, node: fx.Node, tensor: fx.Node) -> View:
+    return w._statement(SCALE, node, [tensor], -1.0, 0.0)
+
+
+@_writes(aten.relu.default)
+def _relu(w: _Writer, node: fx.Node, tensor: fx.Node) -> View:
+    return w._statement(RELU, node, [tensor])
+
+
+@_writes(aten.leaky_relu.default)
+def _leaky_relu(w: _Writer, node: fx.Node, tensor: fx.Node, slope: float = 0.01) -> View:
+    return w._statement(LEAKY_RELU, node, [tensor], slope)
+
+
+@_writes(aten.leaky_relu_backward.default)
+def _leaky_relu_backward(w: _Writer, node: fx.Node, vector: fx.Node, x: fx.Node, slope: float, _: bool) -> View:
+    return w._statement(LEAKY_RELU_BACKWARD, node, [vector, x], slope)
+
+
+@_writes(aten.threshold_backward.default)
+def _threshold_backward(w: _Writer, node: fx.Node, vector: fx.Node, x: fx.Node, threshold: float) -> View:
+    return w._statement(THRESHOLD_BACKWARD, node, [vector, x], threshold)
+
+
+@_writes(aten.sum.dim_IntList)
+def _sum_rows(w: _Writer, node: fx.Node, tensor: fx.Node, dims: Any, keepdim: bool = False, **options: Any) -> View:
+    view = w._view(tensor)
+    if options or view.like.dim() != 2 or not dims or len(dims) != 1:
+        raise UnwrittenError(f"{node} is a sum over more than the rows of a matrix")
+    across = dims[0] % 2 == 1
+    matrix = view.viewed(torch.t) if across else view
+    return w._summed(node, matrix, 1.0)
+
+
+@_writes(aten.sum.default, aten.mean.default)
+def _sum_all(w: _Writer, node: fx.Node, tensor: fx.Node, **options: Any) -> View:
+    view = w._view(tensor)
+    if options:
+        raise UnwrittenError(f"{node} has options {', '.join(options)}")
+    count = view.like.numel()
+    try:
+        column = view.viewed(lambda like: like.view(count, 1))
+    except RuntimeError:
+        raise UnwrittenError(f"{node} is a sum over memory with gaps") from None
+    return w._summed(node, column, 1.0 if node.target is aten.sum.default else 1 / count)
+
+
+@_writes(torch.ops.wgan_fast.gradient_norm_penalty.default)
+def _gradient_norm_penalty(
+    w: _Writer, node: fx.Node, gradient: fx.Node, weight: Any, target: Any, one_sided: bool, group_size: int = 1
+) -> list[View]:
+    view = w._view(gradient)
+    if not view.like.is_contiguous():
+        view = w._statement(COPY, node, [gradient])
+    weight, target = (w.values.get(number) if isinstance(number, fx.Node) else None for number in (weight, target))
+    if not isinstance(weight, _Scaled) or not isinstance(target, _Scaled):
+        raise UnwrittenError(f"{node} has a weight and a target that are no inputs")
+    numbers = [weight.position, target.position]
+    if target.factor != 1 or w.numbers not in ([], numbers):
+        raise UnwrittenError(f"{node} has a weight and a target of its own")
+    w.numbers = numbers
+    groups = view.like.shape[0] // group_size
+    value, mean_norm, norms, seed = (w._new(shape) for shape in ((), (), (groups,), view.like.shape))
+    places = [each.matrix(each.like.shape) for each in (view, value, mean_norm, norms, seed)]
+    w._add(NORM_PENALTY, groups, view.like.numel() // groups, int(one_sided), _word(weight.factor), *places)
+    return [value, mean_norm, norms, seed]
+
+
+@_writes(aten.new_empty.default)
+def _new_empty(w: _Writer, node: fx.Node, tensor: fx.Node, shape: list[int], **options: Any) -> _Fresh:
+    return _Fresh(shape)
+
+
+@_writes(aten.bernoulli_.float)
+def _bernoulli(w: _Writer, node: fx.Node, fresh: fx.Node, p: float = 0.5, generator: Any = None) -> Bits:
+    memory, keep = w.values[fresh], round(p * 2**32)
+    if os.environ.get("WGAN_FAST_SAME_DRAWS"):
+        raise UnwrittenError("WGAN_FAST_SAME_DRAWS asks for PyTorch's own random numbers")
+    if not isinstance(memory, _Fresh) or len(memory.shape) != 2 or not 0 < keep < 2**32 or generator is not None:
+        raise UnwrittenError(f"{node} is no random mask of rows")
+    rows, columns = memory.shape
+    words = -(-columns // 32)
+    view = w._new((rows, words))
+    w._add(DRAW, rows * words, keep, w.streams, _operand(view))
+    w.streams += 1
+    return Bits(View(view.buffer, torch.empty(rows * words, device="meta").as_strided((rows, columns), (words, 0))))

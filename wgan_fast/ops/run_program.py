@@ -1,0 +1,16 @@
+"""``wgan_fast::run_program``: a flat graph of float32 matrices in one call; compiled code alone.
+
+``four_pass/program.py`` writes programs, ``csrc/program.h`` says what their words mean.
+"""
+
+import torch
+
+from .registry import below_autograd as below_autograd
+from .registry import library
+
+library.define(  # type: ignore[no-untyped-call]
+    "run_program(Tensor program, Tensor[] inputs, float weight, float target, int seed) -> Tensor[]"
+)
+
+AVAILABLE = torch._C._dispatch_has_kernel_for_dispatch_key("wgan_fast::run_program", "CPU")
+"""Whether the extension is there to run them."""
