@@ -18,6 +18,8 @@ constexpr int64_t kRowBytes = 384 * 1024;
 constexpr int64_t kDepth = 2560, kDepthOfBlocks = 1024;
 // Rows up to which the right side is read where it lies.
 constexpr int64_t kDirectRows = 28;
+// Depth of the right side that a thread lays out at a time.
+constexpr int64_t kPackedDepth = 32;
 constexpr int64_t kBlockElements = 8192;
 constexpr int64_t kSumRows = 256, kSumColumns = 128;
 // Operations below which waking a thread costs more than it saves.
@@ -112,9 +114,9 @@ class Product {
     for (int64_t s = 0; s < kernel.segments; ++s) depth_ += segment(s).depth;
     const Segment& first = segment(0);
     dots_ = kernel.segments == 1 && kernel.columns == 1 && first.a.column == 1 && first.b.row == 1;
-    direct_ = kernel.segments == 1 && first.b.column == 1 && kernel.rows <= kDirectRows;
+    direct_ = kernel.kept == 0 && kernel.segments == 1 && first.b.column == 1 && kernel.rows <= kDirectRows;
     packs_rows_ = kernel.segments > 1 || (first.a.column != 1 && kernel.rows > 1 && depth_ > 1);
-    blocks_ = depth_ <= kDepth ? 1 : ceil_div(depth_, kDepthOfBlocks);
+    blocks_ = depth_ <= kDepth || kernel.kept != 0 ? 1 : ceil_div(depth_, kDepthOfBlocks);
     longest_ = ceil_div(depth_, blocks_);
   }
 
@@ -127,8 +129,8 @@ class Product {
   void run(float* const* memory, float* scratch) const {
     const int64_t threads = threads_for(2 * kernel_.rows * kernel_.columns * depth_);
     if (dots_) return run_dots(memory, threads);
-    float* const right = scratch;
-    float* const left = scratch + longest_ * panels_ * t_.columns;
+    float* const right = kernel_.kept != 0 ? kernel_.right.at(memory, 0, 0) : scratch;
+    float* const left = scratch + (kernel_.kept != 0 ? 0 : longest_ * panels_ * t_.columns);
     for (int64_t block = 0; block < blocks_; ++block) {
       const int64_t begin = depth_ * block / blocks_, end = depth_ * (block + 1) / blocks_;
       pack(memory, begin, end, right, left, threads);
@@ -170,17 +172,27 @@ class Product {
 
   void pack(float* const* memory, int64_t begin, int64_t end, float* right, float* left,
             int64_t threads) const {
-    const int64_t first = direct_ ? kernel_.columns / t_.columns : 0;
-    share(panels_ - first + (packs_rows_ ? tiles_ : 0), threads, [&](int64_t task) {
-      const int64_t panel = first + task, tile = panel - panels_;
-      in_segments(begin, end, [&](const Segment& s, int64_t from, int64_t depth, int64_t at) {
-        if (panel < panels_)
-          t_.pack(depth, width(panel), s.b.at(memory, from, panel * t_.columns), s.b.row, s.b.column,
-                  right + panel * t_.columns * longest_ + at * t_.columns);
-        else
-          t_.pack_rows(depth, row(tile + 1) - row(tile), s.a.at(memory, row(tile), from), s.a.row, s.a.column,
-                       left + row(tile) * longest_ + at * (row(tile + 1) - row(tile)));
+    const int64_t first = direct_ ? kernel_.columns / t_.columns : 0;  // panel that is packed
+    const bool in_depth = segment(0).b.column == 1;
+    // Parts of the right side: some depth, or some panels where memory runs along the depth.
+    const int64_t extent = kernel_.kept == 2 || first == panels_ ? 0 : in_depth ? end - begin : panels_ - first;
+    const int64_t size = in_depth ? kPackedDepth : 1, parts = ceil_div(extent, size);
+    share(parts + (packs_rows_ ? tiles_ : 0), threads, [&](int64_t task) {
+      if (task >= parts) return pack_tile(memory, begin, end, task - parts, left);
+      const int64_t k0 = in_depth ? begin + task * size : begin, k1 = in_depth ? std::min(k0 + size, end) : end;
+      const int64_t p0 = in_depth ? first : first + task, p1 = in_depth ? panels_ : p0 + 1;
+      in_segments(k0, k1, [&](const Segment& s, int64_t from, int64_t depth, int64_t at) {
+        t_.pack(depth, std::min(kernel_.columns, p1 * t_.columns) - p0 * t_.columns,
+                s.b.at(memory, from, p0 * t_.columns), s.b.row, s.b.column,
+                right + (p0 * longest_ + k0 - begin + at) * t_.columns, longest_ * t_.columns);
       });
+    });
+  }
+
+  void pack_tile(float* const* memory, int64_t begin, int64_t end, int64_t tile, float* left) const {
+    const int64_t r0 = row(tile), rows = row(tile + 1) - r0;
+    in_segments(begin, end, [&](const Segment& s, int64_t from, int64_t depth, int64_t at) {
+      t_.pack_rows(depth, rows, s.a.at(memory, r0, from), s.a.row, s.a.column, left + r0 * longest_ + at * rows);
     });
   }
 

@@ -44,9 +44,13 @@ struct Segment {
 };
 
 // A matrix of `rows × columns`: the sum of its segments, if there are any, written to `to`; then statements.
+// The right side as it is laid out for products is kept where several have the same: `kept` says whether this
+// one has no place for it (0), is the first (1) or a later one (2).
 struct Kernel {
   int64_t rows, columns;
   View to;
+  int64_t kept;
+  View right;
   int64_t segments, statements;
 
   const Segment* first_segment() const { return reinterpret_cast<const Segment*>(this + 1); }
@@ -100,8 +104,9 @@ struct Tiles {
   // apart in depth, b's columns side by side.
   void (*multiply)(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
                    const float* b, int64_t b_depth, float* c, int64_t c_row, bool add);
-  // Lays `columns` columns of b out for multiply, side by side, with zeros up to a whole panel.
-  void (*pack)(int64_t depth, int64_t columns, const float* b, int64_t b_depth, int64_t b_column, float* to);
+  // Lays columns of b out for multiply in panels, `to_panel` apart; with zeros up to a whole one.
+  void (*pack)(int64_t depth, int64_t columns, const float* b, int64_t b_depth, int64_t b_column, float* to,
+               int64_t to_panel);
   // Lays `rows` rows of a out for multiply: those of a tile side by side, one depth after the other.
   void (*pack_rows)(int64_t depth, int64_t rows, const float* a, int64_t a_row, int64_t a_depth, float* to);
   double (*dot)(int64_t count, const float* a, const float* b);

@@ -30,6 +30,8 @@ aten = torch.ops.aten
 ) = range(11)  # fmt: skip
 KERNEL, SUM, NORM_PENALTY, DRAW = range(4)
 ARENA = 0
+PANEL, KEPT_DEPTH = 32, 2560
+"""Columns of a product's tile, at most; depth up to which its right side is laid out in one block."""
 
 
 class UnwrittenError(Exception):
@@ -134,7 +136,12 @@ class Statement:
 
 @dataclass(eq=False)
 class Kernel:
-    """A matrix: a product, if it has segments (left, right, depth), and what is made of it."""
+    """A matrix: a product, if it has segments (left, right, depth), and what is made of it.
+
+    Attributes:
+        kept: Whether the right side as it is laid out for products is kept in ``right``: 0 for not, 1 for the first
+            product with it, 2 for a later one.
+    """
 
     shape: Sequence[int]
     rows: int
@@ -142,19 +149,20 @@ class Kernel:
     to: Matrix | None = None
     segments: list[tuple[Matrix, Matrix, int]] = field(default_factory=list)
     statements: list[Statement] = field(default_factory=list)
+    kept: int = 0
+    right: Matrix | None = None
 
     def words(self) -> list[int]:
         """Write it down."""
         segments = sum([[*a.words(), *b.words(), depth] for a, b, depth in self.segments], [])
         statements = sum([statement.words() for statement in self.statements], [])
-        to = [0, 0, 0, 0] if self.to is None else self.to.words()
+        to, right = ([0, 0, 0, 0] if place is None else place.words() for place in (self.to, self.right))
         counts = [len(self.segments), len(self.statements)]
-        return [KERNEL, self.rows, self.columns, *to, *counts, *segments, *statements]
+        return [KERNEL, self.rows, self.columns, *to, self.kept, *right, *counts, *segments, *statements]
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield all that it touches."""
-        if self.to is not None:
-            yield self.to
+        yield from (place for place in (self.to, self.right) if place is not None)
         for left, right, _ in self.segments:
             yield from (left, right)
         for statement in self.statements:
@@ -270,6 +278,7 @@ class _Writer:
                 outputs = node.args[0]
         shapes: list[torch.Size] = []
         structure = self._structure(outputs, shapes)
+        self._keep_right_sides()
         used = {matrix.buffer.resolved()[0] for matrix in self._matrices()}
         given = [(buffer, source) for buffer, source in self.given if buffer in used]
         given.sort(key=lambda pair: isinstance(pair[1], Tensor))
@@ -286,6 +295,21 @@ class _Writer:
             kind, *body = instruction.words()
             words += [kind, len(body), *body]
         return Program(words, [source for _, source in given], structure, self.numbers, self.streams > 0)
+
+    def _keep_right_sides(self) -> None:
+        """Have products with one right side, such as a layer's weight, lay it out for themselves once."""
+        known: dict[Any, list[Kernel]] = {}
+        for instruction in self.instructions:
+            if isinstance(instruction, Kernel) and len(instruction.segments) == 1 and instruction.columns > 1:
+                _, right, depth = instruction.segments[0]
+                if depth <= KEPT_DEPTH:
+                    key = (right.buffer, right.offset, right.row, right.column, instruction.columns, depth)
+                    known.setdefault(key, []).append(instruction)
+        for (*_, columns, depth), kernels in known.items():
+            if len(kernels) > 1:
+                kept = self._new((depth, -(-columns // PANEL) * PANEL))
+                for number, kernel in enumerate(kernels):
+                    kernel.kept, kernel.right = min(1 + number, 2), _operand(kept)
 
     def _matrices(self) -> Iterator[Matrix]:
         for instruction in self.instructions:
