@@ -4,7 +4,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "program.h"
+#include "penalty.h"
 #include "samples.h"
 
 namespace wgan_fast {
@@ -57,29 +57,6 @@ WGAN_FAST_LOOPS(double)
 
 #undef WGAN_FAST_LOOPS
 
-// (w/G) Σ ψ(r) with ψ(r) = (r − target)², or max(0, r − target)² when one-sided.
-struct Penalty {
-  double weight, target;
-  bool one_sided;
-  int64_t groups;
-
-  double excess(double norm) const {
-    const double excess = norm - target;
-    return one_sided && excess < 0 ? 0 : excess;
-  }
-  // The s of v = s·g.
-  double slope(double norm) const {
-    const double factor = 2 * weight / groups;
-    if (target == 0) return factor;
-    return norm == 0 ? 0 : factor * (excess(norm) / norm);
-  }
-  // The q of v's derivative s·c + q·g in the direction c. In this order r³ is never formed.
-  double curvature(double norm, double product) const {
-    if (norm == 0 || (one_sided && norm < target)) return 0;
-    return 2 * weight / groups * target * (product / norm / norm / norm);
-  }
-};
-
 // Sums every row of `size` elements with `reduce(at, count) -> double` and writes it with `apply(row, sum,
 // at, count)`, a block at a time. While a row is written the next one is read: a processor that does one
 // after the other leaves half of its memory bandwidth unused. Blocks are shared out one by one where there
@@ -116,8 +93,12 @@ void reduce_rows(int64_t rows, int64_t size, const Reduce& reduce, const Apply& 
 }
 
 template <typename C>
-void penalty_as(const Source<C>& g, int64_t size, const Penalty& penalty, C* value, C* mean_norm, C* norms,
-                const Target<C>& v) {
+void penalty_as(const Tensor& gradient, const Penalty& penalty, const Tensor& value, const Tensor& mean_norm,
+                const Tensor& norm, const Tensor& seed) {
+  const Source<C> g(gradient);
+  const Target<C> v(seed);
+  auto* const norms = static_cast<C*>(norm.mutable_data_ptr());
+  const int64_t size = gradient.numel() / penalty.groups;
   reduce_rows(
       penalty.groups, size,
       [&](int64_t at, int64_t count) {
@@ -133,22 +114,9 @@ void penalty_as(const Source<C>& g, int64_t size, const Penalty& penalty, C* val
         run_scale(g.read(at, count, in), place, count, static_cast<C>(penalty.slope(length)));
         v.flush(at, count, place);
       });
-  double squares = 0, sum = 0;
-  for (int64_t row = 0; row < penalty.groups; ++row) {
-    const double excess = penalty.excess(norms[row]);
-    squares += excess * excess;
-    sum += norms[row];
-  }
-  *value = static_cast<C>(penalty.weight * (squares / penalty.groups));
-  *mean_norm = static_cast<C>(sum / penalty.groups);
-}
-
-template <typename C>
-void penalty_of(const Tensor& gradient, const Penalty& penalty, const Tensor& value, const Tensor& mean_norm,
-                const Tensor& norm, const Tensor& seed) {
-  const auto to = [](const Tensor& tensor) { return static_cast<C*>(tensor.mutable_data_ptr()); };
-  penalty_as<C>(Source<C>(gradient), gradient.numel() / penalty.groups, penalty, to(value), to(mean_norm),
-                to(norm), Target<C>(seed));
+  const auto [total, mean] = penalty.of(norms);
+  *static_cast<C*>(value.mutable_data_ptr()) = static_cast<C>(total);
+  *static_cast<C*>(mean_norm.mutable_data_ptr()) = static_cast<C>(mean);
 }
 
 template <typename C>
@@ -196,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradient_norm_penalty(Tensor gradient
   const Tensor norm = empty(gradient, {penalty.groups}, {1}, dtype);
   const Tensor value = empty(gradient, {}, {}, dtype), mean_norm = empty(gradient, {}, {}, dtype);
   const Tensor seed = empty_samples(gradient, gradient.sizes()[0], gradient.scalar_type());
-  (wide ? penalty_of<double> : penalty_of<float>)(gradient, penalty, value, mean_norm, norm, seed);
+  (wide ? penalty_as<double> : penalty_as<float>)(gradient, penalty, value, mean_norm, norm, seed);
   return {value, mean_norm, norm, seed};
 }
 
@@ -222,15 +190,6 @@ Tensor gradient_norm_penalty_backward(Tensor gradient, Tensor norm, Tensor cotan
 }
 
 }  // namespace
-
-void run(const NormPenalty& instruction, float* const* memory, double weight, double target) {
-  const Penalty penalty{instruction.share.value() * weight, target, instruction.one_sided != 0,
-                        instruction.groups};
-  const auto at = [&](const View& view) { return view.at(memory, 0, 0); };
-  penalty_as<float>(Source<float>(at(instruction.gradient)), instruction.size, penalty,
-                    at(instruction.value), at(instruction.mean_norm), at(instruction.norms),
-                    Target<float>(at(instruction.seed)));
-}
 
 }  // namespace wgan_fast
 

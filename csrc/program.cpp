@@ -3,10 +3,14 @@
 
 #include "program.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <thread>
 
+#include "penalty.h"
 #include "samples.h"
 
 namespace wgan_fast {
@@ -22,8 +26,9 @@ constexpr int64_t kDirectRows = 28;
 constexpr int64_t kPackedDepth = 32;
 constexpr int64_t kBlockElements = 8192;
 constexpr int64_t kSumRows = 256, kSumColumns = 128;
-// Operations below which waking a thread costs more than it saves.
-constexpr int64_t kAlone = 500000;
+// Operations below which waking a thread costs more than it saves; tasks of a product for each thread.
+constexpr double kAlone = 500000;
+constexpr int64_t kTasks = 16;
 // Outputs of at least so many bytes come from the memory that is kept.
 constexpr int64_t kKept = 65536;
 
@@ -86,24 +91,49 @@ class Scratch {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls `run(task)` for every task, from at most so many threads. A thread takes the next when it has done
-// one: on a machine that is shared no thread waits for another's share.
-template <typename Run>
-void share(int64_t tasks, int64_t threads, const Run& run) {
-  threads = std::min(threads, tasks);
-  if (threads <= 1) {
-    for (int64_t task = 0; task < tasks; ++task) run(task);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(task);
-  });
-}
+// One of the threads that run a program together. They all go through the same phases, and share out the tasks
+// of each; a thread goes on when all are done. So the threads are woken once, and meet without the system's help.
+//
+// Whoever comes first takes all the tasks there are: a thread that comes late, or never, is not waited for.
+class Worker {
+ public:
+  struct Phase {
+    alignas(64) std::atomic<int64_t> next{0};
+    alignas(64) std::atomic<int64_t> done{0};
+  };
 
-int64_t threads_for(int64_t operations) {
-  return operations < kAlone ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
-}
+  // With no phases: the only one.
+  Worker(Phase* phases, int64_t threads) : phase_(phases), threads_(phases == nullptr ? 1 : threads) {}
+
+  int64_t threads() const { return threads_; }
+
+  // Calls `run(task)` for every task.
+  template <typename Run>
+  void share(int64_t tasks, const Run& run) {
+    if (threads_ == 1) {
+      for (int64_t task = 0; task < tasks; ++task) run(task);
+      return;
+    }
+    Phase& phase = *phase_++;
+    int64_t mine = 0;
+    for (int64_t task; (task = phase.next.fetch_add(1, std::memory_order_relaxed)) < tasks; ++mine) run(task);
+    if (mine > 0) phase.done.fetch_add(mine, std::memory_order_acq_rel);
+    for (int64_t spins = 0; phase.done.load(std::memory_order_acquire) < tasks; ++spins)
+      spins < kSpins ? pause() : std::this_thread::yield();
+  }
+
+ private:
+  static constexpr int64_t kSpins = 2000;
+
+  static void pause() {
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#endif
+  }
+
+  Phase* phase_;
+  const int64_t threads_;
+};
 
 // A product cut into tiles; how they are laid out depends on its shape alone.
 class Product {
@@ -126,15 +156,18 @@ class Product {
     return longest_ * (panels_ * t_.columns + (packs_rows_ ? kernel_.rows : 0));
   }
 
-  void run(float* const* memory, float* scratch) const {
-    const int64_t threads = threads_for(2 * kernel_.rows * kernel_.columns * depth_);
-    if (dots_) return run_dots(memory, threads);
+  double operations() const { return 2.0 * kernel_.rows * kernel_.columns * depth_; }
+  // Phases that `run` goes through.
+  int64_t phases() const { return dots_ ? 1 : 2 * blocks_; }
+
+  void run(float* const* memory, float* scratch, Worker& worker) const {
+    if (dots_) return run_dots(memory, worker);
     float* const right = kernel_.kept != 0 ? kernel_.right.at(memory, 0, 0) : scratch;
     float* const left = scratch + (kernel_.kept != 0 ? 0 : longest_ * panels_ * t_.columns);
     for (int64_t block = 0; block < blocks_; ++block) {
       const int64_t begin = depth_ * block / blocks_, end = depth_ * (block + 1) / blocks_;
-      pack(memory, begin, end, right, left, threads);
-      multiply(memory, begin, end, right, left, threads);
+      pack(memory, begin, end, right, left, worker);
+      multiply(memory, begin, end, right, left, worker);
     }
   }
 
@@ -149,9 +182,9 @@ class Product {
       t_.run(kernel_.first_statement()[s], memory, r0, r1, c0, c1);
   }
 
-  void run_dots(float* const* memory, int64_t threads) const {
+  void run_dots(float* const* memory, Worker& worker) const {
     constexpr int64_t kRows = 32;
-    share(ceil_div(kernel_.rows, kRows), threads, [&](int64_t task) {
+    worker.share(ceil_div(kernel_.rows, kRows), [&](int64_t task) {
       const int64_t begin = task * kRows, end = std::min(begin + kRows, kernel_.rows);
       for (int64_t r = begin; r < end; ++r)
         *kernel_.to.at(memory, r, 0) = static_cast<float>(
@@ -171,13 +204,13 @@ class Product {
   }
 
   void pack(float* const* memory, int64_t begin, int64_t end, float* right, float* left,
-            int64_t threads) const {
+            Worker& worker) const {
     const int64_t first = direct_ ? kernel_.columns / t_.columns : 0;  // panel that is packed
     const bool in_depth = segment(0).b.column == 1;
     // Parts of the right side: some depth, or some panels where memory runs along the depth.
     const int64_t extent = kernel_.kept == 2 || first == panels_ ? 0 : in_depth ? end - begin : panels_ - first;
     const int64_t size = in_depth ? kPackedDepth : 1, parts = ceil_div(extent, size);
-    share(parts + (packs_rows_ ? tiles_ : 0), threads, [&](int64_t task) {
+    worker.share(parts + (packs_rows_ ? tiles_ : 0), [&](int64_t task) {
       if (task >= parts) return pack_tile(memory, begin, end, task - parts, left);
       const int64_t k0 = in_depth ? begin + task * size : begin, k1 = in_depth ? std::min(k0 + size, end) : end;
       const int64_t p0 = in_depth ? first : first + task, p1 = in_depth ? panels_ : p0 + 1;
@@ -197,14 +230,14 @@ class Product {
   }
 
   void multiply(float* const* memory, int64_t begin, int64_t end, const float* right, const float* left,
-                int64_t threads) const {
+                Worker& worker) const {
     const int64_t depth = end - begin;
     // Rows whose left side stays in the cache, and groups of panels: enough tasks for the threads.
     int64_t row_blocks = ceil_div(tiles_, std::max<int64_t>(1, kRowBytes / (4 * t_.rows * depth)));
-    const int64_t enough = threads == 1 ? 1 : 4 * threads;
+    const int64_t enough = worker.threads() == 1 ? 1 : kTasks * worker.threads();
     const int64_t groups = std::min(panels_, ceil_div(enough, row_blocks));
     row_blocks = std::min(tiles_, std::max(row_blocks, ceil_div(enough, groups)));
-    share(row_blocks * groups, threads, [&](int64_t task) {
+    worker.share(row_blocks * groups, [&](int64_t task) {
       const int64_t block = task / groups, group = task % groups;
       for (int64_t panel = panels_ * group / groups; panel < panels_ * (group + 1) / groups; ++panel)
         for (int64_t i = tiles_ * block / row_blocks; i < tiles_ * (block + 1) / row_blocks; ++i)
@@ -245,12 +278,11 @@ class Product {
   bool dots_ = false, direct_ = false, packs_rows_ = false;
 };
 
-void run_statements(const Kernel& kernel, const Tiles& t, float* const* memory) {
+void run_statements(const Kernel& kernel, const Tiles& t, float* const* memory, Worker& worker) {
   const int64_t width = std::min(kernel.columns, kBlockColumns);
   const int64_t height = std::max<int64_t>(1, kBlockElements / width);
   const int64_t across = ceil_div(kernel.columns, width);
-  const int64_t threads = kernel.rows * kernel.columns < kGrainSize ? 1 : torch::stable::get_num_threads();
-  share(ceil_div(kernel.rows, height) * across, threads, [&](int64_t task) {
+  worker.share(ceil_div(kernel.rows, height) * across, [&](int64_t task) {
     const int64_t r0 = task / across * height, c0 = task % across * width;
     for (int64_t s = 0; s < kernel.statements; ++s)
       t.run(kernel.first_statement()[s], memory, r0, std::min(r0 + height, kernel.rows), c0,
@@ -258,33 +290,57 @@ void run_statements(const Kernel& kernel, const Tiles& t, float* const* memory) 
   });
 }
 
-int64_t scratch_of(const Sum& sum) {
-  return sum.columns * (1 + (sum.rows > kSumRows ? ceil_div(sum.rows, kSumRows) : 0));
-}
+int64_t parts_of(const Sum& sum) { return ceil_div(sum.rows, kSumRows); }
+int64_t scratch_of(const Sum& sum) { return sum.columns * (parts_of(sum) + 1); }
 
 // In parts of so many rows, whatever the number of threads: it adds up in one order.
-void run(const Sum& sum, const Tiles& t, float* const* memory, float* scratch) {
-  const int64_t parts = ceil_div(sum.rows, kSumRows), across = ceil_div(sum.columns, kSumColumns);
-  const int64_t threads = sum.rows * sum.columns < kGrainSize ? 1 : torch::stable::get_num_threads();
-  float* const total = scratch;
-  float* const partial = parts > 1 ? scratch + sum.columns : scratch;
-  share(parts * across, threads, [&](int64_t task) {
+void run(const Sum& sum, const Tiles& t, float* const* memory, float* scratch, Worker& worker) {
+  const int64_t parts = parts_of(sum), across = ceil_div(sum.columns, kSumColumns);
+  float* const partial = scratch;
+  float* const total = scratch + parts * sum.columns;
+  worker.share(parts * across, [&](int64_t task) {
     const int64_t part = task / across, c0 = task % across * kSumColumns;
     t.sum(sum.from, memory, part * kSumRows, std::min((part + 1) * kSumRows, sum.rows), c0,
           std::min(c0 + kSumColumns, sum.columns), partial + part * sum.columns);
   });
-  if (parts > 1) {
+  worker.share(1, [&](int64_t) {
     float* const of_parts[] = {partial};
-    t.sum(View{0, 0, sum.columns, 1}, of_parts, 0, parts, 0, sum.columns, total);
-  }
-  const auto scale = static_cast<float>(sum.scale.value());
-  for (int64_t c = 0; c < sum.columns; ++c) *sum.to.at(memory, 0, c) = scale * total[c];
+    if (parts > 1) t.sum(View{0, 0, sum.columns, 1}, of_parts, 0, parts, 0, sum.columns, total);
+    const auto scale = static_cast<float>(sum.scale.value());
+    for (int64_t c = 0; c < sum.columns; ++c) *sum.to.at(memory, 0, c) = scale * (parts > 1 ? total : partial)[c];
+  });
 }
 
-void run(const Draw& draw, const Tiles& t, float* const* memory, uint64_t seed) {
+void run(const NormPenalty& of, const Tiles& t, float* const* memory, const std::array<double, 2>& numbers,
+         Worker& worker) {
+  const Penalty penalty{of.share.value() * numbers[0], numbers[1], of.one_sided != 0, of.groups};
+  const float* const gradient = of.gradient.at(memory, 0, 0);
+  float *const norms = of.norms.at(memory, 0, 0), *const seed = of.seed.at(memory, 0, 0);
+  const int64_t height = std::max<int64_t>(1, kBlockElements / of.size);
+  worker.share(ceil_div(of.groups, height), [&](int64_t task) {
+    for (int64_t row = task * height; row < std::min((task + 1) * height, of.groups); ++row) {
+      const float* const g = gradient + row * of.size;
+      double squares = 0;
+      for (int64_t i = 0; i < of.size; i += kBufferSize) {
+        const int64_t count = std::min(kBufferSize, of.size - i);
+        squares += t.dot(count, g + i, g + i);
+      }
+      norms[row] = static_cast<float>(std::sqrt(squares));
+      const auto slope = static_cast<float>(penalty.slope(norms[row]));
+      for (int64_t i = 0; i < of.size; ++i) seed[row * of.size + i] = slope * g[i];
+    }
+  });
+  worker.share(1, [&](int64_t) {
+    const auto [value, mean_norm] = penalty.of(norms);
+    *of.value.at(memory, 0, 0) = static_cast<float>(value);
+    *of.mean_norm.at(memory, 0, 0) = static_cast<float>(mean_norm);
+  });
+}
+
+void run(const Draw& draw, const Tiles& t, float* const* memory, uint64_t seed, Worker& worker) {
   constexpr int64_t kWords = 256;
   auto* const to = reinterpret_cast<uint32_t*>(draw.to.at(memory, 0, 0));
-  share(ceil_div(draw.words, kWords), threads_for(draw.words * 32 * 16), [&](int64_t task) {
+  worker.share(ceil_div(draw.words, kWords), [&](int64_t task) {
     const int64_t first = task * kWords;
     t.draw(seed + static_cast<uint64_t>(draw.stream) * 0xD1342543DE82EF95, first,
            std::min(kWords, draw.words - first), static_cast<uint32_t>(draw.keep), to + first);
@@ -340,33 +396,52 @@ std::vector<Tensor> run_program(const Tensor& program, const std::vector<Tensor>
   const Tiles& t = tiles();
   const auto* const first = reinterpret_cast<const Instruction*>(header.rest());
   const auto* const end = reinterpret_cast<const Instruction*>(words + program.numel());
-  int64_t spare = 0;
+  int64_t spare = 0, phases = 0;
+  double operations = 0;
   for (const auto* i = first; i < end; i = i->next()) {
-    if (i->kind == Kind::kKernel && i->body<Kernel>().segments > 0)
-      spare = std::max(spare, Product(i->body<Kernel>(), t).scratch());
+    phases += 2;
+    if (i->kind == Kind::kKernel) {
+      const auto& kernel = i->body<Kernel>();
+      operations += static_cast<double>(kernel.rows) * kernel.columns * kernel.statements;
+      if (kernel.segments == 0) continue;
+      const Product product(kernel, t);
+      spare = std::max(spare, product.scratch());
+      phases += product.phases();
+      operations += product.operations();
+    }
     if (i->kind == Kind::kSum) spare = std::max(spare, scratch_of(i->body<Sum>()));
   }
-  const Scratch scratch(planned + spare + 16);
+  const Scratch scratch(planned + spare);
   memory[0] = scratch.data();
   float* const unplanned = scratch.data() + planned;
-  for (const auto* i = first; i < end; i = i->next()) {
-    switch (i->kind) {
-      case Kind::kKernel:
-        if (i->body<Kernel>().segments > 0)
-          Product(i->body<Kernel>(), t).run(memory.data(), unplanned);
-        else
-          run_statements(i->body<Kernel>(), t, memory.data());
-        break;
-      case Kind::kSum:
-        run(i->body<Sum>(), t, memory.data(), unplanned);
-        break;
-      case Kind::kNormPenalty:
-        run(i->body<NormPenalty>(), memory.data(), weight, target);
-        break;
-      case Kind::kDraw:
-        run(i->body<Draw>(), t, memory.data(), static_cast<uint64_t>(seed));
-        break;
+  const auto run_all = [&](Worker worker) {
+    for (const auto* i = first; i < end; i = i->next()) {
+      switch (i->kind) {
+        case Kind::kKernel:
+          if (i->body<Kernel>().segments > 0)
+            Product(i->body<Kernel>(), t).run(memory.data(), unplanned, worker);
+          else
+            run_statements(i->body<Kernel>(), t, memory.data(), worker);
+          break;
+        case Kind::kSum:
+          run(i->body<Sum>(), t, memory.data(), unplanned, worker);
+          break;
+        case Kind::kNormPenalty:
+          run(i->body<NormPenalty>(), t, memory.data(), {weight, target}, worker);
+          break;
+        case Kind::kDraw:
+          run(i->body<Draw>(), t, memory.data(), static_cast<uint64_t>(seed), worker);
+          break;
+      }
     }
+  };
+  const int64_t threads = operations < kAlone ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+  if (threads == 1) {
+    run_all(Worker(nullptr, 1));
+  } else {
+    const std::unique_ptr<Worker::Phase[]> shared(new Worker::Phase[phases]);
+    torch::stable::parallel_for(0, threads, 1,
+                                [&](int64_t, int64_t) { run_all(Worker(shared.get(), threads)); });
   }
   return outputs;
 }

@@ -123,8 +123,6 @@ struct Tiles {
 // Of the best instruction set that this processor has.
 const Tiles& tiles();
 
-void run(const NormPenalty& instruction, float* const* memory, double weight, double target);
-
 // Columns of the blocks in which statements without a product run.
 constexpr int64_t kBlockColumns = 512;
 

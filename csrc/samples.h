@@ -65,9 +65,6 @@ class Source {
         size_(element_size(tensor.scalar_type())),
         convert_(conversion(tensor.scalar_type(), kScalarType<C>)) {}
 
-  explicit Source(const C* data)
-      : data_(reinterpret_cast<const char*>(data)), size_(sizeof(C)), convert_(nullptr) {}
-
   bool direct() const { return convert_ == nullptr; }
 
   // Elements `at` to `at + count`: where they lie, or, for at most kBufferSize of them, in `buffer`.
@@ -92,7 +89,6 @@ class Target {
       : data_(static_cast<char*>(tensor.mutable_data_ptr())),
         size_(element_size(tensor.scalar_type())),
         convert_(conversion(kScalarType<C>, tensor.scalar_type())) {}
-  explicit Target(C* data) : data_(reinterpret_cast<char*>(data)), size_(sizeof(C)), convert_(nullptr) {}
 
   bool direct() const { return convert_ == nullptr; }
 
