@@ -27,6 +27,7 @@ enum class Code : int64_t {
   kLeakyReluBackward,
   kThresholdBackward,
   kMask,
+  kLerp,
 };
 
 namespace plain {

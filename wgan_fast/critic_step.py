@@ -234,7 +234,14 @@ class CriticStep:
                 for side, x in zip(sides, mixed(part, real, fake, mixing, noise)):
                     apart.append(self._apart(part, x, *thinned(part, (*whole.further(side), penalty_args), N)))
                 penalty = None
-            choice, picks = self._four_passes(penalty, own=own is not None)
+            mixes = (
+                bool(penalty)
+                and mixing is not None
+                and noise is None
+                and isinstance(real, Tensor)
+                and (alpha is None or (group_size == 1 and is_per_sample(mixing, real)))
+            )
+            choice, picks = self._four_passes(penalty, own=own is not None, mixes=mixes)
             called = Called(unwrapped(self.critic), real, critic_args, critic_kwargs or {}, picks, own)
             step = choice.prepare(called)
             mlp = self._fused(step, penalty, real, mixing) if penalty and isinstance(step, Prepared) else None
@@ -242,10 +249,16 @@ class CriticStep:
                 output = self._one_operator(mlp, step, penalty, real, fake, mixing)
                 result = self._take(output, [step.inputs[i] for i in mlp.parameters], forget)
             else:
-                points = mixed(penalty, real, fake, mixing, noise) if penalty else []
+                planned = isinstance(step, Prepared)
+                if mixes and planned and step.check is None:
+                    points = []
+                else:
+                    points = mixed(penalty, real, fake, mixing, noise) if penalty else []
                 if isinstance(step, Prepared):
                     batches = {"real": real, "fake": fake}
-                    if mixing is not None and penalty:
+                    if mixes:
+                        batches["alpha"] = mixing[::group_size].to(accumulation_dtype(real.dtype))
+                    if mixing is not None and penalty and points:
                         (batches["points"],) = points
                     result = self._run(step, penalty, batches, loss_args, penalty_args, forget)
                 else:
@@ -446,7 +459,7 @@ class CriticStep:
         return _result(loss, value, real_scores.mean(), fake_scores.mean(), norm)
 
     def _four_passes(
-        self, penalty: PenaltyConfig | None, *, alone: bool = False, own: bool = False
+        self, penalty: PenaltyConfig | None, *, alone: bool = False, own: bool = False, mixes: bool = False
     ) -> tuple[EngineChoice, Picks]:
         """Return the choice for the loss and a penalty, or for the penalty alone, and what is made of the output.
 
@@ -454,13 +467,16 @@ class CriticStep:
             penalty: The penalty; None for the loss alone.
             alone: Whether it is without the loss.
             own: Whether the fake batch has further arguments of its own.
+            mixes: Whether the plan mixes the points itself.
         """
-        key = penalty is None, alone, own
+        key = penalty is None, alone, own, mixes
         if key not in self._choices:
             # A step without the penalty still sees the groups that the penalty packs.
             group_size = self.penalty.group_size if self.penalty else 1
             loss = None if alone else self.loss
             objective, picks = objective_of(loss, penalty, self.score, group_size=group_size, own_arguments=own)
+            if mixes:
+                objective = replace(objective, at="mixed")
             choice = EngineChoice(self.critic, objective, self.engine, schedule=self.schedule, compile=self.compile)
             self._choices[key] = choice, picks
         return self._choices[key]

@@ -256,7 +256,8 @@ class Prepared:
             penalty: Takes a gradient nested as the samples; returns the penalty and the norms.
         """
         sets = iter(self.objective.points())
-        return OutsidePenalty(lambda found: penalty(self.nested(batches[next(sets)], found)))
+        nests = {"points": batches["real"], **batches} if self.objective.at == "mixed" else batches
+        return OutsidePenalty(lambda found: penalty(self.nested(nests[next(sets)], found)))
 
     def nested(self, points: Any, found: Sequence[Tensor]) -> Any:
         """Nest the gradients of those tensors that the critic reads as the samples are; None for integers."""

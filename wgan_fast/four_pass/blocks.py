@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ..checks import check_loss, unconnected
 from .capture import CaptureError, first_line, raised_at
 from .objective import RefusedError
-from .passes import Block, Cotangents, FourPasses, Rows, Run, number_values, penalty_seed, shared_gradients
+from .passes import AffinePrefix, Block, Cotangents, FourPasses, Rows, Run, number_values, penalty_seed, shared_gradients
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -19,10 +19,22 @@ Values = Mapping[fx.Node, Tensor]
 
 
 class Blocks:
-    """Lays the batches out in blocks and runs the four passes over each."""
+    """Lays the batches out in blocks and runs the four passes over each.
 
-    def __init__(self, plan: "Plan", base: Run, batches: Mapping[str, Values]) -> None:
-        self.plan, self.base, self.batches = plan, base, batches
+    Args:
+        plan: The plan that is made.
+        base: What no sample enters.
+        batches: The samples by batch.
+        alpha: What the points are mixed by, where they are not among the batches.
+    """
+
+    def __init__(self, plan: "Plan", base: Run, batches: Mapping[str, Values], alpha: Tensor | None = None) -> None:
+        self.plan, self.base, self.batches, self.alpha = plan, base, batches, alpha
+        if alpha is not None:
+            x = plan.captured.x
+            with base.label("points"):
+                mixed = torch.ops.wgan_fast.interpolate(batches["real"][x], batches["fake"][x], alpha)
+            self.batches = {**batches, "points": {**batches["points"], x: mixed}}
         self.captured, self.roles, self.objective = plan.captured, plan.roles, plan.objective
         self.scores = self.captured.picked(0)
         self.cotangents = Cotangents()
@@ -81,10 +93,30 @@ class Blocks:
             for node in self.captured.sampled:
                 joined = [self.batches[name][node] for name in names]
                 run.values[node] = torch.cat(joined) if len(joined) > 1 else joined[0]
+        nodes = [node for node in self.captured.calls() if node in self.roles.sampled]
         with self.plan.autocast():
             run.evaluate(self.plan.counters, self.roles.sampled)
-            run.evaluate([n for n in self.captured.calls() if n in self.roles.sampled], self.roles.sampled)
+            if self.plan.prefix is not None and names == ["real", "fake", "points"]:
+                run.evaluate(self.plan.prefix.nodes, self.roles.sampled)
+                self._mix_behind(run, self.plan.prefix)
+                nodes = [node for node in nodes if node not in self.plan.prefix.nodes]
+            run.evaluate(nodes, self.roles.sampled)
         return run
+
+    def _mix_behind(self, run: Run, prefix: AffinePrefix) -> None:
+        """Have what the points give be mixed of what real and fake give; what is not read of it falls away."""
+        pair = Run(self.captured, run.label)
+        pair.values.update(self.base.values)
+        x = self.captured.x
+        with run.label("pair"):
+            pair.values[x] = torch.cat([self.batches[name][x] for name in ("real", "fake")])
+        pair.evaluate(prefix.nodes, self.roles.sampled)
+        run.leading = {node: pair.values[node] for node in [x, *prefix.nodes]}
+        for node in prefix.ends:
+            value = pair.values[node]
+            with run.label(f"mixed_{node.name}"):
+                mixed = torch.ops.wgan_fast.interpolate(*value.chunk(2), self.alpha)
+                run.values[node] = run.calls[node].output = torch.cat([value, mixed])
 
     def _by_name(self, node: fx.Node, groups: list[tuple[list[str], list[str]]], runs: list[Run]) -> dict[str, Tensor]:
         """Return an output for each batch."""

@@ -24,7 +24,8 @@ class Objective:
         weight: The penalty's factor; None for the loss alone.
         target: The norm that costs nothing.
         one_sided: Whether only norms above it cost.
-        at: "real", "fake" or "both" for the penalty on the samples themselves; "given" for points that are passed in.
+        at: "real", "fake" or "both" for the penalty on the samples themselves; "given" for points that are passed in;
+            "mixed" for those between real and fake, of which α is passed in, one a sample or group.
         group_size: Samples that share one norm.
         outside_loss: Whether the loss is left outside, in place of ``loss``.
         outside_penalty: Whether the penalty is.
@@ -36,7 +37,7 @@ class Objective:
     weight: float | None = 10.0
     target: float = 1.0
     one_sided: bool = False
-    at: Literal["real", "fake", "both", "given"] = "given"
+    at: Literal["real", "fake", "both", "given", "mixed"] = "given"
     group_size: int = 1
     outside_loss: bool = False
     outside_penalty: bool = False
@@ -65,10 +66,10 @@ class Objective:
         """Return the batches at which the gradient is penalised."""
         if self.weight is None:
             return []
-        return {"both": ["real", "fake"], "given": ["points"]}.get(self.at, [self.at])
+        return {"both": ["real", "fake"], "given": ["points"], "mixed": ["points"]}.get(self.at, [self.at])
 
     def inputs(self) -> list[str]:
-        """Return the batches that a step is given."""
+        """Return the batches that go through the critic."""
         losses = ["real", "fake"] if self.has_loss else []
         return [*losses, *(name for name in self.points() if name not in losses)]
 

@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_map_only
 from .capture import STOPS_GRADIENT, Captured, CaptureError, first_line, where
 from .independence import Dims
 from .operators import WITH_RULES, Call, Slot, rule_for
+from .operators.linear import Affine
+from .operators.structure import LinearMap
 
 Values = dict[fx.Node, Any]
 Label = Callable[[str], AbstractContextManager[None]]
@@ -59,13 +61,50 @@ class Roles:
         return cls(sampled, varying, learned)
 
 
+@dataclass(frozen=True)
+class AffinePrefix:
+    """The start of a critic in which every node is affine in the samples.
+
+    What lies between real and fake there is what lies between their values, so for a piecewise-linear critic the
+    interpolates themselves are never needed.
+
+    Attributes:
+        nodes: In their order.
+        ends: Those that others read.
+    """
+
+    nodes: list[fx.Node]
+    ends: list[fx.Node]
+
+
+def affine_prefix(captured: Captured, roles: Roles, dims: Dims) -> AffinePrefix:
+    """Follow the samples through what is affine in them and keeps them in rows."""
+    affine = {captured.x}
+    for node in captured.calls():
+        sources = [source for source in node.all_input_nodes if source in roles.sampled]
+        if not sources or not isinstance(node.target, WITH_RULES) or not set(sources) <= affine:
+            continue
+        rule = rule_for(node.target)
+        if not isinstance(rule, Affine | LinearMap) or len(sources) > 1 or dims.get(node) != 0:
+            continue
+        if isinstance(rule, LinearMap) or node.args[0] is sources[0]:
+            affine.add(node)
+    nodes = [node for node in captured.calls() if node in affine]
+    return AffinePrefix(nodes, [node for node in nodes if not set(node.users) <= affine or node in captured.outputs])
+
+
 class Run:
-    """The critic over one set of rows: the value of every node and every call that made one."""
+    """The critic over one set of rows: the value of every node and every call that made one.
+
+    Attributes:
+        leading: The values of some nodes without the points, which come last, where these need not be made.
+    """
 
     def __init__(self, captured: Captured, label: Label | None = None) -> None:
         self.captured = captured
         self.values: Values = {}
         self.calls: dict[fx.Node, Call] = {}
+        self.leading: Values = {}
         self.label: Label = label or (lambda name: nullcontext())
 
     def evaluate(self, nodes: Sequence[fx.Node], sampled: set[fx.Node]) -> None:
@@ -141,6 +180,8 @@ class Rows(Run):
         if start == 0:
             return rows
         dim = self._dims[node]
+        if node in self._run.leading:
+            return torch.cat([self._run.leading[node].to(whole.dtype), rows], dim)
         return torch.cat([whole.narrow(dim, 0, whole.shape[dim] * start // total), rows], dim)
 
     def scale(self, node: fx.Node, value: Tensor, factors: Tensor) -> Tensor:

@@ -10,14 +10,15 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..checks import check_scores, unconnected
+from ..precision import accumulation_dtype
 from .blocks import Blocks
 from .capture import Captured, CaptureError, first_line, raised_at
-from .counting import Counter
+from .counting import Cost, Counter
 from .flat import FlatStep, Layout
 from .independence import CoupledError, Dims, batch_dims, opaque
 from .objective import Objective, RefusedError, Schedule
 from .optimize import cut, finish, save_memory
-from .passes import Roles, Run, number_values
+from .passes import AffinePrefix, Roles, Run, affine_prefix, number_values
 from .program import Program, program_of
 from .record import Recorder
 
@@ -87,6 +88,7 @@ class Plan(FlatStep):
         self.linear: set[str] = set()
         try:
             self._prove()
+            self.prefix = self._affine_prefix()
             self.scales = self.one_score and not self.coupled
             self.schedule = self._arrange(schedule)
             pieces, programs, layout = self._record(dict(zip(captured.inputs, inputs)))
@@ -165,6 +167,22 @@ class Plan(FlatStep):
             run.evaluate(self.captured.calls(), self.roles.sampled)
         return run.values, run.calls
 
+    def _affine_prefix(self) -> AffinePrefix | None:
+        """Find the affine start of the critic, where the interpolates are cheaper to mix behind it than before it."""
+        if self.coupled or self.objective.at != "mixed":
+            return None
+        prefix = affine_prefix(self.captured, self.roles, self.dims)
+        run = Run(self.captured)
+        run.values.update(self._stand_ins)
+        mode = self._stand_ins[self.captured.x].fake_mode
+        with mode, torch.no_grad(), self.autocast(), Counter(mode) as counter:
+            run.evaluate([n for n in self.captured.calls() if n not in self.roles.sampled], self.roles.sampled)
+            before = counter.cost.flops
+            run.evaluate(prefix.nodes, self.roles.sampled)
+        saved = Cost(counter.cost.flops - before, 0, 0)
+        mixing = Cost(0, len(prefix.ends), sum(3 * run.values[node].nbytes for node in prefix.ends))
+        return prefix if saved.seconds() > 2 * mixing.seconds() else None
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast as it was when the plan was made."""
         return torch.autocast(self.device, dtype=self._autocast_dtype, enabled=self._autocast_enabled)
@@ -182,11 +200,19 @@ class Plan(FlatStep):
         batches: dict[str, dict[fx.Node, Tensor]] = {}
         for name in objective.inputs():
             batches[name] = {node: given[node] for node in self.captured.sampled if node not in apart}
+            if name == "points" and objective.at == "mixed":
+                continue
             for node in self._apart(name):
                 example, position = examples[node].detach(), self.captured.sampled[node]
                 label = name if node is self.captured.x else f"{name}_{node.name}"
                 batches[name][node] = recorder.input(label, example)
                 layout.append((name, position, example.shape, example.stride()))
+        alpha = None
+        if objective.at == "mixed":
+            x = batches["real"][self.captured.x]
+            alpha = torch.empty(x.shape[0] // objective.group_size, dtype=accumulation_dtype(x.dtype), device=x.device)
+            layout.append(("alpha", 0, alpha.shape, alpha.stride()))
+            alpha = recorder.input("alpha", alpha)
         penalised = objective.points() and not objective.outside_penalty
         numbers = recorder.numbers("weight", "target") if penalised else {}
         constants = {node: recorder.constant(node.name, value) for node, value in self.captured.constants.items()}
@@ -197,7 +223,7 @@ class Plan(FlatStep):
             with self.autocast():
                 base.evaluate([n for n in shared if not _counts(n)], self.roles.sampled)
             self.counters = [node for node in shared if _counts(node)]
-            outputs = Blocks(self, base, batches).record()
+            outputs = Blocks(self, base, batches, alpha).record()
         recorder.output(outputs)
         if numbers:
             _read_numbers(recorder.graph, **numbers)

@@ -27,7 +27,8 @@ aten = torch.ops.aten
 # In the order of csrc/tiles.cpp and csrc/program.h.
 (
     COPY, FILL, ADD, MULTIPLY, DIVIDE, SCALE, LEAKY_RELU, RELU, LEAKY_RELU_BACKWARD, THRESHOLD_BACKWARD, MASK,
-) = range(11)  # fmt: skip
+    LERP,
+) = range(12)  # fmt: skip
 KERNEL, SUM, NORM_PENALTY, DRAW = range(4)
 ARENA = 0
 PANEL, KEPT_DEPTH = 32, 2560
@@ -731,6 +732,20 @@ def _gradient_norm_penalty(
     places = [each.matrix(each.like.shape) for each in (view, value, mean_norm, norms, seed)]
     w._add(NORM_PENALTY, groups, view.like.numel() // groups, int(one_sided), _word(weight.factor), *places)
     return [value, mean_norm, norms, seed]
+
+
+@_writes(torch.ops.wgan_fast.interpolate.default)
+def _interpolate(w: _Writer, node: fx.Node, real: fx.Node, fake: fx.Node, alpha: fx.Node) -> View:
+    views = [w._view(source) for source in (real, fake, alpha)]
+    if not all(view.like.is_contiguous() for view in views):
+        raise UnwrittenError(f"{node} mixes samples with gaps between them")
+    # α is one a group, whose samples follow each other.
+    groups = views[2].like.shape[0]
+    shape = (groups, views[0].like.numel() // groups)
+    sources = [view.viewed(lambda like: like.reshape(groups, -1)) for view in views]
+    kernel, index = w._kernel(shape, sources)
+    made = w._stated(LERP, kernel, index, sources)
+    return made.viewed(lambda like: like.view(node.meta["val"].shape))
 
 
 @_writes(aten.new_empty.default)
