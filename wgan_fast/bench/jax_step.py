@@ -72,7 +72,9 @@ class _Run:
                 mixed = alpha.reshape(-1, *[1] * (real.ndim - 1))
                 norms = [slope_norm(mixed * real + (1 - mixed) * fake, keys[3])]
             else:
-                norms = [slope_norm(fake, keys[0]), slope_norm(real, keys[1])]
+                sides = {"fake": [(fake, keys[0])], "real": [(real, keys[1])]}
+                sides["both"] = sides["fake"] + sides["real"]
+                norms = [slope_norm(x, key) for x, key in sides[penalty.at]]
             return total + sum(penalty.weight * ((norm - penalty.target) ** 2).mean() for norm in norms)
 
         def gradient(parameters: list[Array], real: Array, fake: Array, alpha: Array | None, key: Array) -> Any:
@@ -108,6 +110,10 @@ def _in_jax(workload: Workload) -> Callable[[list[Array], Array, Array], Array]:
 
     exported = torch.export.export(workload.critic, (workload.real,), strict=False)
     names = exported.graph_signature.inputs_to_parameters
+    buffers = {
+        name: jax.numpy.asarray(exported.state_dict[buffer].numpy())
+        for name, buffer in exported.graph_signature.inputs_to_buffers.items()
+    }
     order = {name: index for index, (name, _) in enumerate(workload.critic.named_parameters())}
     graph = exported.graph
     calls = {node: _operator(node) for node in graph.nodes if node.op == "call_function"}
@@ -116,7 +122,8 @@ def _in_jax(workload: Workload) -> Callable[[list[Array], Array, Array], Array]:
         values: dict[fx.Node, Array] = {}
         for node in graph.nodes:
             if node.op == "placeholder":
-                values[node] = parameters[order[names[node.name]]] if node.name in names else x
+                in_critic = parameters[order[names[node.name]]] if node.name in names else buffers.get(node.name)
+                values[node] = x if in_critic is None else in_critic
             elif node.op == "output":
                 (score,) = node.args[0]
                 return values[score]
@@ -203,8 +210,29 @@ def _operators() -> dict[Any, Callable[..., Array]]:
     def leaky_relu(x: Array, slope: float = 0.01) -> Array:
         return jnp.where(x > 0, x, slope * x)
 
+    def over(function: Callable[..., Array]) -> Callable[..., Array]:
+        def reduce(x: Array, dims: Any, keepdim: bool = False) -> Array:
+            return function(x, axis=None if dims is None else tuple(dims), keepdims=keepdim)
+
+        return reduce
+
+    def variance(x: Array, dims: Any, unbiased: bool = True, keepdim: bool = False) -> Array:
+        return jnp.var(x, axis=tuple(dims), ddof=int(unbiased), keepdims=keepdim)
+
+    def expand(x: Array, sizes: list[int], implicit: bool = False) -> Array:
+        new = len(sizes) - x.ndim
+        return jnp.broadcast_to(x, [x.shape[i - new] if size == -1 else size for i, size in enumerate(sizes)])
+
     return {
         aten.linear.default: linear,
+        aten.mean.dim: over(jnp.mean),
+        aten.var.dim: variance,
+        aten.expand.default: expand,
+        aten.select.int: lambda x, dim, index: jnp.take(x, index, axis=dim),
+        aten.repeat.default: jnp.tile,
+        aten.cat.default: lambda tensors, dim=0: jnp.concatenate(tensors, axis=dim),
+        aten.sqrt.default: jnp.sqrt,
+        aten.div.Tensor: lambda x, y: x / y,
         aten.conv1d.default: partial(convolution, "W"),
         aten.conv2d.default: partial(convolution, "HW"),
         aten.relu.default: jax.nn.relu,

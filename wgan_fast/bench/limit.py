@@ -2,8 +2,9 @@
 
 The rate comes from PyTorch's ordinary operators: the matrix products and convolutions of one forward and one backward
 over the batches of a step, and of one forward over the penalised points for the tangents, replayed alone on tensors of
-the same shapes, in the memory format that is faster for each. Nothing between them is timed, and the engine has
-no say in how they run: where it runs them slower, that shows.
+the same shapes, in the memory format and by the library that is faster for each: what PyTorch takes for a matrix
+product, or oneDNN. Nothing between them is timed, and the engine has no say in how they run: where it runs them slower,
+that shows.
 """
 
 from collections.abc import Callable
@@ -31,6 +32,11 @@ _PRODUCTS = {
     _aten.convolution.default,
     _aten.convolution_backward.default,
 }
+_MATRICES = {_aten.mm.default, _aten.addmm.default, _aten._addmm_activation.default}
+
+
+def _onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @dataclass
@@ -43,8 +49,12 @@ class _Call:
     def __call__(self) -> Any:
         return self.function(*self.args, **self.kwargs)
 
-    def layouts(self) -> list["_Call"]:
-        """Return the call on contiguous and on channels-last images; on other tensors as it is."""
+    def forms(self) -> list["_Call"]:
+        """Return the call on contiguous and on channels-last images, or by either library for matrices."""
+        if self.function in _MATRICES and self.args[-1].device.type == "cpu" and _onednn():
+            *_, left, right = self.args
+            arguments = (left, right.t(), None, "none", [], "")
+            return [self, _Call(torch.ops.mkldnn._linear_pointwise, arguments, {}, self.nbytes)]
         if not any(isinstance(x, Tensor) and x.dim() == 4 for x in self.args):
             return [self]
         return [self._laid_out(memory_format) for memory_format in (torch.contiguous_format, torch.channels_last)]
@@ -117,8 +127,8 @@ def _differentiated(workload: Workload, batch: Tensor) -> list[_Call]:
 
 
 def _fastest(calls: list[_Call], device: torch.device) -> list[_Call]:
-    """Each call in the memory format in which it is fastest."""
-    return [min(call.layouts(), key=lambda layout: fastest_of(layout, device)) for call in calls]
+    """Each call in the form in which it is fastest."""
+    return [min(call.forms(), key=lambda form: fastest_of(form, device)) for call in calls]
 
 
 def _run(calls: list[_Call]) -> None:

@@ -103,7 +103,13 @@ def _addmm_activation_flops(bias: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -
     return 2 * a.shape[0] * a.shape[1] * b.shape[1]
 
 
+def _onednn_flops(x: Tensor, weight: Tensor, *_: Any, **kwargs: Any) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
 _FLOPS = flop_registry | {torch.ops.aten._addmm_activation: _addmm_activation_flops}
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _FLOPS[torch.ops.mkldnn._linear_pointwise] = _onednn_flops
 
 
 def count(call: Callable[[], object]) -> Counter:

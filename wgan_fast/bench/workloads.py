@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..points import PenaltyConfig, draw_alpha
 from ..training import models
 from ..training.networks import channels_last, copy_of, to_channels_last
-from .published import r3gan_discriminator, stylegan2_discriminator
+from .published import StarGANDiscriminator, r3gan_discriminator, stylegan2_discriminator
 
 SEED = 0
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -27,9 +27,10 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropo
 PENALTIES: dict[str, PenaltyConfig | None] = {
     "wgan-gp": PenaltyConfig.wgan_gp(),
     "r1-r2": PenaltyConfig(weight=5.0, target=0.0, at="both"),
+    "r1": PenaltyConfig(weight=5.0, target=0.0, at="real"),
     "none": None,
 }
-"""What can be penalised; R1 + R2 with γ = 10, which is w = 5 (Mescheder et al. 2018)."""
+"""What can be penalised; R1 and R1 + R2 with γ = 10, which is w = 5 (Mescheder et al. 2018)."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,12 @@ CRITICS = {
     "tabular-mlp": CriticSpec(
         "CTGAN's critic, 10 rows packed, dropout", (230,), 500, partial(models.PackedCritic, 230, 256)
     ),
+    "amp": CriticSpec(
+        "discriminator of motions for RL, MLP 40-512-256-1", (40,), 128, lambda: _layers(40, 512, 256)
+    ),
+    "phase-space": CriticSpec(
+        "critic of particles' momenta, MLP 7-400-400-400-1", (7,), 1024, lambda: _layers(7, 400, 400, 400)
+    ),
     "dcgan-28": _model("DCGAN, 1x28x28, width 64", 64, 64, "mnist-dcgan", 1, 28, 28),
     "resnet-32": _model("ResNet + layer norm, 3x32x32, width 64", 32, 64, "cifar-resnet", 3, 32, 32),
     "dcgan-64": _model("DCGAN, 3x64x64, width 64", 64, 64, "dcgan64", 3, 64, 64),
@@ -163,11 +170,19 @@ _FAMILIES: dict[str, Callable[..., CriticSpec]] = {
         f"ResNet + layer norm, 3x{side}x{side}, width 64", (3, side, side), 32,
         partial(models.resnet_critic, (3, side, side), 64),
     ),
+    r"stargan-(\d+)x(\d+)": lambda side, width: CriticSpec(
+        f"StarGAN's map of scores, 3x{side}x{side}, width {width}", (3, side, side), 16, partial(_stargan, side, width)
+    ),
+    r"stylegan2-(\d+)x(\d+)": lambda side, width: CriticSpec(
+        f"StyleGAN2's discriminator, 3x{side}x{side}, width {width}", (3, side, side), 16,
+        partial(stylegan2_discriminator, side, width),
+    ),
 }  # fmt: skip
 
 
 def spec(name: str) -> CriticSpec | None:
-    """Find a critic by name: a key of ``CRITICS``, or "mlp-4x256", "dcgan-28x32", "resnet-64" with any numbers."""
+    """Find a critic by name: a key of ``CRITICS``, or "mlp-4x256", "dcgan-28x32", "resnet-64",
+    "stargan-64x64" or "stylegan2-64x128" with any numbers."""
     if name in CRITICS:
         return CRITICS[name]
     for pattern, make in _FAMILIES.items():
@@ -178,9 +193,17 @@ def spec(name: str) -> CriticSpec | None:
 
 
 def _mlp(layers: int, width: int) -> nn.Module:
-    sizes = [2, *[width] * layers]
+    return _layers(2, *[width] * layers)
+
+
+def _layers(*sizes: int) -> nn.Module:
     hidden = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*hidden, nn.Linear(width, 1), nn.Flatten(0))
+    return nn.Sequential(*hidden, nn.Linear(sizes[-1], 1), nn.Flatten(0))
+
+
+def _stargan(size: int, width: int) -> nn.Module:
+    critic = StarGANDiscriminator(size, width)
+    return nn.Sequential(critic.body, critic.map, nn.Flatten())
 
 
 def build(
@@ -216,6 +239,7 @@ def build(
             known_names = ", ".join(CRITICS)
             raise InputError(
                 f"model must be one of {known_names}, mlp-LAYERSxWIDTH, dcgan-28xWIDTH, resnet-SIZE, "
+                "stargan-SIZExWIDTH, stylegan2-SIZExWIDTH, "
                 f"or module:function, got {name!r}"
             )
         chosen = known

@@ -103,7 +103,8 @@ class FlatStep:
             if self.compiled:
                 return self.compiled[number](*tensors)
             program = self.programs[number]
-            if isinstance(program, Program):
+            # Who looks at operators as they run is shown those of the graph.
+            if isinstance(program, Program) and not torch._C._len_torch_dispatch_stack():
                 with torch._C._AutoDispatchBelowAutograd():
                     return program(tensors)
             # Nothing here is differentiated: passing every operator on through autograd, and the graph through what a
