@@ -3,6 +3,10 @@
 
 #include "program.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cmath>
 #include <cstdlib>
 #include <map>
@@ -32,6 +36,8 @@ constexpr int64_t kTasks = 16;
 // Outputs of at least so many bytes come from the memory that is kept.
 constexpr int64_t kKept = 65536;
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Memory by size. A fresh allocation of megabytes is faulted in page by page at first use, which costs as
 // much as the arithmetic of a small step: what a step frees is kept for the next.
 class Memory {
@@ -45,8 +51,13 @@ class Memory {
     const std::lock_guard lock(mutex_);
     const auto found = free_.find(bytes);
     if (found == free_.end()) {
-      void* const fresh = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+      // In huge pages where there is enough for some: their addresses are found without a walk.
+      const int64_t alignment = bytes < kHugePage ? kPage : kHugePage;
+      void* const fresh = std::aligned_alloc(alignment, ceil_div(bytes, alignment) * alignment);
       STD_TORCH_CHECK(fresh != nullptr, "out of memory: no ", bytes, " bytes for a step");
+#ifdef __linux__
+      if (alignment == kHugePage) madvise(fresh, bytes, MADV_HUGEPAGE);
+#endif
       return static_cast<float*>(fresh);
     }
     float* const data = found->second;
@@ -68,7 +79,7 @@ class Memory {
   }
 
  private:
-  static constexpr int64_t kAlignment = 4096, kMost = 256 << 20;
+  static constexpr int64_t kPage = 4096, kHugePage = 2 << 20, kMost = 256 << 20;
 
   std::mutex mutex_;
   std::multimap<int64_t, float*> free_;
@@ -88,8 +99,6 @@ class Scratch {
   const int64_t bytes_;
   float* const data_;
 };
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One of the threads that run a program together. They all go through the same phases, and share out the tasks
 // of each; a thread goes on when all are done. So the threads are woken once, and meet without the system's help.
@@ -182,6 +191,18 @@ class Product {
       t_.run(kernel_.first_statement()[s], memory, r0, r1, c0, c1);
   }
 
+  // Has what `finish` will touch brought near while the product is computed.
+  void fetch(float* const* memory, int64_t r0, int64_t r1, int64_t c0, int64_t c1) const {
+    const auto each = [&](const View& view) {
+      if (view.column != 1 || view.row == 0) return;
+      for (int64_t r = r0; r < r1; ++r)
+        for (int64_t c = c0; c < c1; c += 16) __builtin_prefetch(view.at(memory, r, c));
+    };
+    for (int64_t s = 0; s < kernel_.statements; ++s)
+      for (const View& view : kernel_.first_statement()[s].from)
+        if (view.offset != kernel_.to.offset || view.base != kernel_.to.base) each(view);
+  }
+
   void run_dots(float* const* memory, Worker& worker) const {
     constexpr int64_t kRows = 32;
     worker.share(ceil_div(kernel_.rows, kRows), [&](int64_t task) {
@@ -257,6 +278,7 @@ class Product {
     const int64_t a_row = packs_rows_ ? 1 : only.a.row;
     const int64_t a_depth = packs_rows_ ? r1 - r0 : depth == 1 ? 1 : only.a.column;
     float* const c = kernel_.to.at(memory, r0, c0);
+    fetch(memory, r0, r1, c0, c1);
     if (c1 - c0 == t_.columns) {
       t_.multiply(r1 - r0, depth, a, a_row, a_depth, b, b_depth, c, kernel_.to.row, begin > 0);
     } else {

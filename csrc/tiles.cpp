@@ -28,6 +28,8 @@ enum class Code : int64_t {
   kThresholdBackward,
   kMask,
   kLerp,
+  kAddRelu,
+  kAddLeakyRelu,
 };
 
 namespace plain {

@@ -27,8 +27,10 @@ aten = torch.ops.aten
 # In the order of csrc/tiles.cpp and csrc/program.h.
 (
     COPY, FILL, ADD, MULTIPLY, DIVIDE, SCALE, LEAKY_RELU, RELU, LEAKY_RELU_BACKWARD, THRESHOLD_BACKWARD, MASK,
-    LERP,
-) = range(12)  # fmt: skip
+    LERP, ADD_RELU, ADD_LEAKY_RELU,
+) = range(14)  # fmt: skip
+_AFTER_SUM = {RELU: ADD_RELU, LEAKY_RELU: ADD_LEAKY_RELU}
+"""What becomes of an activation that overwrites a sum: both in one."""
 KERNEL, SUM, NORM_PENALTY, DRAW = range(4)
 ARENA = 0
 PANEL, KEPT_DEPTH = 32, 2560
@@ -459,7 +461,14 @@ class _Writer:
         matrices = [source.matrix(kernel.shape) for source in sources]
         if bits:
             matrices.append(Matrix(bits.view.buffer, bits.view.like.storage_offset(), bits.view.like.stride(0), 0))
-        kernel.statements.append(Statement(code, to.matrix(kernel.shape), matrices, list(numbers)))
+        place = to.matrix(kernel.shape)
+        before = kernel.statements[-1] if kernel.statements else None
+        if code in _AFTER_SUM and before is not None and (before.code, before.numbers) == (ADD, [1.0]) and (
+            before.to == place == matrices[0]
+        ):
+            kernel.statements[-1] = Statement(_AFTER_SUM[code], place, before.sources, list(numbers))
+        else:
+            kernel.statements.append(Statement(code, place, matrices, list(numbers)))
         return to
 
     def _copy(self, source: View, to: View) -> None:

@@ -66,7 +66,9 @@ class Linear(Affine):
         gradients: Derivatives = []
         for i in wanted:
             if i == data:
-                gradients.append(cotangent @ call.operands[weight])  # type: ignore[index]
+                W = call.operands[weight]  # type: ignore[index]
+                # A product of one column and one row is no sum over anything.
+                gradients.append(cotangent * W[0] if W.shape[0] == 1 else cotangent @ W)
             elif i == weight:
                 x = call.operands[data]  # type: ignore[index]
                 gradients.append(rows.t() @ (x.flatten(0, -2) if x.dim() > 2 else x))
