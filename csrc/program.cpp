@@ -279,11 +279,11 @@ class Product {
     const int64_t a_depth = packs_rows_ ? r1 - r0 : depth == 1 ? 1 : only.a.column;
     float* const c = kernel_.to.at(memory, r0, c0);
     fetch(memory, r0, r1, c0, c1);
-    if (c1 - c0 == t_.columns) {
-      t_.multiply(r1 - r0, depth, a, a_row, a_depth, b, b_depth, c, kernel_.to.row, begin > 0);
+    if (c1 - c0 == t_.columns || 2 * (c1 - c0) == t_.columns) {
+      t_.multiply(r1 - r0, c1 - c0, depth, a, a_row, a_depth, b, b_depth, c, kernel_.to.row, begin > 0);
     } else {
       float edge[16 * 32];
-      t_.multiply(r1 - r0, depth, a, a_row, a_depth, b, b_depth, edge, t_.columns, false);
+      t_.multiply(r1 - r0, c1 - c0, depth, a, a_row, a_depth, b, b_depth, edge, t_.columns, false);
       for (int64_t i = 0; i < r1 - r0; ++i)
         for (int64_t j = 0; j < c1 - c0; ++j) {
           float& to = c[i * kernel_.to.row + j];

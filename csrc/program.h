@@ -98,11 +98,11 @@ struct Instruction {
 struct Tiles {
   const char* name;
   int64_t rows;     // of a tile, at most
-  int64_t columns;  // of a tile: those of a panel
+  int64_t columns;  // of a tile: those of a panel, two vectors
 
-  // c (rows × columns of a panel, `c_row` apart) = or += a b; a and b with elements `a_depth` and `b_depth`
+  // c (rows × columns, `c_row` apart) = or += a b, where half a panel or a whole one is written; a and b with elements `a_depth` and `b_depth`
   // apart in depth, b's columns side by side.
-  void (*multiply)(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
+  void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
                    const float* b, int64_t b_depth, float* c, int64_t c_row, bool add);
   // Lays columns of b out for multiply in panels, `to_panel` apart; with zeros up to a whole one.
   void (*pack)(int64_t depth, int64_t columns, const float* b, int64_t b_depth, int64_t b_column, float* to,

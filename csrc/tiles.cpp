@@ -1,6 +1,9 @@
 // The inner loops of a program for every instruction set that it may meet, and the choice among them.
 
 #include <algorithm>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #include "program.h"
 
@@ -30,6 +33,9 @@ enum class Code : int64_t {
   kLerp,
   kAddRelu,
   kAddLeakyRelu,
+  kSigns,
+  kGate,
+  kGateLeaky,
 };
 
 namespace plain {

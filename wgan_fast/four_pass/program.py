@@ -27,8 +27,8 @@ aten = torch.ops.aten
 # In the order of csrc/tiles.cpp and csrc/program.h.
 (
     COPY, FILL, ADD, MULTIPLY, DIVIDE, SCALE, LEAKY_RELU, RELU, LEAKY_RELU_BACKWARD, THRESHOLD_BACKWARD, MASK,
-    LERP, ADD_RELU, ADD_LEAKY_RELU,
-) = range(14)  # fmt: skip
+    LERP, ADD_RELU, ADD_LEAKY_RELU, SIGNS, GATE, GATE_LEAKY,
+) = range(17)  # fmt: skip
 _AFTER_SUM = {RELU: ADD_RELU, LEAKY_RELU: ADD_LEAKY_RELU}
 """What becomes of an activation that overwrites a sum: both in one."""
 KERNEL, SUM, NORM_PENALTY, DRAW = range(4)
@@ -264,6 +264,8 @@ class _Writer:
         self.buffers: list[Buffer] = []
         self.numbers: list[int] = []
         self.streams = 0
+        self.made: dict[Buffer, tuple[Kernel, int, Matrix]] = {}
+        self.signs: dict[tuple[Buffer, int], Bits] = {}
 
     def written(self) -> Program:
         """Write everything down."""
@@ -469,7 +471,34 @@ class _Writer:
             kernel.statements[-1] = Statement(_AFTER_SUM[code], place, before.sources, list(numbers))
         else:
             kernel.statements.append(Statement(code, place, matrices, list(numbers)))
+        if code in _AFTER_SUM and to.kernel is kernel and len(kernel.shape) == 2:
+            self.made[to.buffer] = kernel, index, place
         return to
+
+    def _gated(
+        self, code: int, without_bits: int, node: fx.Node, vector: fx.Node, x: fx.Node, number: float
+    ) -> View:
+        """Let a vector through where x is above zero; of an activation made here, its signs are kept as bits."""
+        view, gate = self._view(vector), self._view(x)
+        made = self.made.get(gate.buffer)
+        rows, columns = _rows_and_columns(node.meta["val"].shape)
+        if made is None or gate.like.stride() != (columns, 1) or view.like.shape != gate.like.shape:
+            return self._statement(without_bits, node, [vector, x], number)
+        kernel, index, to = made
+        key = gate.buffer, code
+        if key not in self.signs:
+            words = -(-columns // 32)
+            bits = self._new((kernel.rows, words))
+            bits.buffer.ready = index
+            place = Matrix(bits.buffer, 0, words, 0)
+            kernel.statements.append(Statement(SIGNS, place, [to], [float(code == GATE)]))
+            self.signs[key] = Bits(bits)
+        bits = self.signs[key].view
+        words = bits.like.shape[1]
+        first = gate.like.storage_offset() // columns
+        part = View(bits.buffer, bits.like.as_strided((rows, columns), (words, 0), first * words))
+        target, at = self._kernel(node.meta["val"].shape, [view, part])
+        return self._stated(code, target, at, [view], [number], self._reused(target, node, [vector], [view]), Bits(part))
 
     def _copy(self, source: View, to: View) -> None:
         self.instructions.append(Kernel(source.like.shape, *_rows_and_columns(source.like.shape)))
@@ -691,12 +720,14 @@ def _leaky_relu(w: _Writer, node: fx.Node, tensor: fx.Node, slope: float = 0.01)
 
 @_writes(aten.leaky_relu_backward.default)
 def _leaky_relu_backward(w: _Writer, node: fx.Node, vector: fx.Node, x: fx.Node, slope: float, _: bool) -> View:
-    return w._statement(LEAKY_RELU_BACKWARD, node, [vector, x], slope)
+    return w._gated(GATE_LEAKY, LEAKY_RELU_BACKWARD, node, vector, x, slope)
 
 
 @_writes(aten.threshold_backward.default)
 def _threshold_backward(w: _Writer, node: fx.Node, vector: fx.Node, x: fx.Node, threshold: float) -> View:
-    return w._statement(THRESHOLD_BACKWARD, node, [vector, x], threshold)
+    if threshold != 0:
+        return w._statement(THRESHOLD_BACKWARD, node, [vector, x], threshold)
+    return w._gated(GATE, THRESHOLD_BACKWARD, node, vector, x, 0.0)
 
 
 @_writes(aten.sum.dim_IntList)
