@@ -9,6 +9,8 @@
 
 #include <string>
 
+#include "program.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -28,6 +30,7 @@ py::dict build_config() {
   config["compiler"] = kCompiler;
   config["flags"] = WGAN_FAST_FLAGS;
   config["torch"] = TORCH_VERSION;
+  config["products"] = wgan_fast::tiles().name;
   config["torch_abi"] = version(WGAN_FAST_TORCH_ABI);
 #ifdef USE_CUDA
   config["cuda"] = std::to_string(CUDA_VERSION / 1000) + "." + std::to_string(CUDA_VERSION % 1000 / 10);

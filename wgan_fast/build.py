@@ -46,8 +46,9 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dictionary that JSON can hold: ``wgan_fast``, ``python`` and ``torch`` with their versions, and for each of
-        ``extension`` (compiled operators), ``cuda`` (GPU kernels in it), ``triton`` and ``compiler`` (the C++ compiler
-        that ``torch.compile`` uses on a CPU) a dictionary of ``active``, ``reason`` (None where active) and details.
+        ``extension`` (compiled operators; its ``products`` is the instruction set of the matrix products in programs),
+        ``cuda`` (GPU kernels in it), ``triton`` and ``compiler`` (the C++ compiler that ``torch.compile`` uses on a
+        CPU) a dictionary of ``active``, ``reason`` (None where active) and details.
     """
     from . import __version__
 
@@ -75,7 +76,7 @@ def _extension_info() -> dict[str, Any]:
     if extension is None:
         return _part(_extension_missing)
     config = extension.build_config()
-    return _part(None, **{name: config[name] for name in ("compiler", "flags", "torch", "torch_abi")})
+    return _part(None, **{name: config[name] for name in ("compiler", "flags", "products", "torch", "torch_abi")})
 
 
 def _cuda_info() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ..four_pass.capture import Captured, CaptureError, first_line
 from ..four_pass.counting import Cost
 from ..four_pass.objective import Batches, Objective, Schedule, StepOutput
 from ..four_pass.plan import Plan
+from ..four_pass.program import same_draws
 from .autograd import Opened, attach, once
 from .cost import by_autograd, of_plan
 from .guarded import MOST_IN_A_ROW, Called, GuardedCall, Look, Traced, hushed
@@ -376,7 +377,7 @@ class FourPassEngine:
         except TypeError:
             self._critic = lambda: critic
         self.objective, self.schedule, self.compile = objective, schedule, compile
-        self._options = (objective.form(), schedule, compile)
+        self._options = (objective.form(), schedule, compile, same_draws())
         self._cheaper_only = cheaper_only
         self._traced_in_a_row: dict[int, int] = {}  # of its last calls, by thread
         self.plans: dict[Hashable, Plan] = {}

@@ -233,7 +233,7 @@ class Plan(FlatStep):
         if numbers:
             _read_numbers(recorder.graph, **numbers)
         pieces = cut(finish(recorder), 1 + recorder.piece)
-        programs = [program_of(piece) for piece in pieces]
+        programs = [program_of(piece, leaves=i < recorder.piece) for i, piece in enumerate(pieces)]
         for piece in pieces:
             if self.in_place:
                 save_memory(piece.graph)

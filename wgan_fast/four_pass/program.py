@@ -194,7 +194,7 @@ class Program:
     Args:
         words: What ``wgan_fast::run_program`` takes.
         given: What it is given besides: the graph's inputs by position, with their strides, and constants.
-        structure: What the graph returns, as Python over the list ``out``.
+        structure: What the graph returns, as Python over ``out`` and, for views of what it is given, ``tensors``.
         numbers: Positions of the penalty's weight and target among the inputs; none without a penalty.
         draws: Whether it draws random numbers: its own, seeded by PyTorch's default generator.
     """
@@ -212,28 +212,42 @@ class Program:
         self._inputs = [source for source in given if not isinstance(source, Tensor)]
         self._constants = [source for source in given if isinstance(source, Tensor)]
         self._draws = draws
-        self._arrange: Callable[[list[Tensor]], Any] = eval(f"lambda out: {structure}")
+        self._arrange: Callable[..., Any] = eval(f"lambda out, tensors: {structure}", {"laid_out": _laid_out})
 
     def __call__(self, tensors: Sequence[Any]) -> Any:
         """Run it on the graph's inputs; returns what the graph does."""
         weight, target = [tensors[i] for i in self._numbers] or (0.0, 0.0)
         seed = int(torch.empty((), dtype=torch.int64).random_()) if self._draws else 0
         inputs = [_laid_out(tensors[i], stride) for i, stride in self._inputs] + self._constants
-        return self._arrange(torch.ops.wgan_fast.run_program.default(self._words, inputs, weight, target, seed))
+        made = torch.ops.wgan_fast.run_program.default(self._words, inputs, weight, target, seed)
+        return self._arrange(made, tensors)
 
 
-def _laid_out(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    if tensor.stride() == stride:
+def _laid_out(tensor: Tensor, stride: tuple[int, ...], *part: Any) -> Tensor:
+    if tensor.stride() != stride:
+        tensor = torch.empty_strided(tensor.shape, stride).copy_(tensor)
+    if not part:
         return tensor
-    return torch.empty_strided(tensor.shape, stride).copy_(tensor)
+    shape, strides, offset = part
+    return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
 
 
-def program_of(piece: fx.GraphModule) -> Program | str:
-    """Write a flat graph down, or say in a clause why it cannot be."""
+def same_draws() -> bool:
+    """Whether the environment asks for PyTorch's own stream of random numbers where critics draw some."""
+    return os.environ.get("WGAN_FAST_SAME_DRAWS", "") not in ("", "0")
+
+
+def program_of(piece: fx.GraphModule, *, leaves: bool = False) -> Program | str:
+    """Write a flat graph down, or say in a clause why it cannot be.
+
+    Args:
+        piece: The graph.
+        leaves: Whether the last of what it returns is left for a later piece, which only reads it.
+    """
     if not AVAILABLE:
         return "the extension is not there"
     try:
-        return _Writer(piece).written()
+        return _Writer(piece, leaves).written()
     except UnwrittenError as error:
         return str(error)
 
@@ -256,8 +270,8 @@ class _Scaled:
 class _Writer:
     """Writes one graph down, operator after operator; what it makes of a node is in ``values``."""
 
-    def __init__(self, piece: fx.GraphModule) -> None:
-        self.piece = piece
+    def __init__(self, piece: fx.GraphModule, leaves: bool) -> None:
+        self.piece, self.leaves = piece, leaves
         self.values: dict[fx.Node, Any] = {}
         self.instructions: list[Kernel | Other] = []
         self.given: list[tuple[Buffer, Any]] = []
@@ -282,7 +296,7 @@ class _Writer:
             else:
                 outputs = node.args[0]
         shapes: list[torch.Size] = []
-        structure = self._structure(outputs, shapes)
+        structure = self._structure(outputs, shapes, self.leaves)
         self._keep_right_sides()
         used = {matrix.buffer.resolved()[0] for matrix in self._matrices()}
         given = [(buffer, source) for buffer, source in self.given if buffer in used]
@@ -560,14 +574,25 @@ class _Writer:
 
     # Outputs.
 
-    def _structure(self, outputs: Any, shapes: list[torch.Size]) -> str:
-        """Have every output in memory of its own; returns the nest of them as Python over ``out``."""
+    def _structure(self, outputs: Any, shapes: list[torch.Size], leaves: bool = False, own: bool = True) -> str:
+        """Have outputs in memory of their own, unless they are only read; returns the nest of them as Python."""
         if isinstance(outputs, tuple | list):
-            return f"[{', '.join(self._structure(each, shapes) for each in outputs)}]"
+            last = len(outputs) - 1
+            parts = [self._structure(each, shapes, own=own and not (leaves and i == last)) for i, each in enumerate(outputs)]
+            return f"[{', '.join(parts)}]"
         if not isinstance(outputs, fx.Node):
             if outputs is not None:
                 raise UnwrittenError("it returns something else than tensors")
             return "None"
+        source = self.values.get(outputs)
+        if not own and isinstance(source, _Scaled) and source.factor == 1:
+            return f"tensors[{source.position}]"
+        given = next((of for buffer, of in self.given if isinstance(source, View) and buffer is source.buffer), None)
+        if not own and isinstance(given, tuple):
+            position, stride = given
+            like = source.like  # type: ignore[union-attr]
+            part = f"{tuple(like.shape)}, {like.stride()}, {like.storage_offset()}"
+            return f"laid_out(tensors[{position}], {stride}, {part})"
         view, val = self._view(outputs), outputs.meta["val"]
         if not val.is_contiguous():
             raise UnwrittenError(f"{outputs} is not contiguous")
@@ -703,6 +728,20 @@ def _div(w: _Writer, node: fx.Node, tensor: fx.Node, other: Any) -> Any:
     return w._statement(DIVIDE, node, [tensor, other])
 
 
+@_writes(aten.rsub.Scalar)
+def _rsub(w: _Writer, node: fx.Node, tensor: fx.Node, other: float, alpha: float = 1) -> View:
+    return w._statement(SCALE, node, [tensor], -alpha, other)
+
+
+@_writes(aten.pow.Tensor_Scalar)
+def _pow(w: _Writer, node: fx.Node, tensor: fx.Node, exponent: float) -> View:
+    if exponent == 1:
+        return w._statement(COPY, node, [tensor])
+    if exponent != 2:
+        raise UnwrittenError(f"{node} is a power other than a square")
+    return w._statement(MULTIPLY, node, [tensor, tensor])
+
+
 @_writes(aten.neg.default)
 def _neg(w: _Writer, node: fx.Node, tensor: fx.Node) -> View:
     return w._statement(SCALE, node, [tensor], -1.0, 0.0)
@@ -796,7 +835,7 @@ def _new_empty(w: _Writer, node: fx.Node, tensor: fx.Node, shape: list[int], **o
 @_writes(aten.bernoulli_.float)
 def _bernoulli(w: _Writer, node: fx.Node, fresh: fx.Node, p: float = 0.5, generator: Any = None) -> Bits:
     memory, keep = w.values[fresh], round(p * 2**32)
-    if os.environ.get("WGAN_FAST_SAME_DRAWS"):
+    if same_draws():
         raise UnwrittenError("WGAN_FAST_SAME_DRAWS asks for PyTorch's own random numbers")
     if not isinstance(memory, _Fresh) or len(memory.shape) != 2 or not 0 < keep < 2**32 or generator is not None:
         raise UnwrittenError(f"{node} is no random mask of rows")

@@ -1,0 +1,447 @@
+"""Programs compute what their graphs do, on whatever instruction set, and by however many threads."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from wgan_fast import CriticStep, PenaltyConfig, gradient_penalty
+from wgan_fast.four_pass.program import Program, program_of
+from wgan_fast.four_pass.record import Recorder
+from wgan_fast.ops.run_program import AVAILABLE
+from wgan_fast.reference import gradient_norm, interpolate, penalty_from_norm
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="the extension is not there")
+
+aten = torch.ops.aten
+
+
+def written(function: Callable[..., object], *examples: Tensor) -> tuple[Program | str, fx.GraphModule]:
+    """Write down what a function of float32 tensors does, as a plan would."""
+    recorder = Recorder()
+    given = [recorder.input(f"x{i}", example) for i, example in enumerate(examples)]
+    with recorder.fake, recorder, torch.no_grad():
+        outputs = function(*given)
+    recorder.output(outputs)
+    root = nn.Module()
+    for name, value in recorder.constants.items():
+        root.register_buffer(name, value)
+    module = fx.GraphModule(root, recorder.graph)
+    end = recorder.graph.output_node()
+    end.args = end.args[0]
+    module.recompile()
+    return program_of(module), module
+
+
+def same(function: Callable[..., object], *examples: Tensor, rtol: float = 2e-6, atol: float = 2e-6) -> list[Tensor]:
+    """Run a function as a program; returns what it gives, which is what PyTorch gives."""
+    program, _ = written(function, *examples)
+    assert isinstance(program, Program), program
+    expected = function(*examples)
+    made = program(list(examples))
+    for ours, theirs in zip(made, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
+    return made
+
+
+SIZES = [1, 2, 3, 5, 6, 7, 8, 13, 14, 15, 16, 17, 28, 29, 31, 32, 33, 48, 63, 70]
+
+
+@pytest.mark.parametrize("rows", SIZES)
+def test_products_of_every_shape(rows):
+    generator = torch.Generator().manual_seed(rows)
+    for columns, depth in product(SIZES, (1, 2, 7, 16, 33, 100)):
+        a = torch.randn(rows, depth, generator=generator)
+        b = torch.randn(depth, columns, generator=generator)
+        same(
+            lambda a, b, at, bt: [a @ b, a @ bt.t(), at.t() @ b, at.t() @ bt.t()],
+            a, b, a.t().contiguous(), b.t().contiguous(), rtol=2e-5, atol=2e-5,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("depth", [2560, 2561, 4096, 7001])
+def test_deep_products_are_cut(depth):
+    a, b = torch.randn(40, depth), torch.randn(depth, 50)
+    same(lambda a, b: [a @ b, (a @ b).relu() + 1], a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_right_sides_that_products_share_are_laid_out_once_and_right():
+    a, c, w = torch.randn(40, 20), torch.randn(17, 20), torch.randn(33, 20)
+    same(lambda a, c, w: [a @ w.t(), c @ w.t(), (a @ w.t())[3:9] @ w], a, c, w, rtol=1e-5, atol=1e-5)
+
+
+def test_products_over_joined_rows_are_summed_part_by_part():
+    d, a, t = torch.randn(50, 30), torch.randn(35, 45), torch.randn(15, 45)
+    same(lambda d, a, t: [d.t() @ torch.cat([a, t]), d[:, :1].t() @ torch.cat([a, t])], d, a, t, rtol=1e-5, atol=1e-5)
+
+
+EDGES = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan"), 1e-45, -1e-45, 3e38])
+
+
+@pytest.mark.parametrize("columns", [1, 8, 32, 50])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: [x + y, x - y, x * y, x / y, torch.add(x, y, alpha=0.5), -x, x * 3.0, x + 2, x - 0.5],
+        lambda x, y: [x.relu(), aten.leaky_relu(x, 0.2), aten.leaky_relu(x, 0.0)],
+        lambda x, y: [aten.threshold_backward(x, y, 0), aten.threshold_backward(x, y, 1.0)],
+        lambda x, y: [aten.leaky_relu_backward(x, y, 0.2, True), aten.leaky_relu_backward(x, y, 0.2, False)],
+        lambda x, y: [(y + x).relu(), aten.threshold_backward(x, (y + x).relu(), 0)],
+        lambda x, y: [aten.leaky_relu_backward(x, aten.leaky_relu(y + x, 0.1), 0.1, True)],
+    ],
+)
+def test_elementwise_operators_on_values_at_the_edge(function, columns):
+    x = EDGES.repeat_interleave(10).repeat(columns).view(-1, columns)
+    y = EDGES.repeat(10).repeat(columns).view(-1, columns)
+    same(function, x, y)
+
+
+def test_rows_columns_and_numbers_are_broadcast():
+    x, row, column, number = torch.randn(9, 40), torch.randn(40), torch.randn(9, 1), torch.randn(())
+    same(lambda x, r, c, n: [x + r, x * c, x * n, c * r, (x * r) * c + n], x, row, column, number)
+
+
+def test_sums_and_means():
+    x = torch.randn(700, 130)
+    same(
+        lambda x: [x.sum(0), x[:300].sum(0), x.sum([1]), x[:, 0].contiguous().sum(), x.mean(), x.sum()],
+        x, rtol=1e-4, atol=1e-3,
+    )  # fmt: skip
+
+
+def test_samples_of_any_layout():
+    x = torch.randn(40, 30).t()
+    same(lambda x, y: [(x + y) @ y.t(), x.t() @ y, x.reshape(-1, 10) * 2], x, torch.randn(30, 40), rtol=1e-5, atol=1e-4)
+
+
+def test_inputs_that_are_not_laid_out_as_planned_are_copied():
+    x = torch.randn(6, 8)
+    program, _ = written(lambda x: [x * 2], x)
+    torch.testing.assert_close(program([x.t().contiguous().t()])[0], x * 2)
+
+
+def test_outputs_have_memory_of_their_own():
+    x, w = torch.randn(40, 60), torch.randn(60, 500)
+    program, _ = written(lambda x, w: [x, x @ w, (x @ w)[:20], x @ w], x, w)
+    first = program([x, w])
+    kept = [tensor.clone() for tensor in first]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in [*first, x, w]}) == 6
+    for tensor in program([x + 1, w]):
+        tensor.zero_()
+    for tensor, copy in zip(first, kept):
+        assert torch.equal(tensor, copy)
+
+
+def test_what_has_no_place_in_programs_is_left_to_pytorch():
+    x = torch.randn(4, 4)
+    for function in (lambda x: [x.cumsum(0)], lambda x: [x.double()], lambda x: [x.unfold(0, 2, 1) + 1]):
+        program, _ = written(function, x)
+        assert isinstance(program, str)
+    program, _ = written(lambda x: [x + 1], x.double())
+    assert isinstance(program, str)
+
+
+# Random masks
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.25, 0.9, 0.1, 1 / 3, 1 - 2**-12])
+def test_random_masks_keep_the_share_that_they_are_to(keep):
+    x = torch.randn(700, 333)
+
+    def function(x):
+        mask = aten.bernoulli_.float(aten.new_empty(x, [700, 333]), keep)
+        mask = aten.div_(mask, keep)
+        return [x * mask, (x + 1) * mask]
+
+    program, _ = written(function, x)
+    assert isinstance(program, Program), program
+    first, second = program([x])
+    kept = first != 0
+    assert torch.equal(kept, second != 0)
+    torch.testing.assert_close(first[kept], x[kept] / keep)
+    share, spread = kept.double().mean().item(), (keep * (1 - keep) / x.numel()) ** 0.5
+    assert abs(share - keep) < 5 * spread
+    if keep > 0.99:
+        return
+    # Neither rows nor columns share their masks.
+    centred = kept.double() - keep
+    assert centred.mean(0).abs().max() < 6 * (keep * (1 - keep) / 700) ** 0.5 + 1e-9
+    assert centred.mean(1).abs().max() < 6 * (keep * (1 - keep) / 333) ** 0.5 + 1e-9
+    assert abs((centred[:, 1:] * centred[:, :-1]).mean()) < 5 * keep * (1 - keep) / x.numel() ** 0.5
+    assert not torch.equal(program([x])[0] != 0, kept)
+    torch.manual_seed(5)
+    again = program([x])[0]
+    torch.manual_seed(5)
+    assert torch.equal(program([x])[0], again)
+
+
+def test_the_same_draws_as_pytorchs_where_they_are_asked_for(monkeypatch):
+    critic = nn.Sequential(nn.Linear(5, 40), nn.LeakyReLU(0.2), nn.Dropout(0.5), nn.Linear(40, 1))
+    real, fake = torch.randn(2, 30, 5)
+    monkeypatch.setenv("WGAN_FAST_SAME_DRAWS", "1")
+    step = CriticStep(critic, engine="four_pass")
+    step(real, fake)
+    assert programs(step) == [False]
+    monkeypatch.delenv("WGAN_FAST_SAME_DRAWS")
+    step = CriticStep(critic, engine="four_pass")
+    step(real, fake)
+    assert programs(step) == [True]
+
+
+# Critic steps
+
+
+def programs(step: CriticStep) -> list[bool]:
+    """For every plan that a step has, whether all its pieces are programs."""
+    plans = [plan for choice, _ in step._choices.values() for plan in choice.four_pass.plans.values()]
+    return [all(isinstance(program, Program) for program in plan.programs) for plan in plans]
+
+
+@contextmanager
+def without_programs(step: CriticStep) -> Iterator[None]:
+    plans = [plan for choice, _ in step._choices.values() for plan in choice.four_pass.plans.values()]
+    kept = [plan.programs for plan in plans]
+    for plan in plans:
+        plan.programs = ["not now"] * len(plan.pieces)
+    yield
+    for plan, programs_of in zip(plans, kept):
+        plan.programs = programs_of
+
+
+def layers(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, flat: bool = True) -> nn.Sequential:
+    found: list[nn.Module] = []
+    for inputs, outputs in zip(sizes, sizes[1:]):
+        found += [nn.Linear(inputs, outputs), activation()]
+    return nn.Sequential(*found, nn.Linear(sizes[-1], 1), *([nn.Flatten(0)] if flat else []))
+
+
+class Packed(nn.Module):
+    def __init__(self, pack: int, width: int) -> None:
+        super().__init__()
+        self.pack, self.layers = pack, layers(pack * width, 40, 24, activation=lambda: nn.LeakyReLU(0.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.reshape(-1, x[0].numel() * self.pack))
+
+
+class Skipping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 20), nn.Linear(20, 20), nn.Linear(20, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        return self.c(torch.nn.functional.leaky_relu(self.b(h), 0.1) + 0.5 * h)
+
+
+CRITICS: dict[str, tuple[Callable[[], nn.Module], int, PenaltyConfig]] = {
+    "relu": (lambda: layers(6, 33, 17), 6, PenaltyConfig.wgan_gp()),
+    "wide first layer": (lambda: layers(700, 40, 17), 700, PenaltyConfig.wgan_gp()),
+    "leaky": (lambda: layers(6, 33, 17, activation=lambda: nn.LeakyReLU(0.2)), 6, PenaltyConfig.wgan_lp()),
+    "leaky downwards": (lambda: layers(6, 33, activation=lambda: nn.LeakyReLU(-0.2)), 6, PenaltyConfig.wgan_gp()),
+    "scores in a column": (lambda: layers(6, 33, flat=False), 6, PenaltyConfig.wgan_gp()),
+    "one layer": (lambda: layers(6), 6, PenaltyConfig.wgan_gp()),
+    "r1": (lambda: layers(6, 33, 17), 6, PenaltyConfig.r1()),
+    "r1 and r2": (lambda: layers(6, 33, 17), 6, PenaltyConfig(weight=5.0, target=0.0, at="both")),
+    "dragan": (lambda: layers(6, 33, 17), 6, PenaltyConfig.dragan()),
+    "packed": (lambda: Packed(3, 50), 50, PenaltyConfig(group_size=3)),
+    "packed wide": (lambda: Packed(3, 300), 300, PenaltyConfig(group_size=3)),
+    "skipping": (Skipping, 6, PenaltyConfig.wgan_gp()),
+    "without bias": (
+        lambda: nn.Sequential(nn.Linear(6, 20, bias=False), nn.ReLU(), nn.Linear(20, 1, bias=False)),
+        6, PenaltyConfig.wgan_gp(),
+    ),
+    "a function of the norms": (lambda: layers(6, 33), 6, PenaltyConfig(penalty=lambda g: g.norm(dim=1) ** 6)),
+}  # fmt: skip
+
+
+def expected(critic: nn.Module, config: PenaltyConfig, loss: str, real: Tensor, fake: Tensor, alpha: Tensor) -> list:
+    from wgan_fast import losses
+
+    for parameter in critic.parameters():
+        parameter.grad = None
+    value = getattr(losses, loss).critic(critic(real).flatten(), critic(fake).flatten())
+    sets = {"interpolates": [interpolate(real, fake, alpha)], "real": [real], "fake": [fake], "both": [real, fake]}
+    for points in sets[config.at]:
+        points = points.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(critic(points).sum(), points, create_graph=True)
+        if config.penalty:
+            value = value + config.weight * config.penalty(gradient).mean()
+        else:
+            norm = gradient_norm(gradient, config.group_size)
+            value = value + penalty_from_norm(
+                norm, weight=config.weight, target=config.target, one_sided=config.one_sided
+            )
+    value.backward()
+    return [parameter.grad.clone() for parameter in critic.parameters()]
+
+
+@pytest.mark.parametrize("loss", ["wasserstein", "hinge", "least_squares"])
+@pytest.mark.parametrize("name", [name for name in CRITICS if name != "dragan"])
+@pytest.mark.parametrize("N", [3, 30, 300])
+def test_gradients_are_as_good_as_autograds(name, loss, N):
+    make, width, config = CRITICS[name]
+    critic = make()
+    real, fake = torch.randn(2, N, width) + torch.tensor([[[0.5]], [[-0.5]]])
+    alpha = torch.rand(N // config.group_size)
+    step = CriticStep(critic, loss=loss, penalty=config, engine="four_pass")
+    step(real, fake, alpha if config.at == "interpolates" else None)
+    ours = [parameter.grad.clone() for parameter in critic.parameters()]
+    alpha = alpha.repeat_interleave(config.group_size)
+    plain = expected(critic, config, loss, real, fake, alpha)
+    truth = expected(critic.double(), config, loss, real.double(), fake.double(), alpha.double())
+    own, theirs, size = (
+        sum((g.double() - t).square().sum().item() for g, t in zip(found, truth)) ** 0.5
+        for found in (ours, plain, [torch.zeros_like(t) for t in truth])
+    )
+    assert own <= 4 * theirs + 2e-7 * size
+    # A penalty of one's own is computed in between, from pieces that are programs too.
+    assert programs(step) == [True]
+
+
+@pytest.mark.parametrize("name", CRITICS)
+def test_programs_and_operators_agree(name):
+    make, width, config = CRITICS[name]
+    critic = make()
+    real, fake = torch.randn(2, 60, width)
+    step = CriticStep(critic, penalty=config, engine="four_pass")
+
+    def run() -> tuple[list[Tensor], list[Tensor]]:
+        torch.manual_seed(3)
+        result = step(real, fake)
+        return [parameter.grad.clone() for parameter in critic.parameters()], list(result)
+
+    (gradients, figures) = run()
+    with without_programs(step):
+        others, their_figures = run()
+    torch.testing.assert_close(gradients, others, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(figures, their_figures, rtol=1e-4, atol=1e-5)
+
+
+def test_a_penalty_alone_is_a_program():
+    critic, points = layers(6, 33, 17), torch.randn(40, 6)
+    gradient_penalty(critic, points=points, engine="four_pass").backward()
+    ours = [parameter.grad for parameter in critic.parameters()]
+    critic.zero_grad(set_to_none=True)
+    gradient_penalty(critic, points=points, engine="autograd").backward()
+    for mine, parameter in zip(ours, critic.parameters()):
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_is_the_same_in_every_pass():
+    critic = nn.Sequential(nn.Linear(8, 64), nn.LeakyReLU(0.2), nn.Dropout(0.5), nn.Linear(64, 1))
+    real, fake = torch.randn(2, 50, 8)
+    step = CriticStep(critic, penalty=PenaltyConfig(weight=0.0), engine="four_pass")
+    step(real, fake)
+    assert programs(step) == [True]
+    # The Wasserstein loss's gradient of the last weight is a difference of means of what dropout let through: of real
+    # and fake alike half, doubled.
+    samples = []
+    for _ in range(300):
+        step(real, fake)
+        samples.append(critic[3].weight.grad.clone())
+    with torch.no_grad():
+        critic.eval()
+        hidden = critic[:2]
+        mean = hidden(fake).mean(0) - hidden(real).mean(0)
+    found = torch.stack(samples)
+    deviation = found.std(0) / 300**0.5
+    assert ((found.mean(0) - mean).abs() < 5 * deviation).all()
+
+
+def test_threads_change_nothing():
+    critic, (real, fake), alpha = layers(40, 200, 100), torch.randn(2, 300, 40), torch.rand(300)
+    step = CriticStep(critic, engine="four_pass")
+    found = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            for _ in range(5):
+                step(real, fake, alpha)
+                found.append([parameter.grad.clone() for parameter in critic.parameters()])
+    finally:
+        torch.set_num_threads(1)
+    for gradients in found[1:]:
+        assert all(torch.equal(ours, first) for ours, first in zip(gradients, found[0]))
+
+
+def test_several_threads_run_one_program_at_a_time():
+    x, w = torch.randn(100, 64), torch.randn(64, 300)
+    program, _ = written(lambda x, w: [(x @ w).relu() @ w.t()], x, w)
+    truth = (x @ w).relu() @ w.t()
+    wrong: list[int] = []
+
+    def run() -> None:
+        for i in range(100):
+            if not torch.allclose(program([x, w])[0], truth, rtol=1e-3, atol=1e-3):
+                wrong.append(i)
+
+    torch.set_num_threads(2)
+    workers = [threading.Thread(target=run) for _ in range(4)]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        torch.set_num_threads(1)
+    assert wrong == []
+
+
+def test_parameters_of_any_layout_and_place():
+    critic = layers(6, 20)
+    whole = torch.randn(20, 50)
+    critic[0].weight = nn.Parameter(whole[:, 7:13])
+    critic[2].weight = nn.Parameter(torch.randn(20, 1).t())
+    real, fake, alpha = *torch.randn(2, 30, 6), torch.rand(30)
+    step = CriticStep(critic, engine="four_pass")
+    step(real, fake, alpha)
+    ours = [parameter.grad.clone() for parameter in critic.parameters()]
+    for mine, theirs in zip(ours, expected(critic, PenaltyConfig.wgan_gp(), "wasserstein", real, fake, alpha)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_who_watches_operators_is_shown_those_of_the_graph():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    critic, (real, fake) = layers(6, 20), torch.randn(2, 30, 6)
+    step = CriticStep(critic, engine="four_pass")
+    step(real, fake)
+    with FlopCounterMode(display=False) as counter:
+        step(real, fake)
+    assert counter.get_total_flops() > 0
+
+
+def test_wrong_programs_are_refused():
+    x = torch.randn(3, 4)
+    program, _ = written(lambda x: [x * 2], x)
+    with pytest.raises(RuntimeError, match="sizes that were planned"):
+        program([torch.randn(3, 5)[:, :5].as_strided((3, 5), (4, 1))])
+    with pytest.raises(RuntimeError, match="float32"):
+        torch.ops.wgan_fast.run_program(program._words, [x.double()], 0.0, 0.0, 0)
+
+
+@pytest.mark.parametrize("tiles", ["AVX2", "plain"])
+def test_every_instruction_set(tiles):
+    """In a process of its own: it is chosen once."""
+    tests = [
+        "test_products_of_every_shape", "test_deep_products", "test_elementwise", "test_random_masks_keep",
+        "test_programs_and_operators_agree", "test_sums_and_means",
+    ]  # fmt: skip
+    if os.environ.get("WGAN_FAST_TILES"):
+        pytest.skip("is such a process")
+    code = f"import wgan_fast; raise SystemExit(wgan_fast.build_info()['extension']['products'] != {tiles!r})"
+    environment = {**os.environ, "WGAN_FAST_TILES": tiles}
+    if subprocess.run([sys.executable, "-c", code], env=environment).returncode != 0:
+        pytest.skip(f"this processor has no {tiles}")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", " or ".join(tests)]
+    done = subprocess.run([*command, str(Path(__file__))], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
