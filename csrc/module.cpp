@@ -31,6 +31,7 @@ py::dict build_config() {
   config["flags"] = WGAN_FAST_FLAGS;
   config["torch"] = TORCH_VERSION;
   config["products"] = wgan_fast::tiles().name;
+  config["bf16_products"] = wgan_fast::tiles().multiply16 != nullptr;
   config["torch_abi"] = version(WGAN_FAST_TORCH_ABI);
 #ifdef USE_CUDA
   config["cuda"] = std::to_string(CUDA_VERSION / 1000) + "." + std::to_string(CUDA_VERSION % 1000 / 10);

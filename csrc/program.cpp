@@ -150,11 +150,13 @@ class Product {
   Product(const Kernel& kernel, const Tiles& t)
       : kernel_(kernel), t_(t), panels_(ceil_div(kernel.columns, t.columns)),
         tiles_(ceil_div(kernel.rows, t.rows)) {
-    for (int64_t s = 0; s < kernel.segments; ++s) depth_ += segment(s).depth;
     const Segment& first = segment(0);
     dots_ = kernel.segments == 1 && kernel.columns == 1 && first.a.column == 1 && first.b.row == 1;
-    direct_ = kernel.kept == 0 && kernel.segments == 1 && first.b.column == 1 && kernel.rows <= kDirectRows;
-    packs_rows_ = kernel.segments > 1 || (first.a.column != 1 && kernel.rows > 1 && depth_ > 1);
+    unit_ = kernel.bf16 != 0 && !dots_ ? 2 : 1;
+    for (int64_t s = 0; s < kernel.segments; ++s) depth_ += units(segment(s));
+    direct_ = unit_ == 1 && kernel.kept == 0 && kernel.segments == 1 && first.b.column == 1 && kernel.rows <= kDirectRows;
+    packs_rows_ = unit_ == 2 || kernel.segments > 1 || (first.a.column != 1 && kernel.rows > 1 && depth_ > 1);
+    along_depth_ = unit_ == 2 && first.a.column == 1;
     blocks_ = depth_ <= kDepth || kernel.kept != 0 ? 1 : ceil_div(depth_, kDepthOfBlocks);
     longest_ = ceil_div(depth_, blocks_);
   }
@@ -165,7 +167,7 @@ class Product {
     return longest_ * (panels_ * t_.columns + (packs_rows_ ? kernel_.rows : 0));
   }
 
-  double operations() const { return 2.0 * kernel_.rows * kernel_.columns * depth_; }
+  double operations() const { return 2.0 * kernel_.rows * kernel_.columns * depth_ * unit_; }
   // Phases that `run` goes through.
   int64_t phases() const { return dots_ ? 1 : 2 * blocks_; }
 
@@ -182,6 +184,7 @@ class Product {
 
  private:
   const Segment& segment(int64_t s) const { return kernel_.first_segment()[s]; }
+  int64_t units(const Segment& s) const { return ceil_div(s.depth, unit_); }
   int64_t row(int64_t tile) const { return kernel_.rows * tile / tiles_; }
   int64_t width(int64_t panel) const { return std::min(t_.columns, kernel_.columns - panel * t_.columns); }
   bool packed(int64_t panel) const { return !direct_ || width(panel) < t_.columns; }
@@ -214,13 +217,16 @@ class Product {
     });
   }
 
-  // Calls `run(segment, from, to, at)` for the parts of the segments between two depths.
+  // Calls `run(segment, from, count, at)` for the parts of the segments between two depths, which like `at`
+  // are in units, `from` and `count` in elements.
   template <typename Run>
   void in_segments(int64_t begin, int64_t end, const Run& run) const {
     int64_t start = 0;
-    for (int64_t s = 0; s < kernel_.segments; start += segment(s++).depth) {
-      const int64_t from = std::max(begin, start), to = std::min(end, start + segment(s).depth);
-      if (from < to) run(segment(s), from - start, to - from, from - begin);
+    for (int64_t s = 0; s < kernel_.segments; start += units(segment(s++))) {
+      const int64_t from = std::max(begin, start), to = std::min(end, start + units(segment(s)));
+      if (from >= to) continue;
+      const int64_t first = (from - start) * unit_;
+      run(segment(s), first, std::min((to - start) * unit_, segment(s).depth) - first, from - begin);
     }
   }
 
@@ -236,7 +242,7 @@ class Product {
       const int64_t k0 = in_depth ? begin + task * size : begin, k1 = in_depth ? std::min(k0 + size, end) : end;
       const int64_t p0 = in_depth ? first : first + task, p1 = in_depth ? panels_ : p0 + 1;
       in_segments(k0, k1, [&](const Segment& s, int64_t from, int64_t depth, int64_t at) {
-        t_.pack(depth, std::min(kernel_.columns, p1 * t_.columns) - p0 * t_.columns,
+        (unit_ == 2 ? t_.pack16 : t_.pack)(depth, std::min(kernel_.columns, p1 * t_.columns) - p0 * t_.columns,
                 s.b.at(memory, from, p0 * t_.columns), s.b.row, s.b.column,
                 right + (p0 * longest_ + k0 - begin + at) * t_.columns, longest_ * t_.columns);
       });
@@ -246,7 +252,12 @@ class Product {
   void pack_tile(float* const* memory, int64_t begin, int64_t end, int64_t tile, float* left) const {
     const int64_t r0 = row(tile), rows = row(tile + 1) - r0;
     in_segments(begin, end, [&](const Segment& s, int64_t from, int64_t depth, int64_t at) {
-      t_.pack_rows(depth, rows, s.a.at(memory, r0, from), s.a.row, s.a.column, left + r0 * longest_ + at * rows);
+      const float* const a = s.a.at(memory, r0, from);
+      float* const to = left + r0 * longest_ + at * (along_depth_ ? 1 : rows);
+      if (unit_ == 2)
+        t_.pack_rows16(depth, rows, a, s.a.row, s.a.column, to, longest_);
+      else
+        t_.pack_rows(depth, rows, a, s.a.row, s.a.column, to);
     });
   }
 
@@ -275,15 +286,16 @@ class Product {
         packed ? right + panel * t_.columns * longest_ : only.b.at(memory, begin, panel * t_.columns);
     const int64_t b_depth = packed ? t_.columns : only.b.row;
     const float* const a = packs_rows_ ? left + r0 * longest_ : only.a.at(memory, r0, begin);
-    const int64_t a_row = packs_rows_ ? 1 : only.a.row;
-    const int64_t a_depth = packs_rows_ ? r1 - r0 : depth == 1 ? 1 : only.a.column;
+    const int64_t a_row = along_depth_ ? longest_ : packs_rows_ ? 1 : only.a.row;
+    const int64_t a_depth = along_depth_ ? 1 : packs_rows_ ? r1 - r0 : depth == 1 ? 1 : only.a.column;
+    const auto multiply = unit_ == 2 ? t_.multiply16 : t_.multiply;
     float* const c = kernel_.to.at(memory, r0, c0);
     fetch(memory, r0, r1, c0, c1);
     if (c1 - c0 == t_.columns || 2 * (c1 - c0) == t_.columns) {
-      t_.multiply(r1 - r0, c1 - c0, depth, a, a_row, a_depth, b, b_depth, c, kernel_.to.row, begin > 0);
+      multiply(r1 - r0, c1 - c0, depth, a, a_row, a_depth, b, b_depth, c, kernel_.to.row, begin > 0);
     } else {
       float edge[16 * 32];
-      t_.multiply(r1 - r0, c1 - c0, depth, a, a_row, a_depth, b, b_depth, edge, t_.columns, false);
+      multiply(r1 - r0, c1 - c0, depth, a, a_row, a_depth, b, b_depth, edge, t_.columns, false);
       for (int64_t i = 0; i < r1 - r0; ++i)
         for (int64_t j = 0; j < c1 - c0; ++j) {
           float& to = c[i * kernel_.to.row + j];
@@ -296,8 +308,9 @@ class Product {
   const Kernel& kernel_;
   const Tiles& t_;
   const int64_t panels_, tiles_;
-  int64_t depth_ = 0, blocks_ = 1, longest_ = 0;
-  bool dots_ = false, direct_ = false, packs_rows_ = false;
+  int64_t depth_ = 0, blocks_ = 1, longest_ = 0;  // in units
+  int64_t unit_ = 1;                              // elements of depth that a word holds
+  bool dots_ = false, direct_ = false, packs_rows_ = false, along_depth_ = false;
 };
 
 void run_statements(const Kernel& kernel, const Tiles& t, float* const* memory, Worker& worker) {
@@ -426,6 +439,7 @@ std::vector<Tensor> run_program(const Tensor& program, const std::vector<Tensor>
       const auto& kernel = i->body<Kernel>();
       operations += static_cast<double>(kernel.rows) * kernel.columns * kernel.statements;
       if (kernel.segments == 0) continue;
+      STD_TORCH_CHECK(kernel.bf16 == 0 || t.multiply16 != nullptr, "this processor has no products of bfloat16");
       const Product product(kernel, t);
       spare = std::max(spare, product.scratch());
       phases += product.phases();

@@ -49,6 +49,7 @@ struct Segment {
 struct Kernel {
   int64_t rows, columns;
   View to;
+  int64_t bf16;  // whether what is multiplied is rounded to bfloat16
   int64_t kept;
   View right;
   int64_t segments, statements;
@@ -109,6 +110,14 @@ struct Tiles {
                int64_t to_panel);
   // Lays `rows` rows of a out for multiply: those of a tile side by side, one depth after the other.
   void (*pack_rows)(int64_t depth, int64_t rows, const float* a, int64_t a_row, int64_t a_depth, float* to);
+  // The same with values rounded to bfloat16, two in depth to a word, and depths counted in such words; null
+  // where the processor has none. A left side whose rows run along the depth is laid out row by row.
+  void (*multiply16)(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
+                     int64_t a_depth, const float* b, int64_t b_depth, float* c, int64_t c_row, bool add);
+  void (*pack16)(int64_t depth, int64_t columns, const float* b, int64_t b_depth, int64_t b_column, float* to,
+                 int64_t to_panel);
+  void (*pack_rows16)(int64_t depth, int64_t rows, const float* a, int64_t a_row, int64_t a_depth, float* to,
+                      int64_t to_row);
   double (*dot)(int64_t count, const float* a, const float* b);
   // Runs a statement on rows r0 to r1 and columns c0 to c1.
   void (*run)(const Statement& statement, float* const* memory, int64_t r0, int64_t r1, int64_t c0,

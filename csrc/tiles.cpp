@@ -75,16 +75,30 @@ namespace avx512 {
 #undef NAME
 #undef VECTOR
 #undef ROWS
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16")
+#include "tiles_bf16.inc"
+#pragma GCC pop_options
+
+Tiles with_bf16() {
+  Tiles tiles = kTiles;
+  tiles.multiply16 = multiply16;
+  tiles.pack16 = pack16;
+  tiles.pack_rows16 = pack_rows16;
+  return tiles;
+}
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
 
 // WGAN_FAST_TILES names one that is worse than the best, for tests.
-const Tiles& chosen() {
+Tiles chosen() {
   const char* const named = std::getenv("WGAN_FAST_TILES");
   const auto wanted = [&](const Tiles& tiles) { return named == nullptr || std::strcmp(named, tiles.name) == 0; };
 #ifdef WGAN_FAST_X86
-  if (__builtin_cpu_supports("x86-64-v4") && wanted(avx512::kTiles)) return avx512::kTiles;
+  if (__builtin_cpu_supports("x86-64-v4") && wanted(avx512::kTiles))
+    return __builtin_cpu_supports("avx512bf16") ? avx512::with_bf16() : avx512::kTiles;
   if (__builtin_cpu_supports("x86-64-v3") && wanted(avx2::kTiles)) return avx2::kTiles;
 #endif
   return plain::kTiles;
@@ -93,7 +107,7 @@ const Tiles& chosen() {
 }  // namespace
 
 const Tiles& tiles() {
-  static const Tiles& best = chosen();
+  static const Tiles best = chosen();
   return best;
 }
 

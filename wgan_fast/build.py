@@ -76,7 +76,7 @@ def _extension_info() -> dict[str, Any]:
     if extension is None:
         return _part(_extension_missing)
     config = extension.build_config()
-    return _part(None, **{name: config[name] for name in ("compiler", "flags", "products", "torch", "torch_abi")})
+    return _part(None, **{name: config[name] for name in ("compiler", "flags", "products", "bf16_products", "torch", "torch_abi")})
 
 
 def _cuda_info() -> dict[str, Any]:

@@ -79,7 +79,7 @@ def test_the_extension_needs_only_the_stable_abi_of_torch() -> None:
 def test_a_gpu_older_than_every_architecture_built_is_reported(
     monkeypatch: pytest.MonkeyPatch, architectures: str, capability: tuple[int, int], reason: str | None
 ) -> None:
-    config = dict.fromkeys(("compiler", "flags", "products", "torch", "torch_abi"), "some")
+    config = dict.fromkeys(("compiler", "flags", "products", "bf16_products", "torch", "torch_abi"), "some")
     config |= {"cuda": "13.0", "cuda_architectures": architectures}
     monkeypatch.setattr("wgan_fast.build.extension", SimpleNamespace(build_config=lambda: config))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -89,10 +89,8 @@ def _forward(critic: Any, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
     assert nest is not None  # read, and so guarded: Dynamo does not guard the order of a dictionary's keys
     if not torch.compiler.is_compiling():
         raise CaptureError("torch.compile is switched off here")
-    # A count that a module keeps may become an input, like any other number that changes.
-    with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
-        output = critic(x, *args, **kwargs)
-        return _picked(*[picked(output, pick) for pick in picks])
+    output = critic(x, *args, **kwargs)
+    return _picked(*[picked(output, pick) for pick in picks])
 
 
 class Called(NamedTuple):
@@ -485,8 +483,10 @@ _NO_SHORTCUTS = {
     "use_recursive_dict_tags_for_guards": False,
     "skip_guards_on_constant_func_defaults": False,
     "skip_tensor_guards_with_matching_dict_tags": False,
+    "allow_unspec_int_on_nn_module": True,
 }
-"""Guards that PyTorch 2.11 leaves out: on what a closure holds, on defaults, on whether a parameter is frozen."""
+"""Guards that PyTorch 2.11 leaves out: on what a closure holds, on defaults, on whether a parameter is frozen. And a
+count that a module keeps may become an input, like any other number that changes."""
 
 _HUSHED = threading.RLock()
 _FIRST = threading.RLock()

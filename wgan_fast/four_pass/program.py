@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from ..ops.run_program import AVAILABLE
+from ..ops.run_program import AVAILABLE, BF16
 from .optimize import readers_of
 from .stand_ins import gives_view
 
@@ -33,6 +33,9 @@ _AFTER_SUM = {RELU: ADD_RELU, LEAKY_RELU: ADD_LEAKY_RELU}
 """What becomes of an activation that overwrites a sum: both in one."""
 KERNEL, SUM, NORM_PENALTY, DRAW = range(4)
 ARENA = 0
+MOST_BF16 = 1.5e9
+"""FLOPs of a graph in bfloat16 from which on oneDNN's products, one by one, are faster. Measured on Zen 4, the time of
+oneDNN's to that of programs: 1.5 at 0.17e9, 1.7 at 0.48e9, 0.97 at 2.7e9, 0.82 at 6.6e9."""
 PANEL, KEPT_DEPTH = 32, 2560
 """Columns of a product's tile, at most; depth up to which its right side is laid out in one block."""
 
@@ -144,6 +147,7 @@ class Kernel:
     Attributes:
         kept: Whether the right side as it is laid out for products is kept in ``right``: 0 for not, 1 for the first
             product with it, 2 for a later one.
+        bf16: Whether what is multiplied is rounded to bfloat16.
     """
 
     shape: Sequence[int]
@@ -152,6 +156,7 @@ class Kernel:
     to: Matrix | None = None
     segments: list[tuple[Matrix, Matrix, int]] = field(default_factory=list)
     statements: list[Statement] = field(default_factory=list)
+    bf16: bool = False
     kept: int = 0
     right: Matrix | None = None
 
@@ -161,7 +166,11 @@ class Kernel:
         statements = sum([statement.words() for statement in self.statements], [])
         to, right = ([0, 0, 0, 0] if place is None else place.words() for place in (self.to, self.right))
         counts = [len(self.segments), len(self.statements)]
-        return [KERNEL, self.rows, self.columns, *to, self.kept, *right, *counts, *segments, *statements]
+        return [KERNEL, self.rows, self.columns, *to, int(self.bf16), self.kept, *right, *counts, *segments, *statements]
+
+    def flops(self) -> int:
+        """Count those of its product."""
+        return 2 * self.rows * self.columns * sum(depth for *_, depth in self.segments)
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield all that it touches."""
@@ -277,6 +286,7 @@ class _Writer:
         self.given: list[tuple[Buffer, Any]] = []
         self.buffers: list[Buffer] = []
         self.numbers: list[int] = []
+        self.same: dict[fx.Node, fx.Node] = {}
         self.streams = 0
         self.made: dict[Buffer, tuple[Kernel, int, Matrix]] = {}
         self.signs: dict[tuple[Buffer, int], Bits] = {}
@@ -290,6 +300,7 @@ class _Writer:
                 position += 1
             elif node.op == "get_attr":
                 constant = getattr(self.piece, node.target).contiguous()
+                constant = constant.float() if constant.dtype == torch.bfloat16 else constant
                 self.values[node] = self._input(constant, constant)
             elif node.op == "call_function":
                 self.values[node] = self._call(node)
@@ -298,6 +309,8 @@ class _Writer:
         shapes: list[torch.Size] = []
         structure = self._structure(outputs, shapes, self.leaves)
         self._keep_right_sides()
+        if sum(kernel.bf16 * kernel.flops() for kernel in self.instructions if isinstance(kernel, Kernel)) > MOST_BF16:
+            raise UnwrittenError("PyTorch's products of bfloat16 are faster at such sizes")
         used = {matrix.buffer.resolved()[0] for matrix in self._matrices()}
         given = [(buffer, source) for buffer, source in self.given if buffer in used]
         given.sort(key=lambda pair: isinstance(pair[1], Tensor))
@@ -322,7 +335,7 @@ class _Writer:
             if isinstance(instruction, Kernel) and len(instruction.segments) == 1 and instruction.columns > 1:
                 _, right, depth = instruction.segments[0]
                 if depth <= KEPT_DEPTH:
-                    key = (right.buffer, right.offset, right.row, right.column, instruction.columns, depth)
+                    key = (instruction.bf16, right.buffer, right.offset, right.row, right.column, instruction.columns, depth)
                     known.setdefault(key, []).append(instruction)
         for (*_, columns, depth), kernels in known.items():
             if len(kernels) > 1:
@@ -408,7 +421,7 @@ class _Writer:
             return _Scaled(scaled.position, scaled.factor * node.args[1])
         if target in _WRITERS:
             val = node.meta.get("val")
-            if isinstance(val, Tensor) and (not _is_plain(val) or val.numel() == 0):
+            if isinstance(val, Tensor) and (not (_is_plain(val) or _is_rounded(val)) or val.numel() == 0):
                 raise UnwrittenError(f"{node} is not float32 on a CPU, or is empty")
             return _WRITERS[target](self, node, *node.args, **node.kwargs)
         if gives_view(target) and target is not aten.as_strided.default:
@@ -522,9 +535,22 @@ class _Writer:
         """Return a source that the kernel itself made and that nothing else reads: it is overwritten."""
         for source, view in zip(sources, views):
             fills = view.kernel is kernel and view.like.shape == kernel.shape and view.buffer.within is None
-            if fills and readers_of(source) == {node}:
+            if fills and self._readers(source) == {node}:
                 return view
         return None
+
+    def _readers(self, node: fx.Node) -> set[fx.Node]:
+        """Find everything that reads a node's memory, under its other names too."""
+        while node in self.same:
+            node = self.same[node]
+        found, pending = set[fx.Node](), [node]
+        while pending:
+            for reader in readers_of(pending.pop()):
+                if reader.target is aten._to_copy.default:
+                    pending.append(reader)
+                else:
+                    found.add(reader)
+        return found
 
     def _product(self, node: fx.Node, left: Any, right: Any) -> View:
         joined = self.values.get(right)
@@ -537,7 +563,7 @@ class _Writer:
         else:
             parts = [(self._view(left), self._view(right), self._view(right).like.shape[0])]
         shape = node.meta["val"].shape
-        kernel = Kernel(shape, *shape)
+        kernel = Kernel(shape, *shape, bf16=node.meta["val"].dtype == torch.bfloat16)
         made = self._new(shape)
         made.kernel, made.buffer.ready = kernel, len(self.instructions)
         self.instructions.append(kernel)
@@ -594,8 +620,8 @@ class _Writer:
             part = f"{tuple(like.shape)}, {like.stride()}, {like.storage_offset()}"
             return f"laid_out(tensors[{position}], {stride}, {part})"
         view, val = self._view(outputs), outputs.meta["val"]
-        if not val.is_contiguous():
-            raise UnwrittenError(f"{outputs} is not contiguous")
+        if not val.is_contiguous() or not _is_plain(val):
+            raise UnwrittenError(f"{outputs} is not contiguous, or not float32")
         if not (self._is_own(view.buffer) and _fills(view)):
             source, view = view, self._new(val.shape)
             self._copy(source, view)
@@ -627,6 +653,11 @@ def _fills(view: View) -> bool:
 
 def _is_plain(val: Tensor) -> bool:
     return val.dtype == torch.float32 and val.device.type == "cpu" and val.layout == torch.strided
+
+
+def _is_rounded(val: Tensor) -> bool:
+    """Whether a value is in bfloat16: here only what is multiplied is rounded to that, everything else is not."""
+    return BF16 and val.dtype == torch.bfloat16 and val.device.type == "cpu" and val.layout == torch.strided
 
 
 def _whole_lines(floats: int) -> int:
@@ -684,6 +715,16 @@ def _reshape(w: _Writer, node: fx.Node, tensor: fx.Node, shape: Sequence[int]) -
         return w._statement(COPY, node, [tensor]).viewed(lambda like: like.view(shape))
 
 
+@_writes(aten._to_copy.default)
+def _to_copy(w: _Writer, node: fx.Node, tensor: fx.Node, dtype: Any = None, **options: Any) -> Any:
+    if options or dtype not in (torch.float32, torch.bfloat16):
+        raise UnwrittenError(f"{node} converts to something else than float32 or bfloat16")
+    # Another name of the same value: products round what they take.
+    w.same[node] = tensor
+    value = w.values[tensor]
+    return value if isinstance(value, Bits) else w._view(tensor)
+
+
 @_writes(aten.clone.default)
 def _clone(w: _Writer, node: fx.Node, tensor: fx.Node, memory_format: Any = None) -> View:
     made = w._new(node.meta["val"].shape)
@@ -703,7 +744,7 @@ def _sub(w: _Writer, node: fx.Node, tensor: fx.Node, other: Any, alpha: float = 
     return _add(w, node, tensor, other, -alpha)
 
 
-@_writes(aten.mul.Tensor)
+@_writes(aten.mul.Tensor, aten.mul.Scalar)
 def _mul(w: _Writer, node: fx.Node, tensor: fx.Node, other: Any) -> View:
     if not isinstance(other, fx.Node):
         return w._statement(SCALE, node, [tensor], other, 0.0)

@@ -5,7 +5,7 @@
 
 import torch
 
-from .registry import below_autograd as below_autograd
+from ..build import extension
 from .registry import library
 
 library.define(  # type: ignore[no-untyped-call]
@@ -14,3 +14,11 @@ library.define(  # type: ignore[no-untyped-call]
 
 AVAILABLE = torch._C._dispatch_has_kernel_for_dispatch_key("wgan_fast::run_program", "CPU")
 """Whether the extension is there to run them."""
+
+BF16 = (
+    AVAILABLE
+    and extension is not None
+    and extension.build_config()["bf16_products"]
+    and not torch.cpu._is_amx_tile_supported()
+)
+"""Whether they have products of bfloat16: not where the processor has matrix units, which PyTorch uses."""
