@@ -100,8 +100,9 @@ class Scratch {
   float* const data_;
 };
 
-// One of the threads that run a program together. They all go through the same phases, and share out the tasks
-// of each; a thread goes on when all are done. So the threads are woken once, and meet without the system's help.
+// One of the threads that run a program together. They all go through the same phases, and share out the
+// tasks of each; a thread goes on when all are done. So the threads are woken once, and meet without the
+// system's help.
 //
 // Whoever comes first takes all the tasks there are: a thread that comes late, or never, is not waited for.
 class Worker {
@@ -148,13 +149,16 @@ class Worker {
 class Product {
  public:
   Product(const Kernel& kernel, const Tiles& t)
-      : kernel_(kernel), t_(t), panels_(ceil_div(kernel.columns, t.columns)),
+      : kernel_(kernel),
+        t_(t),
+        panels_(ceil_div(kernel.columns, t.columns)),
         tiles_(ceil_div(kernel.rows, t.rows)) {
     const Segment& first = segment(0);
     dots_ = kernel.segments == 1 && kernel.columns == 1 && first.a.column == 1 && first.b.row == 1;
     unit_ = kernel.bf16 != 0 && !dots_ ? 2 : 1;
     for (int64_t s = 0; s < kernel.segments; ++s) depth_ += units(segment(s));
-    direct_ = unit_ == 1 && kernel.kept == 0 && kernel.segments == 1 && first.b.column == 1 && kernel.rows <= kDirectRows;
+    direct_ = unit_ == 1 && kernel.kept == 0 && kernel.segments == 1 && first.b.column == 1 &&
+              kernel.rows <= kDirectRows;
     packs_rows_ = unit_ == 2 || kernel.segments > 1 || (first.a.column != 1 && kernel.rows > 1 && depth_ > 1);
     along_depth_ = unit_ == 2 && first.a.column == 1;
     blocks_ = depth_ <= kDepth || kernel.kept != 0 ? 1 : ceil_div(depth_, kDepthOfBlocks);
@@ -211,8 +215,8 @@ class Product {
     worker.share(ceil_div(kernel_.rows, kRows), [&](int64_t task) {
       const int64_t begin = task * kRows, end = std::min(begin + kRows, kernel_.rows);
       for (int64_t r = begin; r < end; ++r)
-        *kernel_.to.at(memory, r, 0) = static_cast<float>(
-            t_.dot(depth_, segment(0).a.at(memory, r, 0), segment(0).b.at(memory, 0, 0)));
+        *kernel_.to.at(memory, r, 0) =
+            static_cast<float>(t_.dot(depth_, segment(0).a.at(memory, r, 0), segment(0).b.at(memory, 0, 0)));
       finish(memory, begin, end, 0, 1);
     });
   }
@@ -235,16 +239,20 @@ class Product {
     const int64_t first = direct_ ? kernel_.columns / t_.columns : 0;  // panel that is packed
     const bool in_depth = segment(0).b.column == 1;
     // Parts of the right side: some depth, or some panels where memory runs along the depth.
-    const int64_t extent = kernel_.kept == 2 || first == panels_ ? 0 : in_depth ? end - begin : panels_ - first;
+    const int64_t extent = kernel_.kept == 2 || first == panels_ ? 0
+                           : in_depth                            ? end - begin
+                                                                 : panels_ - first;
     const int64_t size = in_depth ? kPackedDepth : 1, parts = ceil_div(extent, size);
     worker.share(parts + (packs_rows_ ? tiles_ : 0), [&](int64_t task) {
       if (task >= parts) return pack_tile(memory, begin, end, task - parts, left);
-      const int64_t k0 = in_depth ? begin + task * size : begin, k1 = in_depth ? std::min(k0 + size, end) : end;
+      const int64_t k0 = in_depth ? begin + task * size : begin,
+                    k1 = in_depth ? std::min(k0 + size, end) : end;
       const int64_t p0 = in_depth ? first : first + task, p1 = in_depth ? panels_ : p0 + 1;
       in_segments(k0, k1, [&](const Segment& s, int64_t from, int64_t depth, int64_t at) {
-        (unit_ == 2 ? t_.pack16 : t_.pack)(depth, std::min(kernel_.columns, p1 * t_.columns) - p0 * t_.columns,
-                s.b.at(memory, from, p0 * t_.columns), s.b.row, s.b.column,
-                right + (p0 * longest_ + k0 - begin + at) * t_.columns, longest_ * t_.columns);
+        (unit_ == 2 ? t_.pack16 : t_.pack)(
+            depth, std::min(kernel_.columns, p1 * t_.columns) - p0 * t_.columns,
+            s.b.at(memory, from, p0 * t_.columns), s.b.row, s.b.column,
+            right + (p0 * longest_ + k0 - begin + at) * t_.columns, longest_ * t_.columns);
       });
     });
   }
@@ -342,7 +350,8 @@ void run(const Sum& sum, const Tiles& t, float* const* memory, float* scratch, W
     float* const of_parts[] = {partial};
     if (parts > 1) t.sum(View{0, 0, sum.columns, 1}, of_parts, 0, parts, 0, sum.columns, total);
     const auto scale = static_cast<float>(sum.scale.value());
-    for (int64_t c = 0; c < sum.columns; ++c) *sum.to.at(memory, 0, c) = scale * (parts > 1 ? total : partial)[c];
+    for (int64_t c = 0; c < sum.columns; ++c)
+      *sum.to.at(memory, 0, c) = scale * (parts > 1 ? total : partial)[c];
   });
 }
 
@@ -421,7 +430,9 @@ std::vector<Tensor> run_program(const Tensor& program, const std::vector<Tensor>
     if (bytes < kKept) {
       outputs.push_back(empty(program, sizes, strides, ScalarType::Float));
     } else {
-      const auto give_back = [bytes](void* data) { Memory::get().give_back(static_cast<float*>(data), bytes); };
+      const auto give_back = [bytes](void* data) {
+        Memory::get().give_back(static_cast<float*>(data), bytes);
+      };
       outputs.push_back(torch::stable::from_blob(Memory::get().take(bytes), sizes, strides,
                                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                                  ScalarType::Float, give_back));
@@ -439,7 +450,8 @@ std::vector<Tensor> run_program(const Tensor& program, const std::vector<Tensor>
       const auto& kernel = i->body<Kernel>();
       operations += static_cast<double>(kernel.rows) * kernel.columns * kernel.statements;
       if (kernel.segments == 0) continue;
-      STD_TORCH_CHECK(kernel.bf16 == 0 || t.multiply16 != nullptr, "this processor has no products of bfloat16");
+      STD_TORCH_CHECK(kernel.bf16 == 0 || t.multiply16 != nullptr,
+                      "this processor has no products of bfloat16");
       const Product product(kernel, t);
       spare = std::max(spare, product.scratch());
       phases += product.phases();

@@ -1,7 +1,7 @@
 // A program: what a flat graph computes, as instructions over matrices of float32 in planned memory.
 //
-// It arrives as one array of 64-bit words, written by wgan_fast/four_pass/program.py, and is run from where it
-// lies: every struct here is made of such words alone, in the order in which they are written there.
+// It arrives as one array of 64-bit words, written by wgan_fast/four_pass/program.py, and is run from where
+// it lies: every struct here is made of such words alone, in the order in which they are written there.
 #pragma once
 
 #include <cstdint>
@@ -101,10 +101,10 @@ struct Tiles {
   int64_t rows;     // of a tile, at most
   int64_t columns;  // of a tile: those of a panel, two vectors
 
-  // c (rows × columns, `c_row` apart) = or += a b, where half a panel or a whole one is written; a and b with elements `a_depth` and `b_depth`
-  // apart in depth, b's columns side by side.
-  void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
-                   const float* b, int64_t b_depth, float* c, int64_t c_row, bool add);
+  // c (rows × columns, `c_row` apart) = or += a b, where half a panel or a whole one is written; a and b with
+  // elements `a_depth` and `b_depth` apart in depth, b's columns side by side.
+  void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
+                   int64_t a_depth, const float* b, int64_t b_depth, float* c, int64_t c_row, bool add);
   // Lays columns of b out for multiply in panels, `to_panel` apart; with zeros up to a whole one.
   void (*pack)(int64_t depth, int64_t columns, const float* b, int64_t b_depth, int64_t b_column, float* to,
                int64_t to_panel);

@@ -43,7 +43,7 @@ namespace plain {
 #define NAME "plain"
 #define VECTOR 4
 #define ROWS 6
-#include "tiles.inc"
+#include "tiles_body.h"
 #undef NAME
 #undef VECTOR
 #undef ROWS
@@ -58,7 +58,7 @@ namespace avx2 {
 #define NAME "AVX2"
 #define VECTOR 8
 #define ROWS 6
-#include "tiles.inc"
+#include "tiles_body.h"
 #undef NAME
 #undef VECTOR
 #undef ROWS
@@ -71,14 +71,14 @@ namespace avx512 {
 #define NAME "AVX-512"
 #define VECTOR 16
 #define ROWS 14
-#include "tiles.inc"
+#include "tiles_body.h"
 #undef NAME
 #undef VECTOR
 #undef ROWS
 
 #pragma GCC push_options
 #pragma GCC target("avx512bf16")
-#include "tiles_bf16.inc"
+#include "tiles_bf16.h"
 #pragma GCC pop_options
 
 Tiles with_bf16() {
@@ -95,7 +95,9 @@ Tiles with_bf16() {
 // WGAN_FAST_TILES names one that is worse than the best, for tests.
 Tiles chosen() {
   const char* const named = std::getenv("WGAN_FAST_TILES");
-  const auto wanted = [&](const Tiles& tiles) { return named == nullptr || std::strcmp(named, tiles.name) == 0; };
+  const auto wanted = [&](const Tiles& tiles) {
+    return named == nullptr || std::strcmp(named, tiles.name) == 0;
+  };
 #ifdef WGAN_FAST_X86
   if (__builtin_cpu_supports("x86-64-v4") && wanted(avx512::kTiles))
     return __builtin_cpu_supports("avx512bf16") ? avx512::with_bf16() : avx512::kTiles;

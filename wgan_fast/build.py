@@ -75,8 +75,8 @@ def _part(reason: str | None, **details: Any) -> dict[str, Any]:
 def _extension_info() -> dict[str, Any]:
     if extension is None:
         return _part(_extension_missing)
-    config = extension.build_config()
-    return _part(None, **{name: config[name] for name in ("compiler", "flags", "products", "bf16_products", "torch", "torch_abi")})
+    config, names = extension.build_config(), ("compiler", "flags", "products", "bf16_products", "torch", "torch_abi")
+    return _part(None, **{name: config[name] for name in names})
 
 
 def _cuda_info() -> dict[str, Any]:

@@ -146,7 +146,7 @@ class CriticStep:
             precision=precision,
             schedule=schedule,
         )
-        self._choices: dict[tuple[bool, bool, bool], tuple[EngineChoice, Picks]] = {}
+        self._choices: dict[tuple[bool, ...], tuple[EngineChoice, Picks]] = {}
         self.steps_taken = 0
         """Calls so far; decides which steps carry a lazy penalty, so set it when resuming."""
 
@@ -234,14 +234,8 @@ class CriticStep:
                 for side, x in zip(sides, mixed(part, real, fake, mixing, noise)):
                     apart.append(self._apart(part, x, *thinned(part, (*whole.further(side), penalty_args), N)))
                 penalty = None
-            mixes = (
-                bool(penalty)
-                and mixing is not None
-                and noise is None
-                and isinstance(real, Tensor)
-                and (alpha is None or (group_size == 1 and is_per_sample(mixing, real)))
-            )
-            choice, picks = self._four_passes(penalty, own=own is not None, mixes=mixes)
+            inside = _alpha_inside(real, alpha, mixing, group_size) if penalty and noise is None else None
+            choice, picks = self._four_passes(penalty, own=own is not None, mixes=inside is not None)
             called = Called(unwrapped(self.critic), real, critic_args, critic_kwargs or {}, picks, own)
             step = choice.prepare(called)
             mlp = self._fused(step, penalty, real, mixing) if penalty and isinstance(step, Prepared) else None
@@ -249,16 +243,15 @@ class CriticStep:
                 output = self._one_operator(mlp, step, penalty, real, fake, mixing)
                 result = self._take(output, [step.inputs[i] for i in mlp.parameters], forget)
             else:
-                planned = isinstance(step, Prepared)
-                if mixes and planned and step.check is None:
-                    points = []
-                else:
-                    points = mixed(penalty, real, fake, mixing, noise) if penalty else []
+                points = []
+                # A plan that mixes them itself needs none, unless it is compared.
+                if penalty and (inside is None or not isinstance(step, Prepared) or step.check is not None):
+                    points = mixed(penalty, real, fake, mixing, noise)
                 if isinstance(step, Prepared):
                     batches = {"real": real, "fake": fake}
-                    if mixes:
-                        batches["alpha"] = mixing[::group_size].to(accumulation_dtype(real.dtype))
-                    if mixing is not None and penalty and points:
+                    if inside is not None:
+                        batches["alpha"] = inside
+                    if mixing is not None and points:
                         (batches["points"],) = points
                     result = self._run(step, penalty, batches, loss_args, penalty_args, forget)
                 else:
@@ -546,6 +539,22 @@ def _scores(output: Any, x: Tensor | None = None, group_size: int = 1, rows: boo
     if x is not None:
         parts = [check_scores(part, x, group_size, rows=rows) for part in parts]
     return joined([part.to(accumulation_dtype(part.dtype)) for part in parts])
+
+
+def _alpha_inside(real: Samples, alpha: Tensor | float | None, mixing: Tensor | None, group_size: int) -> Tensor | None:
+    """Return α, one a sample or group, for a plan that mixes the points itself; None for what it cannot mix.
+
+    Args:
+        real: Real samples.
+        alpha: α as it was given.
+        mixing: The same, or drawn, for every sample.
+        group_size: Samples that share one norm.
+    """
+    if mixing is None or not isinstance(real, Tensor):
+        return None
+    if alpha is not None and (group_size > 1 or not is_per_sample(mixing, real)):
+        return None
+    return mixing[::group_size].to(accumulation_dtype(real.dtype))
 
 
 def _penalised(penalty: PenaltyConfig, args: tuple[Any, ...]) -> Callable[[Any], tuple[Tensor, Tensor]]:

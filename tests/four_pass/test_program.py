@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from wgan_fast import CriticStep, PenaltyConfig, gradient_penalty
 from wgan_fast.four_pass.program import Program, program_of
 from wgan_fast.four_pass.record import Recorder
-from wgan_fast.ops.run_program import AVAILABLE
+from wgan_fast.ops.run_program import AVAILABLE, BF16
 from wgan_fast.reference import gradient_norm, interpolate, penalty_from_norm
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="the extension is not there")
@@ -52,13 +52,10 @@ def same(function: Callable[..., object], *examples: Tensor, rtol: float = 2e-6,
     return made
 
 
-SIZES = [1, 2, 3, 5, 6, 7, 8, 13, 14, 15, 16, 17, 28, 29, 31, 32, 33, 48, 63, 70]
-
-
-@pytest.mark.parametrize("rows", SIZES)
+@pytest.mark.parametrize("rows", [1, 2, 6, 7, 13, 14, 15, 28, 29, 33, 70])
 def test_products_of_every_shape(rows):
     generator = torch.Generator().manual_seed(rows)
-    for columns, depth in product(SIZES, (1, 2, 7, 16, 33, 100)):
+    for columns, depth in product([1, 2, 8, 15, 16, 17, 31, 32, 33, 63], (1, 2, 16, 33)):
         a = torch.randn(rows, depth, generator=generator)
         b = torch.randn(depth, columns, generator=generator)
         same(
@@ -218,7 +215,7 @@ def without_programs(step: CriticStep) -> Iterator[None]:
 
 def layers(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, flat: bool = True) -> nn.Sequential:
     found: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:]):
+    for inputs, outputs in pairwise(sizes):
         found += [nn.Linear(inputs, outputs), activation()]
     return nn.Sequential(*found, nn.Linear(sizes[-1], 1), *([nn.Flatten(0)] if flat else []))
 
@@ -286,7 +283,7 @@ def expected(critic: nn.Module, config: PenaltyConfig, loss: str, real: Tensor, 
 
 @pytest.mark.parametrize("loss", ["wasserstein", "hinge", "least_squares"])
 @pytest.mark.parametrize("name", [name for name in CRITICS if name != "dragan"])
-@pytest.mark.parametrize("N", [3, 30, 300])
+@pytest.mark.parametrize("N", [3, 150])
 def test_gradients_are_as_good_as_autograds(name, loss, N):
     make, width, config = CRITICS[name]
     critic = make()
@@ -345,7 +342,7 @@ def test_dropout_is_the_same_in_every_pass():
     # The Wasserstein loss's gradient of the last weight is a difference of means of what dropout let through: of real
     # and fake alike half, doubled.
     samples = []
-    for _ in range(300):
+    for _ in range(100):
         step(real, fake)
         samples.append(critic[3].weight.grad.clone())
     with torch.no_grad():
@@ -353,8 +350,36 @@ def test_dropout_is_the_same_in_every_pass():
         hidden = critic[:2]
         mean = hidden(fake).mean(0) - hidden(real).mean(0)
     found = torch.stack(samples)
-    deviation = found.std(0) / 300**0.5
+    deviation = found.std(0) / 100**0.5
     assert ((found.mean(0) - mean).abs() < 5 * deviation).all()
+
+
+@pytest.mark.skipif(not BF16, reason="this processor has no products of bfloat16, or PyTorch's are better")
+@pytest.mark.parametrize("name", ["relu", "wide first layer", "leaky", "packed", "skipping", "r1"])
+@pytest.mark.parametrize("N", [3, 75])
+def test_products_in_bfloat16_are_as_good_as_autocasts(name, N):
+    make, width, config = CRITICS[name]
+    critic = make()
+    real, fake = torch.randn(2, N, width) + torch.tensor([[[0.5]], [[-0.5]]])
+    alpha = torch.rand(N // config.group_size)
+    step = CriticStep(critic, penalty=config, engine="four_pass", precision="bf16")
+
+    def run() -> list[Tensor]:
+        step(real, fake, alpha if config.at == "interpolates" else None)
+        return [parameter.grad.clone() for parameter in critic.parameters()]
+
+    ours = run()
+    assert programs(step) == [True]
+    with without_programs(step):
+        autocast = run()
+    alpha = alpha.repeat_interleave(config.group_size).double()
+    truth = expected(critic.double(), config, "wasserstein", real.double(), fake.double(), alpha)
+    own, theirs = (
+        sum((g.double() - t).square().sum().item() for g, t in zip(found, truth)) ** 0.5 for found in (ours, autocast)
+    )
+    size = sum(t.square().sum().item() for t in truth) ** 0.5
+    assert own <= 2 * theirs + 0.01 * size
+    assert own > 1e-5 * size  # it is rounded
 
 
 def test_threads_change_nothing():
@@ -380,9 +405,8 @@ def test_several_threads_run_one_program_at_a_time():
     wrong: list[int] = []
 
     def run() -> None:
-        for i in range(100):
-            if not torch.allclose(program([x, w])[0], truth, rtol=1e-3, atol=1e-3):
-                wrong.append(i)
+        found = [program([x, w])[0] for _ in range(100)]
+        wrong.extend(i for i, y in enumerate(found) if not torch.allclose(y, truth, rtol=1e-3, atol=1e-3))
 
     torch.set_num_threads(2)
     workers = [threading.Thread(target=run) for _ in range(4)]

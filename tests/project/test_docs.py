@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from wgan_fast.training import TrainConfig, cli
+from wgan_fast.training.run import Description
 
 CHECKOUT = Path(__file__).parents[2]
 PAGES = [
@@ -66,7 +67,7 @@ def test_documented_commands_are_taken(name: str, subcommands: set[str], monkeyp
     for command in (cli.Train, cli.Sample, cli.Evaluate, cli.Info):
         monkeypatch.setattr(command, "run", lambda self: taken.append(self))
     # The run that an example resumes need not be there.
-    monkeypatch.setattr(cli, "Description", SimpleNamespace(read=lambda folder: SimpleNamespace(config=TrainConfig())))
+    monkeypatch.setattr(Description, "read", lambda folder: SimpleNamespace(config=TrainConfig()))
     commands = documented_commands(name)
     assert {arguments[0] for arguments in commands} == subcommands
     for arguments in commands:

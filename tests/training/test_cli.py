@@ -430,3 +430,25 @@ def test_info_says_why_a_part_is_not_active(tmp_path):
     info = json.loads(ended.stdout)
     assert info["compiler"]["active"] is False
     assert "no-such-compiler" in info["compiler"]["reason"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--version"], ["--help"], ["train", "--help"], ["train", "--stepz", "3"], ["trian"], ["bench", "--model"]],
+)
+def test_questions_and_mistakes_are_answered_before_pytorch_is_imported(arguments):
+    code = (
+        "import sys\n"
+        "from wgan_fast.training.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    status = end.code\nelse:\n    status = 0\n"
+        "heavy = {'torch', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "print(status, sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    status = 0 if {"--version", "--help"} & set(arguments) else 2
+    assert done.stdout.splitlines()[-1] in (f"{status} []", "None []" if status == 0 else "")
+
+
+def test_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"wgan-fast {wgan_fast.__version__}\n"

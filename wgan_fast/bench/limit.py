@@ -36,7 +36,7 @@ _MATRICES = {_aten.mm.default, _aten.addmm.default, _aten._addmm_activation.defa
 
 
 def _onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @dataclass
@@ -53,7 +53,7 @@ class _Call:
         """Return the call on contiguous and on channels-last images, or by either library for matrices."""
         if self.function in _MATRICES and self.args[-1].device.type == "cpu" and _onednn():
             *_, left, right = self.args
-            arguments = (left, right.t(), None, "none", [], "")
+            arguments: tuple[Any, ...] = (left, right.t(), None, "none", [], "")
             return [self, _Call(torch.ops.mkldnn._linear_pointwise, arguments, {}, self.nbytes)]
         if not any(isinstance(x, Tensor) and x.dim() == 4 for x in self.args):
             return [self]
@@ -94,8 +94,8 @@ def limit(workload: Workload, ours: Step, precision: Precision = "fp32") -> Step
         precision: As in ``CriticStep``.
     """
     device, penalty, autocast = workload.real.device, workload.penalty, precision == "bf16"
-    tangents = 0 if penalty is None else 1 if penalty.at == "interpolates" else 2
-    blocks = 3 if tangents == 1 else 2
+    tangents = 0 if penalty is None else 2 if penalty.at == "both" else 1
+    blocks = 3 if penalty is not None and penalty.at == "interpolates" else 2
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         joined = _fastest(_differentiated(workload, torch.cat([workload.real] * blocks)), device)
         apart = _fastest(_differentiated(workload, workload.real), device)

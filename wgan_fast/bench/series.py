@@ -81,7 +81,7 @@ def measure(
         refused += [v["refused"] for v in measured["variants"].values() if "refused" in v]
         folder.mkdir(parents=True, exist_ok=True)
         write(path, results)
-        write_atomically(path.with_suffix(".md"), report.details(results).encode())
+        write_atomically(path.with_suffix(".md"), report.page(results).encode())
         report.plot(results, path.with_suffix(".png"))
         print(report.details(results | {"workloads": {workload.key: measured}}).partition("\n\n")[2])
     return path, refused

@@ -144,7 +144,7 @@ def field(workload: Workload, computes: Computes = "step") -> Step:
             alpha = reference.per_sample(alpha, real).expand(real.size())
             compute_gradient_penalty(alpha * real + (1 - alpha) * fake).backward()  # type: ignore[no-untyped-call]
         else:
-            for points in (real, fake):
+            for points in {"real": [real], "fake": [fake], "both": [real, fake]}[penalty.at]:
                 compute_gradient_penalty(points).backward()  # type: ignore[no-untyped-call]
 
     return Step(run, critic)

@@ -140,9 +140,7 @@ CRITICS = {
     "tabular-mlp": CriticSpec(
         "CTGAN's critic, 10 rows packed, dropout", (230,), 500, partial(models.PackedCritic, 230, 256)
     ),
-    "amp": CriticSpec(
-        "discriminator of motions for RL, MLP 40-512-256-1", (40,), 128, lambda: _layers(40, 512, 256)
-    ),
+    "amp": CriticSpec("discriminator of motions for RL, MLP 40-512-256-1", (40,), 128, lambda: _layers(40, 512, 256)),
     "phase-space": CriticSpec(
         "critic of particles' momenta, MLP 7-400-400-400-1", (7,), 1024, lambda: _layers(7, 400, 400, 400)
     ),
@@ -181,8 +179,7 @@ _FAMILIES: dict[str, Callable[..., CriticSpec]] = {
 
 
 def spec(name: str) -> CriticSpec | None:
-    """Find a critic by name: a key of ``CRITICS``, or "mlp-4x256", "dcgan-28x32", "resnet-64",
-    "stargan-64x64" or "stylegan2-64x128" with any numbers."""
+    """Find a critic by name: a key of ``CRITICS``, or one of ``_FAMILIES`` such as "mlp-4x256" with any numbers."""
     if name in CRITICS:
         return CRITICS[name]
     for pattern, make in _FAMILIES.items():

@@ -10,7 +10,17 @@ from torch import Tensor, fx
 from ..checks import check_loss, unconnected
 from .capture import CaptureError, first_line, raised_at
 from .objective import RefusedError
-from .passes import AffinePrefix, Block, Cotangents, FourPasses, Rows, Run, number_values, penalty_seed, shared_gradients
+from .passes import (
+    AffinePrefix,
+    Block,
+    Cotangents,
+    FourPasses,
+    Rows,
+    Run,
+    number_values,
+    penalty_seed,
+    shared_gradients,
+)
 
 if TYPE_CHECKING:
     from .plan import Plan

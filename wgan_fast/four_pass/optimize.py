@@ -156,7 +156,8 @@ def _own_outputs(graph: fx.Graph, given_away: list[bool]) -> None:
 def _read_later(node: fx.Node) -> bool:
     """Whether a later piece reads the memory of a node: whoever is given it in between may write to it."""
     piece = node.meta.get("segment", (0, 0))[0]
-    return any(reader.meta.get("segment", (piece, 0))[0] > piece for reader in readers_of(node) if reader.op != "output")
+    readers = [reader for reader in readers_of(node) if reader.op != "output"]
+    return any(reader.meta.get("segment", (piece, 0))[0] > piece for reader in readers)
 
 
 def cut(module: fx.GraphModule, pieces: int) -> list[fx.GraphModule]:

@@ -12,11 +12,11 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map_only
 
 from ..ops.run_program import AVAILABLE, BF16
 from .optimize import readers_of
@@ -90,7 +90,7 @@ class View:
         """Return it, broadcast to a shape, as a matrix of rows and columns."""
         like, first = self.like.expand(shape), 0 if len(shape) < 2 else 1
         strides = [_one_stride(like.shape[part], like.stride()[part]) for part in (slice(first), slice(first, None))]
-        return Matrix(self.buffer, self.like.storage_offset(), *strides)
+        return Matrix(self.buffer, int(self.like.storage_offset()), *strides)
 
 
 @dataclass
@@ -137,7 +137,7 @@ class Statement:
         empty = [0, 0, 0, 0]
         sources = [source.words() for source in self.sources] + [empty] * (3 - len(self.sources))
         numbers = [*self.numbers, 0.0, 0.0][:2]
-        return [self.code, *self.to.words(), *sum(sources, []), *map(_word, numbers)]
+        return [self.code, *self.to.words(), *chain(*sources), *map(_word, numbers)]
 
 
 @dataclass(eq=False)
@@ -162,11 +162,12 @@ class Kernel:
 
     def words(self) -> list[int]:
         """Write it down."""
-        segments = sum([[*a.words(), *b.words(), depth] for a, b, depth in self.segments], [])
-        statements = sum([statement.words() for statement in self.statements], [])
+        segments = chain(*[[*a.words(), *b.words(), depth] for a, b, depth in self.segments])
+        statements = chain(*[statement.words() for statement in self.statements])
         to, right = ([0, 0, 0, 0] if place is None else place.words() for place in (self.to, self.right))
         counts = [len(self.segments), len(self.statements)]
-        return [KERNEL, self.rows, self.columns, *to, int(self.bf16), self.kept, *right, *counts, *segments, *statements]
+        head = [self.rows, self.columns, *to, int(self.bf16), self.kept, *right, *counts]
+        return [KERNEL, *head, *segments, *statements]
 
     def flops(self) -> int:
         """Count those of its product."""
@@ -190,7 +191,7 @@ class Other:
 
     def words(self) -> list[int]:
         """Write it down."""
-        return [self.kind, *sum([f.words() if isinstance(f, Matrix) else [f] for f in self.fields], [])]
+        return [self.kind, *chain(*[f.words() if isinstance(f, Matrix) else [f] for f in self.fields])]
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield all that it touches."""
@@ -335,8 +336,8 @@ class _Writer:
             if isinstance(instruction, Kernel) and len(instruction.segments) == 1 and instruction.columns > 1:
                 _, right, depth = instruction.segments[0]
                 if depth <= KEPT_DEPTH:
-                    key = (instruction.bf16, right.buffer, right.offset, right.row, right.column, instruction.columns, depth)
-                    known.setdefault(key, []).append(instruction)
+                    place = right.buffer, right.offset, right.row, right.column
+                    known.setdefault((instruction.bf16, place, instruction.columns, depth), []).append(instruction)
         for (*_, columns, depth), kernels in known.items():
             if len(kernels) > 1:
                 kept = self._new((depth, -(-columns // PANEL) * PANEL))
@@ -414,11 +415,11 @@ class _Writer:
 
     def _call(self, node: fx.Node) -> Any:
         target = node.target
+        value: Any = self.values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
         if target is operator.getitem:
-            return self.values[node.args[0]][node.args[1]]
-        if target is operator.mul and isinstance(self.values.get(node.args[0]), _Scaled):
-            scaled = self.values[node.args[0]]
-            return _Scaled(scaled.position, scaled.factor * node.args[1])
+            return value[node.args[1]]
+        if target is operator.mul and isinstance(value, _Scaled):
+            return _Scaled(value.position, value.factor * node.args[1])  # type: ignore[operator, arg-type]
         if target in _WRITERS:
             val = node.meta.get("val")
             if isinstance(val, Tensor) and (not (_is_plain(val) or _is_rounded(val)) or val.numel() == 0):
@@ -430,7 +431,7 @@ class _Writer:
 
     def _viewed(self, node: fx.Node) -> Any:
         source, *rest = node.args
-        value = self.values[source]
+        value = self.values[source]  # type: ignore[index]
 
         def view(like: Tensor) -> Any:
             return node.target(like, *rest, **node.kwargs)  # type: ignore[operator]
@@ -441,8 +442,8 @@ class _Writer:
                 raise UnwrittenError(f"{node} rearranges memory that is to be filled at random")
             return value
         if isinstance(value, Bits):
-            like = view(value.view.like)
-            if like.dim() != 2 or like.shape[1:] != value.view.like.shape[1:] or like.stride() != value.view.like.stride():
+            before, like = value.view.like, view(value.view.like)
+            if like.dim() != 2 or like.shape[1:] != before.shape[1:] or like.stride() != before.stride():
                 raise UnwrittenError(f"{node} rearranges a random mask")
             return Bits(View(value.view.buffer, like), value.scale)
         value = self._view(source)
@@ -489,11 +490,14 @@ class _Writer:
         buffer.ready = max(buffer.ready, index)
         matrices = [source.matrix(kernel.shape) for source in sources]
         if bits:
-            matrices.append(Matrix(bits.view.buffer, bits.view.like.storage_offset(), bits.view.like.stride(0), 0))
+            matrices.append(Matrix(bits.view.buffer, int(bits.view.like.storage_offset()), bits.view.like.stride(0), 0))
         place = to.matrix(kernel.shape)
         before = kernel.statements[-1] if kernel.statements else None
-        if code in _AFTER_SUM and before is not None and (before.code, before.numbers) == (ADD, [1.0]) and (
-            before.to == place == matrices[0]
+        if (
+            code in _AFTER_SUM
+            and before is not None
+            and (before.code, before.numbers) == (ADD, [1.0])
+            and (before.to == place == matrices[0])
         ):
             kernel.statements[-1] = Statement(_AFTER_SUM[code], place, before.sources, list(numbers))
         else:
@@ -502,9 +506,7 @@ class _Writer:
             self.made[to.buffer] = kernel, index, place
         return to
 
-    def _gated(
-        self, code: int, without_bits: int, node: fx.Node, vector: fx.Node, x: fx.Node, number: float
-    ) -> View:
+    def _gated(self, code: int, without_bits: int, node: fx.Node, vector: fx.Node, x: fx.Node, number: float) -> View:
         """Let a vector through where x is above zero; of an activation made here, its signs are kept as bits."""
         view, gate = self._view(vector), self._view(x)
         made = self.made.get(gate.buffer)
@@ -525,7 +527,8 @@ class _Writer:
         first = gate.like.storage_offset() // columns
         part = View(bits.buffer, bits.like.as_strided((rows, columns), (words, 0), first * words))
         target, at = self._kernel(node.meta["val"].shape, [view, part])
-        return self._stated(code, target, at, [view], [number], self._reused(target, node, [vector], [view]), Bits(part))
+        reused = self._reused(target, node, [vector], [view])
+        return self._stated(code, target, at, [view], [number], reused, Bits(part))
 
     def _copy(self, source: View, to: View) -> None:
         self.instructions.append(Kernel(source.like.shape, *_rows_and_columns(source.like.shape)))
@@ -563,7 +566,7 @@ class _Writer:
         else:
             parts = [(self._view(left), self._view(right), self._view(right).like.shape[0])]
         shape = node.meta["val"].shape
-        kernel = Kernel(shape, *shape, bf16=node.meta["val"].dtype == torch.bfloat16)
+        kernel = Kernel(shape, shape[0], shape[1], bf16=node.meta["val"].dtype == torch.bfloat16)
         made = self._new(shape)
         made.kernel, made.buffer.ready = kernel, len(self.instructions)
         self.instructions.append(kernel)
@@ -581,7 +584,7 @@ class _Writer:
             start += size
             buffer = part.buffer
             if dim == 0 and self._is_own(buffer) and _fills(part):
-                buffer.within = whole.buffer, place.like.storage_offset()
+                buffer.within = whole.buffer, int(place.like.storage_offset())
                 whole.buffer.ready = max(whole.buffer.ready, buffer.ready)
             else:
                 self._copy(part, place)
@@ -603,8 +606,8 @@ class _Writer:
     def _structure(self, outputs: Any, shapes: list[torch.Size], leaves: bool = False, own: bool = True) -> str:
         """Have outputs in memory of their own, unless they are only read; returns the nest of them as Python."""
         if isinstance(outputs, tuple | list):
-            last = len(outputs) - 1
-            parts = [self._structure(each, shapes, own=own and not (leaves and i == last)) for i, each in enumerate(outputs)]
+            left = len(outputs) - 1 if leaves else None
+            parts = [self._structure(each, shapes, own=own and i != left) for i, each in enumerate(outputs)]
             return f"[{', '.join(parts)}]"
         if not isinstance(outputs, fx.Node):
             if outputs is not None:
@@ -631,7 +634,7 @@ class _Writer:
 
 
 def _operand(view: View) -> Matrix:
-    return Matrix(view.buffer, view.like.storage_offset(), *view.like.stride())
+    return Matrix(view.buffer, int(view.like.storage_offset()), *view.like.stride())
 
 
 def _rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
@@ -641,7 +644,7 @@ def _rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
 def _one_stride(sizes: Sequence[int], strides: Sequence[int]) -> int:
     """Return the stride between elements of several dimensions taken as one."""
     dims = [(size, stride) for size, stride in zip(sizes, strides) if size != 1]
-    for (_, outer), (size, inner) in zip(dims, dims[1:]):
+    for (_, outer), (size, inner) in pairwise(dims):
         if outer != size * inner:
             raise UnwrittenError("a tensor's elements do not lie in rows")
     return dims[-1][1] if dims else 0
@@ -702,8 +705,8 @@ def _addmm(w: _Writer, node: fx.Node, bias: fx.Node, left: fx.Node, right: fx.No
 def _cat(w: _Writer, node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0) -> Any:
     joined = Joined([w._view(tensor) for tensor in tensors])
     dim %= node.meta["val"].dim()
-    depth_alone = all(user.target is aten.mm.default and user.args[1] is node is not user.args[0] for user in node.users)
-    return joined if dim == 0 and depth_alone else w._join(node, joined, dim)
+    products = [user.target is aten.mm.default and user.args[1] is node is not user.args[0] for user in node.users]
+    return joined if dim == 0 and all(products) else w._join(node, joined, dim)
 
 
 @_writes(aten.reshape.default)
@@ -741,7 +744,7 @@ def _add(w: _Writer, node: fx.Node, tensor: fx.Node, other: Any, alpha: float = 
 
 @_writes(aten.sub.Tensor)
 def _sub(w: _Writer, node: fx.Node, tensor: fx.Node, other: Any, alpha: float = 1) -> View:
-    return _add(w, node, tensor, other, -alpha)
+    return _add(w, node, tensor, other, -alpha)  # type: ignore[no-any-return]
 
 
 @_writes(aten.mul.Tensor, aten.mul.Scalar)

@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import RECIPES, TrainConfig
+    from .config import TrainConfig
+    from .recipes import RECIPES
     from .run import Run
     from .stopping import InterruptedTraining
     from .trainer import Summary, Trainer
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["RECIPES", "InterruptedTraining", "Run", "Summary", "TrainConfig", "Trainer"]
 
 _HOME = {
-    "RECIPES": "config",
+    "RECIPES": "recipes",
     "InterruptedTraining": "stopping",
     "Run": "run",
     "Summary": "trainer",

@@ -14,22 +14,22 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-
-from .. import build_info
+from .. import __version__
 from ..errors import DivergenceError, InputError
+from .config import TrainConfig
 from .files import write_atomically
 
 try:
     import tyro
-
-    from . import InterruptedTraining, Run, Summary, TrainConfig, Trainer, plots
-    from .distributed import LostProcessError, Replicas, processes, restarted
-    from .run import CHANGEABLE, CONFIG_FILE, Description, resolve_device
 except ImportError as missing:
     sys.exit(f"wgan-fast: {missing}; the command line needs pip install 'wgan_fast[train]'")
+
+# What a command needs besides is imported when it runs: a question, or a mistake, is answered before PyTorch is there.
+if TYPE_CHECKING:
+    from .run import Run
+    from .trainer import Summary
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Train(TrainConfig):
 
     def run(self) -> None:
         """Train and print the summary."""
+        from .distributed import Replicas, processes
+        from .run import resolve_device
+
         if self.resume is not None and self.out != self.resume:
             raise InputError(f"out is the resumed folder {self.resume}, got {self.out}: give --resume alone")
         with processes(resolve_device(self.device)):
@@ -51,7 +54,11 @@ class Train(TrainConfig):
             if Replicas().leads:
                 print(summary)
 
-    def _train(self) -> Summary:
+    def _train(self) -> "Summary":
+        from . import Trainer
+        from .distributed import restarted
+        from .run import CHANGEABLE, CONFIG_FILE
+
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
         if self.resume is not None:
             return Trainer.from_run(self.resume, **settings).fit(resume=True)
@@ -84,6 +91,8 @@ class Sample:
 
     def run(self) -> None:
         """Write the picture and print where it is."""
+        from . import plots
+
         match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", self.grid)
         if match is None:
             raise InputError(f"grid must be ROWSxCOLUMNS, such as 12x12, got {self.grid!r}")
@@ -145,6 +154,8 @@ class Info:
 
     def run(self) -> None:
         """Print the build information."""
+        from ..build import build_info
+
         info = build_info()
         if self.json:
             print(json.dumps(info, indent=2))
@@ -190,8 +201,11 @@ class Bench:
 
     def run(self) -> None:
         """Measure, print a table for each workload and say where the results are."""
+        import torch
+
         from ..bench import scaling, series, variants, workloads
         from ..bench.results import read
+        from .run import resolve_device
 
         if self.shape is not None and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", self.shape) is None:
             raise InputError(f"shape must be sizes joined by x, such as 3x32x32, got {self.shape!r}")
@@ -243,6 +257,8 @@ def _commands(arguments: list[str]) -> Any:
     folder = _option(arguments, "--resume") if arguments[:1] == ["train"] else None
     train = Train()
     if folder is not None:
+        from .run import Description
+
         config = Description.read(Path(folder)).config
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
         train = Train(**{**values, "out": Path(folder), "resume": Path(folder)})
@@ -322,16 +338,29 @@ def main(arguments: list[str] | None = None) -> None:
     # Networks of one's own (module:function) lie where the command is run.
     sys.path.insert(0, os.getcwd())
     _let_every_character_pass(sys.stdout)
+    if arguments == ["--version"]:
+        print(f"wgan-fast {__version__}")
+        return
     try:
         with _warnings_in_one_line():
-            _parse(arguments).run()
+            _run(_parse(arguments))
     except (InputError, DivergenceError, OSError) as error:
         sys.exit(_fail(error, 2))
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "signal", signal.SIGINT)  # of an InterruptedTraining
+        sys.exit(_fail("interrupted; train goes on with --resume and the run's folder", 128 + number))
+
+
+def _run(command: Any) -> None:
+    try:
+        from . import Trainer  # noqa: F401 (so that what is not installed is said of every command alike)
+        from .distributed import LostProcessError
+    except ImportError as missing:
+        sys.exit(f"wgan-fast: {missing}; the command line needs pip install 'wgan_fast[train]'")
+    try:
+        command.run()
     except LostProcessError as error:
         sys.exit(_fail(f"{error}; train goes on with --resume and the run's folder", 1))
-    except KeyboardInterrupt as stop:
-        number = stop.signal if isinstance(stop, InterruptedTraining) else signal.SIGINT
-        sys.exit(_fail("interrupted; train goes on with --resume and the run's folder", 128 + number))
 
 
 def _let_every_character_pass(stream: object) -> None:
@@ -361,7 +390,9 @@ def _line(kind: str, message: object) -> str:
     return f"wgan-fast: {kind}: {' '.join(str(message).split())}\n"
 
 
-def _load(folder: Path, device: str) -> Run:
+def _load(folder: Path, device: str) -> "Run":
+    from . import Run
+
     run = Run.load(folder, device=device)
     for skipped in run.skipped:
         print(f"wgan-fast: passed over a damaged checkpoint: {skipped}; using step {run.step}", file=sys.stderr)

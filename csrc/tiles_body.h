@@ -57,11 +57,11 @@ void multiply_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth
 
 template <int kVectors>
 void multiply_by(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b,
-              int64_t b_depth, float* c, int64_t c_row, bool add) {
+                 int64_t b_depth, float* c, int64_t c_row, bool add) {
   switch (rows) {
-#define CASE(n)                                                              \
-  case n:                                                                    \
-    if constexpr (n <= ROWS)                                                 \
+#define CASE(n)                                                                        \
+  case n:                                                                              \
+    if constexpr (n <= ROWS)                                                           \
       multiply_tile<n, kVectors>(depth, a, a_row, a_depth, b, b_depth, c, c_row, add); \
     break;
     CASE(1)
@@ -159,8 +159,7 @@ double dot(int64_t count, const float* a, const float* b) {
   Vector sums[4] = {};
   int64_t i = 0;
   for (; i + 4 * VECTOR <= count; i += 4 * VECTOR)
-    for (int j = 0; j < 4; ++j)
-      sums[j] += load(a + i + j * VECTOR) * load(b + i + j * VECTOR);
+    for (int j = 0; j < 4; ++j) sums[j] += load(a + i + j * VECTOR) * load(b + i + j * VECTOR);
   const Vector sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   double total = 0;
   for (int l = 0; l < VECTOR; ++l) total += sum[l];
@@ -308,8 +307,7 @@ void sum(const View& from, float* const* memory, int64_t r0, int64_t r1, int64_t
     for (; c + 4 * VECTOR <= c1; c += 4 * VECTOR) {
       Vector sums[4] = {};
       for (int64_t r = r0; r < r1; ++r)
-        for (int j = 0; j < 4; ++j)
-          sums[j] += load(from.at(memory, r, c + j * VECTOR));
+        for (int j = 0; j < 4; ++j) sums[j] += load(from.at(memory, r, c + j * VECTOR));
       for (int j = 0; j < 4; ++j) store(to + c + j * VECTOR, sums[j]);
     }
   for (; c < c1; ++c) {
@@ -336,5 +334,5 @@ void draw(uint64_t seed, int64_t first, int64_t count, uint32_t keep, uint32_t* 
   }
 }
 
-constexpr Tiles kTiles = {NAME,      ROWS, kColumns, multiply, pack, pack_rows, nullptr, nullptr,
-                          nullptr,   dot,  run,      sum,      draw};
+constexpr Tiles kTiles = {NAME,    ROWS,    kColumns, multiply, pack, pack_rows, nullptr,
+                          nullptr, nullptr, dot,      run,      sum,  draw};

@@ -19,8 +19,7 @@ inline __m512i interleaved(__m512 first, __m512 second) {
 
 // 16 words of 32 values that lie side by side.
 inline __m512i side_by_side(const float* from) {
-  return reinterpret_cast<__m512i>(
-      _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));
 }
 
 template <int kRows, int kVectors, bool kPackedA>
@@ -39,7 +38,8 @@ inline __attribute__((always_inline)) void multiply_rows16(int64_t depth, const 
     const auto right = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + 16 * (kVectors - 1)));
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const auto x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(kPackedA ? a[i] : a[i * a_row])));
+      const auto x =
+          reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(kPackedA ? a[i] : a[i * a_row])));
       sum[i][0] = _mm512_dpbf16_ps(sum[i][0], x, left);
       if constexpr (kVectors == 2) sum[i][1] = _mm512_dpbf16_ps(sum[i][1], x, right);
     }
@@ -59,12 +59,12 @@ template <int kVectors>
 void multiply16_by(int64_t rows, int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_depth,
                    const uint32_t* b, float* c, int64_t c_row, bool add) {
   switch (rows) {
-#define CASE(n)                                                                                \
-  case n:                                                                                      \
-    if (a_depth == 1)                                                                          \
-      multiply_rows16<n, kVectors, false>(depth, a, a_row, a_depth, b, c, c_row, add);         \
-    else                                                                                       \
-      multiply_rows16<n, kVectors, true>(depth, a, a_row, a_depth, b, c, c_row, add);          \
+#define CASE(n)                                                                        \
+  case n:                                                                              \
+    if (a_depth == 1)                                                                  \
+      multiply_rows16<n, kVectors, false>(depth, a, a_row, a_depth, b, c, c_row, add); \
+    else                                                                               \
+      multiply_rows16<n, kVectors, true>(depth, a, a_row, a_depth, b, c, c_row, add);  \
     break;
     CASE(1)
     CASE(2)
@@ -87,8 +87,8 @@ void multiply16_by(int64_t rows, int64_t depth, const uint32_t* a, int64_t a_row
 void multiply16(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
                 const float* b, int64_t, float* c, int64_t c_row, bool add) {
   (columns <= 16 ? multiply16_by<1> : multiply16_by<2>)(rows, depth, reinterpret_cast<const uint32_t*>(a),
-                                                        a_row, a_depth,
-                                                        reinterpret_cast<const uint32_t*>(b), c, c_row, add);
+                                                        a_row, a_depth, reinterpret_cast<const uint32_t*>(b),
+                                                        c, c_row, add);
 }
 
 void pack16(int64_t depth, int64_t columns, const float* b, int64_t b_depth, int64_t b_column, float* words,
