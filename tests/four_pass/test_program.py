@@ -469,3 +469,110 @@ def test_every_instruction_set(tiles):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", " or ".join(tests)]
     done = subprocess.run([*command, str(Path(__file__))], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+# What was wrong once
+
+
+class Of(nn.Module):
+    """A critic that is a function of layers a, b and c."""
+
+    def __init__(self, forward: Callable[..., Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = forward
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+L = nn.Linear
+MIXED = {
+    "a smooth critic that starts wide": (lambda: nn.Sequential(L(784, 512), nn.Tanh(), L(512, 1)), 784),
+    "a norm behind a wide start": (lambda: nn.Sequential(L(784, 128), nn.LayerNorm(128), nn.ReLU(), L(128, 1)), 784),
+    "scores that are sums": (lambda: Of(lambda s, x: s.a(x).relu().sum(1), a=L(20, 40)), 20),
+    "a sum kept": (lambda: Of(lambda s, x: nn.functional.leaky_relu(s.a(x), 0.2).sum(1, True), a=L(20, 40)), 20),
+    "an activation reshaped": (
+        lambda: Of(
+            lambda s, x: s.b(nn.functional.leaky_relu(s.a(x).relu().view(-1, 20), -0.1).view(-1, 40)),
+            a=L(20, 40), b=L(40, 1),
+        ), 20,
+    ),
+    "a step in the samples": (
+        lambda: Of(lambda s, x: s.b(torch.tanh(s.a(x) + s.c(x.int().float()))), a=L(700, 90), b=L(90, 1), c=L(700, 90)),
+        700,
+    ),
+    "integers of the samples": (
+        lambda: Of(lambda s, x: s.b(s.a(x).relu()) + x[:, :1].long(), a=L(700, 90), b=L(90, 1)), 700,
+    ),
+    "a start in another precision": (
+        lambda: Of(lambda s, x: s.b(s.a(x.double()).float().relu()), a=L(700, 90).double(), b=L(90, 1)), 700,
+    ),
+    "one more dimension": (
+        lambda: Of(lambda s, x: s.b((s.a(x).relu() + s.p).view(-1, 40)).flatten(), a=L(20, 40), b=L(40, 1)), 20,
+    ),
+    "two heads behind a wide start": (
+        lambda: Of(lambda s, x: s.b((h := s.a(x)).relu()) + s.c(h.tanh()), a=L(784, 60), b=L(60, 1), c=L(60, 1)), 784,
+    ),
+    "a frozen start": (
+        lambda: nn.Sequential(L(784, 200).requires_grad_(False), nn.ReLU(), L(200, 1)), 784,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", ["wasserstein", "hinge"])
+@pytest.mark.parametrize("name", MIXED)
+def test_critics_that_were_wrong_once(name, loss):
+    make, width = MIXED[name]
+    critic = make()
+    if name == "one more dimension":
+        critic.p = nn.Parameter(torch.randn(1, 1, 40))
+    real, fake = torch.randn(2, 64, width)
+    alpha = torch.rand(64)
+    step = CriticStep(critic, loss=loss)
+    step(real, fake, alpha)
+    ours = [parameter.grad for parameter in critic.parameters()]
+    for parameter in critic.parameters():
+        parameter.grad = None
+    CriticStep(critic, loss=loss, engine="autograd")(real, fake, alpha)
+    for mine, parameter in zip(ours, critic.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, rtol=2e-3, atol=2e-5)
+
+
+def test_dropout_of_what_is_summed():
+    critic = Of(lambda s, x: nn.functional.dropout(s.a(x), 0.5).sum(1), a=L(20, 40))
+    CriticStep(critic, loss="hinge", penalty=None)(*torch.randn(2, 8, 20))
+    shares = critic.a.bias.grad * 8 * 0.5
+    torch.testing.assert_close(shares, shares.round(), rtol=0, atol=1e-5)
+
+
+def test_samples_in_double_precision_before_a_start_in_single():
+    critic = Of(lambda s, x: s.b(s.a(x.float()).relu()), a=L(784, 512), b=L(512, 1))
+    real, fake = torch.randn(2, 64, 784, dtype=torch.float64)
+    assert CriticStep(critic)(real, fake).loss.isfinite()
+
+
+def test_empty_parts_and_division_by_nothing_are_left_to_pytorch():
+    x, y = torch.randn(8, 4), torch.randn(8, 5)
+    for function in (lambda x, y: [torch.cat([x, y[:, 5:]], 1)], lambda x, y: [x / 0.0, y]):
+        program, _ = written(function, x, y)
+        assert isinstance(program, str)
+
+
+def test_what_dropout_drops_stays_not_a_number():
+    x = torch.full((50, 40), float("nan"))
+    program, _ = written(lambda x: [x * aten.bernoulli_.float(aten.new_empty(x, [50, 40]), 0.5)], x)
+    assert isinstance(program, Program)
+    assert program([x])[0].isnan().all()
+
+
+def test_programs_live_on_the_cpu_whatever_the_default_device():
+    x = torch.randn(3, 4)
+    torch.set_default_device("meta")
+    try:
+        program, _ = written(lambda x: [x * 2], x)
+    finally:
+        torch.set_default_device(None)
+    assert isinstance(program, Program)
+    assert torch.equal(program([x])[0], x * 2)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ..checks import check_loss, unconnected
+from ..precision import accumulation_dtype
 from .capture import CaptureError, first_line, raised_at
 from .objective import RefusedError
 from .passes import (
@@ -122,10 +123,12 @@ class Blocks:
             pair.values[x] = torch.cat([self.batches[name][x] for name in ("real", "fake")])
         pair.evaluate(prefix.nodes, self.roles.sampled)
         run.leading = {node: pair.values[node] for node in [x, *prefix.nodes]}
+        assert self.alpha is not None
         for node in prefix.ends:
             value = pair.values[node]
             with run.label(f"mixed_{node.name}"):
-                mixed = torch.ops.wgan_fast.interpolate(*value.chunk(2), self.alpha)
+                alpha = self.alpha.to(accumulation_dtype(value.dtype))
+                mixed = torch.ops.wgan_fast.interpolate(*value.chunk(2), alpha)
                 run.values[node] = run.calls[node].output = torch.cat([value, mixed])
 
     def _by_name(self, node: fx.Node, groups: list[tuple[list[str], list[str]]], runs: list[Run]) -> dict[str, Tensor]:

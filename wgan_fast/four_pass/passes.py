@@ -84,8 +84,11 @@ def affine_prefix(captured: Captured, roles: Roles, dims: Dims) -> AffinePrefix:
         sources = [source for source in node.all_input_nodes if source in roles.sampled]
         if not sources or not isinstance(node.target, WITH_RULES) or not set(sources) <= affine:
             continue
-        rule = rule_for(node.target)
+        rule, value = rule_for(node.target), node.meta.get("val")
         if not isinstance(rule, Affine | LinearMap) or len(sources) > 1 or dims.get(node) != 0:
+            continue
+        # A cast to integers is a step, and one to another precision rounds.
+        if not isinstance(value, Tensor) or value.dtype != captured.x.meta["val"].dtype:
             continue
         if isinstance(rule, LinearMap) or node.args[0] is sources[0]:
             affine.add(node)
@@ -174,14 +177,14 @@ class Rows(Run):
 
         return tree_map_only(Tensor, rows, value)
 
-    def put(self, node: fx.Node, whole: Tensor, rows: Tensor) -> Tensor:
-        """Return ``whole`` with these rows, which come last, replaced."""
+    def put(self, node: fx.Node, whole: Tensor, rows: Tensor, leading: Tensor | None = None) -> Tensor:
+        """Return ``whole`` with these rows, which come last, replaced; ``leading`` is all before them, where known."""
         start, _, total = self._range
         if start == 0:
             return rows
         dim = self._dims[node]
-        if node in self._run.leading:
-            return torch.cat([self._run.leading[node].to(whole.dtype), rows], dim)
+        if leading is not None:
+            return torch.cat([leading.to(whole.dtype), rows], dim)
         return torch.cat([whole.narrow(dim, 0, whole.shape[dim] * start // total), rows], dim)
 
     def scale(self, node: fx.Node, value: Tensor, factors: Tensor) -> Tensor:
@@ -526,7 +529,8 @@ class FourPasses:
         assert points is not None
         if self.block.factors is not None:
             tangent = points.scale(source, points.take(source, call.operands[data]), self.block.factors) + tangent
-        return call.with_operand(data, points.put(source, call.operands[data], tangent))
+        leading = self.block.run.leading.get(source)
+        return call.with_operand(data, points.put(source, call.operands[data], tangent, leading))
 
     def _apart(self, node: fx.Node, weights: list[int], tangents: Sequence[Tensor | None], pull: Pull) -> None:
         """Add the loss's share, the share of the points that the loss sees too, and the penalty's."""

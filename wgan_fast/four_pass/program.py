@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ops.run_program import AVAILABLE, BF16
+from .capture import first_line
 from .optimize import readers_of
 from .stand_ins import gives_view
 
@@ -217,7 +218,7 @@ class Program:
         numbers: list[int],
         draws: bool,
     ) -> None:
-        self._words = torch.tensor(words)
+        self._words = torch.tensor(words, dtype=torch.int64, device="cpu")
         self._numbers = numbers
         self._inputs = [source for source in given if not isinstance(source, Tensor)]
         self._constants = [source for source in given if isinstance(source, Tensor)]
@@ -227,7 +228,7 @@ class Program:
     def __call__(self, tensors: Sequence[Any]) -> Any:
         """Run it on the graph's inputs; returns what the graph does."""
         weight, target = [tensors[i] for i in self._numbers] or (0.0, 0.0)
-        seed = int(torch.empty((), dtype=torch.int64).random_()) if self._draws else 0
+        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if self._draws else 0
         inputs = [_laid_out(tensors[i], stride) for i, stride in self._inputs] + self._constants
         made = torch.ops.wgan_fast.run_program.default(self._words, inputs, weight, target, seed)
         return self._arrange(made, tensors)
@@ -235,7 +236,7 @@ class Program:
 
 def _laid_out(tensor: Tensor, stride: tuple[int, ...], *part: Any) -> Tensor:
     if tensor.stride() != stride:
-        tensor = torch.empty_strided(tensor.shape, stride).copy_(tensor)
+        tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     if not part:
         return tensor
     shape, strides, offset = part
@@ -258,8 +259,9 @@ def program_of(piece: fx.GraphModule, *, leaves: bool = False) -> Program | str:
         return "the extension is not there"
     try:
         return _Writer(piece, leaves).written()
-    except UnwrittenError as error:
-        return str(error)
+    except Exception as error:
+        # Whatever goes wrong: PyTorch's operators are there.
+        return str(error) if isinstance(error, UnwrittenError) else f"it cannot be written: {first_line(error)}"
 
 
 @dataclass
@@ -396,6 +398,8 @@ class _Writer:
             value = self.values[node] = self._join(node, value)
         if not isinstance(value, View):
             raise UnwrittenError(f"{node} is no float32 tensor that programs have")
+        if value.like.numel() == 0:
+            raise UnwrittenError(f"{node} is empty")
         return value
 
     def _new(self, shape: Sequence[int]) -> View:
@@ -466,7 +470,7 @@ class _Writer:
         kernel = self.instructions[newest] if newest >= 0 else None
         if (
             isinstance(kernel, Kernel)
-            and (kernel.rows, kernel.columns) == (rows, columns)
+            and tuple(kernel.shape) == tuple(shape)
             and all(made_by is kernel for made_by in latest)
         ):
             return kernel, newest
@@ -511,7 +515,13 @@ class _Writer:
         view, gate = self._view(vector), self._view(x)
         made = self.made.get(gate.buffer)
         rows, columns = _rows_and_columns(node.meta["val"].shape)
-        if made is None or gate.like.stride() != (columns, 1) or view.like.shape != gate.like.shape:
+        if (
+            made is None
+            or made[0].columns != columns
+            or gate.like.stride() != (columns, 1)
+            or view.like.shape != gate.like.shape
+            or view.like.stride(1) != 1
+        ):
             return self._statement(without_bits, node, [vector, x], number)
         kernel, index, to = made
         key = gate.buffer, code
@@ -715,7 +725,9 @@ def _reshape(w: _Writer, node: fx.Node, tensor: fx.Node, shape: Sequence[int]) -
     try:
         return view.viewed(lambda like: like.view(shape))
     except RuntimeError:
-        return w._statement(COPY, node, [tensor]).viewed(lambda like: like.view(shape))
+        made = w._new(view.like.shape)
+        w._copy(view, made)
+        return made.viewed(lambda like: like.view(shape))
 
 
 @_writes(aten._to_copy.default)
@@ -753,8 +765,10 @@ def _mul(w: _Writer, node: fx.Node, tensor: fx.Node, other: Any) -> View:
         return w._statement(SCALE, node, [tensor], other, 0.0)
     for source, bits in ((tensor, w.values[other]), (other, w.values[tensor])):
         if isinstance(bits, Bits):
-            view = w._view(source)
-            kernel, index = w._kernel(node.meta["val"].shape, [view, bits.view])
+            view, shape = w._view(source), node.meta["val"].shape
+            if bits.view.like.shape != shape or view.like.shape != shape or view.like.stride(1) != 1:
+                raise UnwrittenError(f"{node} spreads a random mask")
+            kernel, index = w._kernel(shape, [view, bits.view])
             to = w._reused(kernel, node, [source], [view])
             return w._stated(MASK, kernel, index, [view], [bits.scale], to, bits)
     return w._statement(MULTIPLY, node, [tensor, other])
