@@ -94,10 +94,14 @@ BENCH := $(BIN)/wgan-fast bench --device cpu --out benchmarks/results
 LARGE := naive naive-compiled jax no-penalty drop-in ours ours-compiled limit naive-bf16 ours-bf16 limit-bf16
 
 bench: $(VENV)/jax  ## The critic step against the alternatives, on this CPU; goes on where it was stopped
-	$(BENCH) --models toy-mlp tabular-mlp dcgan-28 --seconds 8
+	$(BENCH) --models toy-mlp tabular-mlp phase-space amp dcgan-28 --seconds 8
 	$(BENCH) --models resnet-32 language dcgan-64 --variants $(LARGE) --seconds 5
+	$(BENCH) --models toy-mlp --batch-sizes 16 512 --variants naive jax ours limit --seconds 4
+	$(BENCH) --models amp --batch-sizes 4096 --variants naive jax ours limit --seconds 4
+	$(BENCH) --models amp --batch-sizes 128 4096 --penalties r1 --variants naive jax ours limit --seconds 4
+	$(BENCH) --models stargan-64x64 stargan-64x128 stylegan2-64x64 --variants naive jax ours limit --seconds 4
 	$(BENCH) --models toy-mlp dcgan-28 --penalties r1-r2 none --variants naive no-penalty drop-in ours limit --seconds 4
-	$(BENCH) --models toy-mlp dcgan-28 --batch-sizes 16 512 --variants naive ours limit --seconds 4
+	$(BENCH) --models dcgan-28 --batch-sizes 16 512 --variants naive ours limit --seconds 4
 	$(BENCH) --scaling --seconds 2
 	$(BIN)/python benchmarks/forms.py --out benchmarks/results/forms
 	$(MAKE) report
