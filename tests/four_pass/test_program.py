@@ -281,9 +281,10 @@ def expected(critic: nn.Module, config: PenaltyConfig, loss: str, real: Tensor, 
     return [parameter.grad.clone() for parameter in critic.parameters()]
 
 
-@pytest.mark.parametrize("loss", ["wasserstein", "hinge", "least_squares"])
+@pytest.mark.parametrize(
+    ("loss", "N"), [("wasserstein", 3), ("wasserstein", 150), ("hinge", 150), ("least_squares", 150)]
+)
 @pytest.mark.parametrize("name", [name for name in CRITICS if name != "dragan"])
-@pytest.mark.parametrize("N", [3, 150])
 def test_gradients_are_as_good_as_autograds(name, loss, N):
     make, width, config = CRITICS[name]
     critic = make()
