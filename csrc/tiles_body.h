@@ -290,7 +290,8 @@ void run(const Statement& s, float* const* memory, int64_t r0, int64_t r1, int64
     case Code::kLerp:  // as torch.lerp: exact at both ends
       APPLY(3, *z < 0.5f ? *y + *z * (*x - *y) : *x - (*x - *y) * (1 - *z));
     case Code::kMask:
-      return apply_bits(s, memory, r0, r1, c0, c1, [=](float x, uint32_t bit) { return x * (bit ? p : 0.0f); });
+      return apply_bits(s, memory, r0, r1, c0, c1,
+                        [=](float x, uint32_t bit) { return x * (bit ? p : 0.0f); });
     case Code::kGate:
       return apply_bits(s, memory, r0, r1, c0, c1, [](float x, uint32_t bit) { return bit ? x : 0; });
     case Code::kGateLeaky:
