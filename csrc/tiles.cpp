@@ -21,7 +21,6 @@ namespace {
 // In the order of wgan_fast/four_pass/program.py.
 enum class Code : int64_t {
   kCopy,
-  kFill,
   kAdd,
   kMultiply,
   kDivide,
@@ -95,7 +94,7 @@ Tiles with_bf16() {
 // WGAN_FAST_TILES names one that is worse than the best, for tests.
 Tiles chosen() {
   const char* const named = std::getenv("WGAN_FAST_TILES");
-  const auto wanted = [&](const Tiles& tiles) {
+  [[maybe_unused]] const auto wanted = [&](const Tiles& tiles) {
     return named == nullptr || std::strcmp(named, tiles.name) == 0;
   };
 #ifdef WGAN_FAST_X86

@@ -55,40 +55,23 @@ inline __attribute__((always_inline)) void multiply_rows16(int64_t depth, const 
     }
 }
 
-template <int kVectors>
-void multiply16_by(int64_t rows, int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_depth,
-                   const uint32_t* b, float* c, int64_t c_row, bool add) {
-  switch (rows) {
-#define CASE(n)                                                                        \
-  case n:                                                                              \
-    if (a_depth == 1)                                                                  \
-      multiply_rows16<n, kVectors, false>(depth, a, a_row, a_depth, b, c, c_row, add); \
-    else                                                                               \
-      multiply_rows16<n, kVectors, true>(depth, a, a_row, a_depth, b, c, c_row, add);  \
-    break;
-    CASE(1)
-    CASE(2)
-    CASE(3)
-    CASE(4)
-    CASE(5)
-    CASE(6)
-    CASE(7)
-    CASE(8)
-    CASE(9)
-    CASE(10)
-    CASE(11)
-    CASE(12)
-    CASE(13)
-    CASE(14)
-#undef CASE
-  }
+template <int kRows, int kVectors>
+void multiply_tile16(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_depth, const uint32_t* b,
+                     float* c, int64_t c_row, bool add) {
+  if (a_depth == 1)
+    multiply_rows16<kRows, kVectors, false>(depth, a, a_row, a_depth, b, c, c_row, add);
+  else
+    multiply_rows16<kRows, kVectors, true>(depth, a, a_row, a_depth, b, c, c_row, add);
 }
 
 void multiply16(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
                 const float* b, int64_t, float* c, int64_t c_row, bool add) {
-  (columns <= 16 ? multiply16_by<1> : multiply16_by<2>)(rows, depth, reinterpret_cast<const uint32_t*>(a),
-                                                        a_row, a_depth, reinterpret_cast<const uint32_t*>(b),
-                                                        c, c_row, add);
+  const auto *const left = reinterpret_cast<const uint32_t*>(a), *const right =
+                                                                     reinterpret_cast<const uint32_t*>(b);
+  with_rows(rows, [&]<int kRows>() {
+    (columns <= 16 ? multiply_tile16<kRows, 1> : multiply_tile16<kRows, 2>)(depth, left, a_row, a_depth,
+                                                                            right, c, c_row, add);
+  });
 }
 
 void pack16(int64_t depth, int64_t columns, const float* b, int64_t b_depth, int64_t b_column, float* words,

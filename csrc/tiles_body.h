@@ -55,42 +55,31 @@ void multiply_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth
     multiply_rows<kRows, kVectors, true>(depth, a, a_row, a_depth, b, b_depth, c, c_row, add);
 }
 
-template <int kVectors>
-void multiply_by(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b,
-                 int64_t b_depth, float* c, int64_t c_row, bool add) {
-  switch (rows) {
-#define CASE(n)                                                                        \
-  case n:                                                                              \
-    if constexpr (n <= ROWS)                                                           \
-      multiply_tile<n, kVectors>(depth, a, a_row, a_depth, b, b_depth, c, c_row, add); \
-    break;
-    CASE(1)
-    CASE(2)
-    CASE(3)
-    CASE(4)
-    CASE(5)
-    CASE(6)
-    CASE(7)
-    CASE(8)
-    CASE(9)
-    CASE(10)
-    CASE(11)
-    CASE(12)
-    CASE(13)
-    CASE(14)
-#undef CASE
+// Calls `call` with the height of a tile as a constant.
+template <int kMost = ROWS, typename Call>
+inline __attribute__((always_inline)) void with_rows(int64_t rows, const Call& call) {
+  if constexpr (kMost > 0) {
+    if (rows == kMost) return call.template operator()<kMost>();
+    with_rows<kMost - 1>(rows, call);
   }
 }
 
 void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
               const float* b, int64_t b_depth, float* c, int64_t c_row, bool add) {
-  (columns <= VECTOR ? multiply_by<1> : multiply_by<2>)(rows, depth, a, a_row, a_depth, b, b_depth, c, c_row,
-                                                        add);
+  with_rows(rows, [&]<int kRows>() {
+    (columns <= VECTOR ? multiply_tile<kRows, 1> : multiply_tile<kRows, 2>)(depth, a, a_row, a_depth, b,
+                                                                            b_depth, c, c_row, add);
+  });
 }
 
-// VECTOR rows of VECTOR elements into as many columns: interleaved by halves, log2(VECTOR) times.
+// VECTOR rows of VECTOR elements into as many columns: interleaved by halves, log2(VECTOR) times,
+// where the compiler has GCC's shuffle.
 inline __attribute__((always_inline)) void transpose(const float* from, int64_t from_row, float* to,
                                                      int64_t to_row) {
+#ifdef __clang__
+  for (int i = 0; i < VECTOR; ++i)
+    for (int j = 0; j < VECTOR; ++j) to[j * to_row + i] = from[i * from_row + j];
+#else
   typedef int32_t Lanes __attribute__((vector_size(4 * VECTOR)));
   Vector rows[VECTOR];
 #pragma GCC unroll 16
@@ -112,6 +101,7 @@ inline __attribute__((always_inline)) void transpose(const float* from, int64_t 
   }
 #pragma GCC unroll 16
   for (int i = 0; i < VECTOR; ++i) store(to + i * to_row, rows[i]);
+#endif
 }
 
 // One after the other in depth where the columns lie side by side, so that memory is read in its order.
@@ -265,8 +255,6 @@ void run(const Statement& s, float* const* memory, int64_t r0, int64_t r1, int64
   switch (static_cast<Code>(s.code)) {
     case Code::kCopy:
       APPLY(1, *x);
-    case Code::kFill:
-      APPLY(0, p);
     case Code::kAdd:
       APPLY(2, *x + p * *y);
     case Code::kMultiply:

@@ -577,3 +577,18 @@ def test_report_writes_only_between_the_markers(tmp_path):
     assert "old" not in once
     report.update(readme, report.readme_section(folder))
     assert readme.read_text() == once
+
+
+@pytest.mark.parametrize("name", ["stargan-8x4", "stylegan2-8x4", "amp"])
+@pytest.mark.parametrize("penalty", ["wgan-gp", "r1"])
+def test_critics_of_papers_are_translated_to_jax(name, penalty):
+    pytest.importorskip("jax")
+    workload = workloads.build(name, penalty=penalty, batch_size=4)
+    steps = [VARIANTS[variant].prepare(workload) for variant in ("naive", "jax")]
+    found = []
+    for step in steps:
+        step(workload.alpha)
+        found.append([gradient.double().clone() for gradient in step.gradients()])
+    truth, ours = found
+    error = sum((a - b).square().sum() for a, b in zip(truth, ours)) / sum(a.square().sum() for a in truth)
+    assert error**0.5 < 1e-4

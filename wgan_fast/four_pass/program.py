@@ -27,9 +27,9 @@ aten = torch.ops.aten
 
 # In the order of csrc/tiles.cpp and csrc/program.h.
 (
-    COPY, FILL, ADD, MULTIPLY, DIVIDE, SCALE, LEAKY_RELU, RELU, LEAKY_RELU_BACKWARD, THRESHOLD_BACKWARD, MASK,
+    COPY, ADD, MULTIPLY, DIVIDE, SCALE, LEAKY_RELU, RELU, LEAKY_RELU_BACKWARD, THRESHOLD_BACKWARD, MASK,
     LERP, ADD_RELU, ADD_LEAKY_RELU, SIGNS, GATE, GATE_LEAKY,
-) = range(17)  # fmt: skip
+) = range(16)  # fmt: skip
 _AFTER_SUM = {RELU: ADD_RELU, LEAKY_RELU: ADD_LEAKY_RELU}
 """What becomes of an activation that overwrites a sum: both in one."""
 KERNEL, SUM, NORM_PENALTY, DRAW = range(4)
