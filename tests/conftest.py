@@ -16,6 +16,16 @@ torch.set_num_threads(1)
 os.environ.pop("PYTHONUNBUFFERED", None)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="where tensors and layers are made: with cuda, the engine's tests run on a GPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if device := config.getoption("--device"):
+        torch.set_default_device(device)
+        torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Classifiers that tests train are kept for the tests alone."""

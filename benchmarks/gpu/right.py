@@ -3,7 +3,9 @@
 import copy
 import functools
 import itertools
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +22,11 @@ from wgan_fast.bench import variants, workloads
 from wgan_fast.training import TrainConfig, Trainer
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["clipping", "optim", "kernel_operators", "norm_ops", "mlp_step", "speed_options", "faults"]
+KERNEL_TESTS = ["clipping", "optim", "kernel_operators", "norm_ops", "mlp_step", "speed_options", "faults", "operators"]
 """Files of tests that have a case for a GPU."""
-TEST_SECONDS, SANITIZER_SECONDS = 150, 60
+ENGINE_TESTS = ["tests/four_pass", "tests/engine", "tests/face"]
+"""Folders whose tests run on any device."""
+TEST_SECONDS, ENGINE_SECONDS, SANITIZER_SECONDS = 150, 200, 60
 SANITIZED = ["clipping", "optim", "mlp_step"]
 EPSILON = {"fp64": 2.0**-52, "fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7}
 
@@ -30,7 +34,8 @@ EPSILON = {"fp64": 2.0**-52, "fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7
 def run(session: Session) -> None:
     """Measure what is missing."""
     session.item("machine", functools.partial(machine, session))
-    begun = start_tests(session)
+    files = [str(path) for name in KERNEL_TESTS for path in (ROOT / "tests").rglob(f"test_{name}.py")]
+    begun = start_tests("tests", ["-k", "cuda or gpu", *files], session)
     session.item("ceilings", functools.partial(ceilings, session))
     for name in KERNELS:
         session.item(f"right/operator/{name}", functools.partial(operator, name, session))
@@ -41,7 +46,9 @@ def run(session: Session) -> None:
     for width, precision in itertools.product((64, 128, 256) if session.on_gpu else (16,), ("fp32", "tf32", "bf16")):
         key = f"right/fused-mlp/{width}/{precision}"
         session.item(key, functools.partial(fused_mlp, width, precision, session))
-    session.item("right/tests", functools.partial(tests, begun, session))
+    session.item("right/tests", functools.partial(tests, "tests", begun, TEST_SECONDS, session))
+    begun = start_tests("engine", [f"--device={session.device}", *(str(ROOT / name) for name in ENGINE_TESTS)], session)
+    session.item("right/engine", functools.partial(tests, "engine", begun, ENGINE_SECONDS, session))
 
 
 def machine(session: Session) -> Found:
@@ -196,25 +203,23 @@ def fused_mlp(width: int, precision: str, session: Session) -> Found:
     return found | {"told": ", ".join(f"{name} {error:.1e}" for name, error in errors.items())}
 
 
-def start_tests(session: Session) -> "subprocess.Popen[bytes] | None":
-    """Begin the tests that need a GPU, on processes of their own where xdist is installed."""
-    if not session.on_gpu or "error" not in session.items.get("right/tests", {"error": ""}):
+def start_tests(name: str, arguments: list[str], session: Session) -> "subprocess.Popen[bytes] | None":
+    """Begin tests on the GPU, on processes of their own where xdist is installed."""
+    if not session.on_gpu or "error" not in session.items.get(f"right/{name}", {"error": ""}):
         return None
-    report = session.folder / "tests.xml"
-    files = [str(path) for name in TESTS for path in (ROOT / "tests").rglob(f"test_{name}.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "cuda or gpu", f"--junitxml={report}"]
-    command += ["--tb=short", "--show-capture=no", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "--tb=short", "--show-capture=no"]
+    command += [f"--junitxml={session.folder / name}.xml", *arguments]
     if subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True, check=False).returncode == 0:
-        command += ["-n", "8"]
-    with (session.folder / "tests.txt").open("wb") as log:
+        command += ["-n", str(max(1, (os.cpu_count() or 1) - 2))]
+    with (session.folder / f"{name}.txt").open("wb") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
-def tests(begun: "subprocess.Popen[bytes] | None", session: Session) -> Found:
+def tests(name: str, begun: "subprocess.Popen[bytes] | None", seconds: float, session: Session) -> Found:
     """Wait for the tests."""
     if begun is None:
         return {"told": "not run: no GPU", "exit_code": 0}
-    return finished(begun, session.folder / "tests.txt", TEST_SECONDS)
+    return finished(begun, session.folder / f"{name}.txt", seconds)
 
 
 def sanitizer(session: Session) -> Found:
@@ -235,7 +240,11 @@ def finished(begun: "subprocess.Popen[bytes]", log: Path, seconds: float) -> Fou
     try:
         code: int | None = begun.wait(seconds)
     except subprocess.TimeoutExpired:
-        begun.kill()
+        begun.send_signal(signal.SIGINT)  # pytest then tells what it has found
+        try:
+            begun.wait(20)
+        except subprocess.TimeoutExpired:
+            begun.kill()
         code = None
     lines = log.read_text(errors="replace").strip().splitlines() or [""]
     told = lines[-1] if code is not None else f"not done after {seconds:.0f} s: {lines[-1]}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from right import distance, gradient
 from session import Found, Session, arithmetic, graphed, medians, profile
-from torch import Tensor, nn
+from torch import Tensor
 
 from wgan_fast.bench import variants, workloads
 from wgan_fast.bench.jax_step import in_jax
@@ -41,23 +41,14 @@ FIRST = [
 """Model, batch size and arithmetic, the most telling ones first: time on a GPU is short."""
 COMPILED = FIRST[:5]
 """What is also compiled, which takes half a minute each."""
-PROFILED = [FIRST[0], FIRST[3]]
+PROFILED = FIRST[:4]
 SECONDS = 0.8
 """Of rounds, per workload."""
 
 
-def amp() -> nn.Module:
-    """The discriminator of adversarial motion priors (Peng et al. 2021, arXiv:2104.02180)."""
-    layers = [nn.Linear(40, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 1), nn.Flatten(0)]
-    return nn.Sequential(*layers)
-
-
 def workload(model: str, batch_size: int, session: Session) -> workloads.Workload:
-    """A workload by its model's name; one here is not among the benchmark's."""
-    options: dict[str, Any] = {"device": session.device, "batch_size": batch_size if session.on_gpu else 10}
-    if model == "amp":
-        return workloads.build("targets:amp", sample_shape=(40,), **options)
-    return workloads.build(model, **options)
+    """A workload of the benchmark's."""
+    return workloads.build(model, device=session.device, batch_size=batch_size if session.on_gpu else 10)
 
 
 def run(session: Session) -> None:
