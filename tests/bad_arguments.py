@@ -11,6 +11,7 @@ import torch
 Row = tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]
 
 
+HERE = torch.get_default_device().type
 NAN, INF = float("nan"), float("inf")
 OPTION_ERRORS: list[Row] = [
     ("weight is a string", {"weight": "10"}, TypeError, ("weight", "str")),
@@ -56,7 +57,7 @@ SAMPLE_ERRORS: list[Row] = [
     ("fake is flattened", {"fake": torch.ones(24)}, ValueError, ("fake", "[24]", "[4, 6]")),
     ("fake is half", {"fake": torch.ones(4, 6).half()}, TypeError, ("fake", "torch.float16", "torch.float32")),
     ("real is double", {"real": torch.ones(4, 6).double()}, TypeError, ("fake", "torch.float32", "torch.float64")),
-    ("fake is elsewhere", {"fake": torch.ones(4, 6, device="meta")}, ValueError, ("fake", "meta", "cpu")),
+    ("fake is elsewhere", {"fake": torch.ones(4, 6, device="meta")}, ValueError, ("fake", "meta", HERE)),
     ("the batch is empty", {"real": torch.ones(0, 6), "fake": torch.ones(0, 6)}, ValueError, ("real", "[0, 6]")),
     ("samples are empty", {"real": torch.ones(4, 0), "fake": torch.ones(4, 0)}, ValueError, ("real", "[4, 0]")),
     ("samples are scalars", {"real": torch.ones(4), "fake": torch.ones(4)}, ValueError, ("real", "[4]")),
@@ -68,7 +69,7 @@ SAMPLE_ERRORS: list[Row] = [
     ("alpha has a dimension more", {"alpha": torch.rand(1, 4, 6)}, ValueError, ("alpha", "[1, 4, 6]", "[4]", "[4, 6]")),
     ("alpha is transposed", {"alpha": torch.rand(1, 4)}, ValueError, ("alpha", "[1, 4]", "[4]")),
     ("alpha is empty", {"alpha": torch.rand(0)}, ValueError, ("alpha", "[0]", "[4]")),
-    ("alpha is elsewhere", {"alpha": torch.ones(4, device="meta")}, ValueError, ("alpha", "meta", "cpu")),
+    ("alpha is elsewhere", {"alpha": torch.ones(4, device="meta")}, ValueError, ("alpha", "meta", HERE)),
 ]
 CRITIC_ERRORS: list[Row] = [
     ("critic packs what is not divided", {"group_size": 3}, ValueError, ("group_size", "3", "4 samples")),

@@ -27,9 +27,8 @@ def dense_critic(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 def points_of(config: PenaltyConfig, real: Tensor, fake: Tensor, alpha: Tensor) -> list[Tensor]:
     """The points as the textbook has them, with DRAGAN's noise drawn as the step will draw it from the same state."""
-    state = torch.get_rng_state()
-    noise = torch.rand(real.shape, dtype=alpha.dtype)
-    torch.set_rng_state(state)
+    with torch.random.fork_rng():
+        noise = torch.rand(real.shape, dtype=alpha.dtype)
     return textbook.points_at(config.at, real, fake, alpha, noise)
 
 

@@ -8,6 +8,7 @@ from rounding import deviations
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from wgan_fast.backends import switched_off
 from wgan_fast.four_pass import Objective
 
 L, C = nn.Linear, nn.Conv2d
@@ -238,7 +239,8 @@ def truth(critic, objective, batches, arguments=(), calls=None):
     for names in calls or [[name] for name in losses + points]:
         inputs = [batches[name].clone().requires_grad_() for name in names]
         given = [torch.cat([argument] * len(names)) for argument in arguments]
-        with sdpa_kernel(SDPBackend.MATH):  # the only one that can be differentiated twice
+        # What can be differentiated twice.
+        with sdpa_kernel(SDPBackend.MATH), switched_off(torch.backends.cudnn):
             parts = critic(torch.cat(inputs) if len(inputs) > 1 else inputs[0], *given).chunk(len(names))
         scores = dict(zip(names, parts)) | scores
         penalised |= {name: pair for name, *pair in zip(names, inputs, parts) if name in points}

@@ -38,7 +38,7 @@ class Perturbed(TorchDispatchMode):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self._signs = torch.Generator().manual_seed(seed)
+        self._signs = torch.Generator("cpu").manual_seed(seed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _TAKEN_APART:
@@ -56,8 +56,9 @@ class Perturbed(TorchDispatchMode):
                 return result
             # An integer, such as the bound of a clamp, and a number that was given are as they should be: to move
             # them would break ties that every implementation has.
-            rounded = (result != result.round()) & ~torch.from_numpy(np.isin(_numbers(result), exact))
-            signs = 2 * torch.randint(0, 2, result.shape, generator=self._signs).double() - 1
+            rounded = (result != result.round()) & ~torch.from_numpy(np.isin(_numbers(result), exact)).to(result.device)
+            drawn = torch.randint(0, 2, result.shape, generator=self._signs, device="cpu").to(result.device)
+            signs = 2 * drawn.double() - 1
             factor = torch.where(rounded, 1 + EPSILON * signs, 1.0).to(result.dtype)
             return result.mul_(factor) if written else result * factor
 
@@ -68,7 +69,7 @@ def _numbers(value: Tensor | float) -> np.ndarray[Any, Any]:
     if isinstance(value, float):
         return np.array([value])
     # Autograd's stand-ins for zeros and for shapes have no memory to look at.
-    return np.zeros(1) if value._is_zerotensor() or value.is_meta else value.detach().numpy()
+    return np.zeros(1) if value._is_zerotensor() or value.is_meta else value.detach().cpu().numpy()
 
 
 def deviations(function: Callable[[nn.Module], Sequence[Tensor]], critic: nn.Module) -> list[float]:

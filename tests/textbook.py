@@ -16,6 +16,11 @@ CLASSES = 3
 PAC = 3
 
 
+def generator(seed: int) -> torch.Generator:
+    """Random numbers of their own, on the device where the tests make their tensors."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def interpolates(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     alpha = alpha.view(-1, *[1] * (real.dim() - 1))
     return alpha * real + (1 - alpha) * fake
@@ -134,7 +139,7 @@ class Case:
         return critic
 
     def samples(self, dtype: torch.dtype = torch.float64, batch: int | None = None) -> tuple[Tensor, Tensor]:
-        random = torch.Generator().manual_seed(2)
+        random = generator(2)
         shape = (self.batch if batch is None else batch, *self.sample_shape)
         real = torch.randn(shape, dtype=torch.float64, generator=random)
         fake = 0.5 * torch.randn(shape, dtype=torch.float64, generator=random) + 0.25
@@ -143,7 +148,7 @@ class Case:
     def alpha(self, dtype: torch.dtype = torch.float64, batch: int | None = None) -> Tensor:
         """One α per sample, equal within a group."""
         groups = (self.batch if batch is None else batch) // self.group_size
-        alpha = torch.rand(groups, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        alpha = torch.rand(groups, dtype=torch.float64, generator=generator(3))
         return alpha.repeat_interleave(self.group_size).to(dtype)
 
     @property

@@ -40,6 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, "compile", []], help="what to measure (all four)")
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "runs" / "gpu", help="folder of all that is left")
+    parser.add_argument("--only", default="", help="a regular expression that the keys of the items to measure match")
     parser.add_argument("--commit", default="", help="what is measured, where the checkout cannot tell")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -49,7 +50,7 @@ def main() -> int:
     environment = results.environment(torch.device(device)) | {"gpu": device == "cuda"}
     environment["commit"] = options.commit or environment["commit"]
     environment["versions"] |= {"triton": results.version("triton"), "cuda": torch.version.cuda or ""}
-    session = Session(options.out, environment, device)
+    session = Session(options.out, environment, device, options.only)
     if options.parts == ["compile"]:
         targets.compile_all(session)
         return 0

@@ -205,7 +205,7 @@ def fused_mlp(width: int, precision: str, session: Session) -> Found:
 
 def start_tests(name: str, arguments: list[str], session: Session) -> "subprocess.Popen[bytes] | None":
     """Begin tests on the GPU, on processes of their own where xdist is installed."""
-    if not session.on_gpu or "error" not in session.items.get(f"right/{name}", {"error": ""}):
+    if not session.on_gpu or not session.wants(f"right/{name}"):
         return None
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "--tb=short", "--show-capture=no"]
     command += [f"--junitxml={session.folder / name}.xml", *arguments]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import statistics
 import time
 import traceback
@@ -26,11 +27,13 @@ class Session:
         folder: Of everything that is written: ``results.json`` and what the items leave beside it.
         environment: Device, versions and commit; a file of another environment is not continued.
         device: "cuda", or "cpu" where everything runs at small sizes.
+        only: What is searched for in an item's key; others are not measured.
     """
 
     folder: Path
     environment: Found
     device: str
+    only: str = ""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +53,7 @@ class Session:
 
     def item(self, key: str, measure: Callable[[], Found]) -> None:
         """Measure one thing, unless an earlier start has; whatever it raises is kept and the others go on."""
-        if "error" not in self.items.get(key, {"error": ""}):
+        if not self.wants(key):
             return
         begun = time.perf_counter()
         try:
@@ -62,6 +65,10 @@ class Session:
         results.write(self.path, {"environment": self.environment, "items": self.items})
         told = found.get("error") or found.get("told", "done")
         print(f"[{found['seconds']:5.1f} s] {key}: {str(told).splitlines()[0][:400]}", flush=True)
+
+    def wants(self, key: str) -> bool:
+        """Whether an item is asked for and not measured yet."""
+        return re.search(self.only, key) is not None and "error" in self.items.get(key, {"error": ""})
 
     @property
     def failed(self) -> list[str]:

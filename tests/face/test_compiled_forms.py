@@ -210,9 +210,10 @@ def test_a_function_made_inside_cannot_pick() -> None:
 
 def test_autocast_around_it() -> None:
     critic = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    device = torch.get_default_device().type
 
     def form(x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             r1 = gradient_penalty(critic, x, at="real", target=0.0, return_scores=True)
             return r1.penalty + r1.scores.float().square().mean()
 

@@ -232,7 +232,7 @@ def test_bf16_error_is_at_most_twice_that_of_the_textbook_under_autocast(loss: s
         alpha = torch.rand(63)
         exact = textbook_step(exact_critic, real.double(), fake.double(), alpha.double(), loss=loss)
         truth = gradients(exact["loss"], exact_critic)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             usual = textbook_step(critic, real, fake, alpha, loss=loss)
         usual_gradients = gradients(usual["loss"], critic)
         result = step(real, fake, alpha)

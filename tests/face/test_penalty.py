@@ -6,7 +6,7 @@ import pytest
 import textbook
 import torch
 from bad_arguments import CALL_ERRORS, CRITIC_ERRORS, OPTION_ERRORS, SAMPLE_ERRORS, assert_says, rows
-from textbook import CASES, LAYOUTS, Case, assert_equal_gradients, distance, gradients, random_pair
+from textbook import CASES, LAYOUTS, Case, assert_equal_gradients, distance, generator, gradients, random_pair
 from torch import Tensor, nn
 
 from wgan_fast import GradientPenalty, PenaltyConfig, gradient_penalty, reference
@@ -56,7 +56,7 @@ def image_critic(dtype: torch.dtype = torch.float64) -> nn.Module:
 def test_value_and_gradients_equal_the_textbook_recipe(case: Case, at: str, one_sided: bool) -> None:
     critic = case.critic()
     real, fake = case.samples()
-    random, again = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    random, again = generator(5), generator(5)
     alpha = torch.rand(case.batch // case.group_size, dtype=torch.float64, generator=again)
     noise = torch.rand(real.shape, dtype=torch.float64, generator=again)
     points = textbook.points_at(at, real, fake, alpha.repeat_interleave(case.group_size), noise)
@@ -219,7 +219,7 @@ def test_explicit_alpha_may_be_given_per_group() -> None:
 def test_alpha_is_one_draw_from_the_given_generator(dtype: torch.dtype) -> None:
     critic = dense_critic(dtype)
     real, fake = random_pair(63, 6, dtype=dtype)
-    given, twin = torch.Generator().manual_seed(11), torch.Generator().manual_seed(11)
+    given, twin = generator(11), generator(11)
     before = torch.get_rng_state()
     drawn = gradient_penalty(critic, real, fake, generator=given, engine="autograd")
     assert torch.equal(torch.get_rng_state(), before)
@@ -244,7 +244,7 @@ def test_alpha_is_one_draw_from_the_default_generator_before_the_critic_runs() -
 def test_a_group_shares_one_alpha() -> None:
     case = CASES["packed"]
     critic, (real, fake) = case.critic(), case.samples()
-    given, twin = torch.Generator().manual_seed(11), torch.Generator().manual_seed(11)
+    given, twin = generator(11), generator(11)
     alpha = torch.rand(case.batch // case.group_size, dtype=torch.float64, generator=twin)
     actual = penalty_of(case, critic, real, fake, generator=given)
     assert torch.equal(given.get_state(), twin.get_state())
@@ -256,7 +256,7 @@ def test_a_group_shares_one_alpha() -> None:
 def test_nothing_is_drawn_where_no_point_is_random(at: str) -> None:
     critic = dense_critic()
     real, fake = random_pair(3, 6)
-    given = torch.Generator().manual_seed(11)
+    given = generator(11)
     states = torch.get_rng_state(), given.get_state()
     gradient_penalty(critic, real, fake, at=at, engine="autograd")
     gradient_penalty(critic, real, fake, at=at, generator=given, engine="autograd")
@@ -375,9 +375,9 @@ def test_under_no_grad_there_is_only_the_value(at: str) -> None:
     critic = dense_critic()
     real, fake = random_pair(5, 6)
     options = {"at": at, "engine": "autograd"}
-    with_graph = gradient_penalty(critic, real, fake, generator=torch.Generator().manual_seed(1), **options)
+    with_graph = gradient_penalty(critic, real, fake, generator=generator(1), **options)
     with torch.no_grad():
-        value = gradient_penalty(critic, real, fake, generator=torch.Generator().manual_seed(1), **options)
+        value = gradient_penalty(critic, real, fake, generator=generator(1), **options)
     assert with_graph.requires_grad
     assert not value.requires_grad
     assert torch.equal(value, with_graph.detach())
@@ -452,7 +452,7 @@ def test_autocast_error_is_at_most_twice_that_of_the_textbook(kind: str) -> None
         alpha = torch.rand(shape[0])
         exact = textbook.penalty(exact_critic, [textbook.interpolates(real.double(), fake.double(), alpha.double())])
         truth = gradients(exact, exact_critic)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             penalty = gradient_penalty(critic, real, fake, alpha=alpha, engine="autograd")
             usual = textbook.penalty(critic, [textbook.interpolates(real, fake, alpha)])
         assert penalty.dtype == torch.float32
@@ -598,7 +598,7 @@ def test_the_default_dtype_may_change_between_plans() -> None:
 def test_any_batch_size(batch: int, at: str) -> None:
     critic = dense_critic()
     real, fake = random_pair(batch, 6)
-    random, again = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    random, again = generator(5), generator(5)
     alpha = torch.rand(batch, dtype=torch.float64, generator=again)
     noise = torch.rand(real.shape, dtype=torch.float64, generator=again)
     expected = textbook.penalty(critic, textbook.points_at(at, real, fake, alpha, noise))
@@ -613,10 +613,10 @@ def test_any_memory_layout(layout: str, at: str) -> None:
     critic = image_critic()
     real, fake = random_pair(3, 2, 6, 8)
     options = {"at": at, "engine": "autograd"}
-    expected = gradient_penalty(critic, real, fake, generator=torch.Generator().manual_seed(1), **options)
+    expected = gradient_penalty(critic, real, fake, generator=generator(1), **options)
     strided = LAYOUTS[layout](real)
     assert torch.equal(strided, real)
-    actual = gradient_penalty(critic, strided, fake, generator=torch.Generator().manual_seed(1), **options)
+    actual = gradient_penalty(critic, strided, fake, generator=generator(1), **options)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
     assert_equal_gradients(gradients(actual, critic), gradients(expected, critic))
 
@@ -638,8 +638,8 @@ def test_a_planned_penalty_equals_the_function(case: Case, at: str) -> None:
         "critic_kwargs": case.kwargs,
         "engine": "autograd",
     }
-    planned = GradientPenalty(critic, generator=torch.Generator().manual_seed(5), **options)
-    random = torch.Generator().manual_seed(5)
+    planned = GradientPenalty(critic, generator=generator(5), **options)
+    random = generator(5)
     for _ in range(2):  # the second call draws afresh and reads the parameters as they are now
         expected = gradient_penalty(critic, real, fake, generator=random, **options)
         actual = planned(real, fake)
