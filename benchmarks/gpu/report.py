@@ -21,7 +21,7 @@ def _file(found: Found) -> str:
     if "copy_gb_per_s" in ceilings:
         rates = ", ".join(f"{ceilings[f'{name}_tflop_per_s']:.0f} in {name}" for name in ("fp32", "tf32", "bf16"))
         parts.append(f"A copy moves {ceilings['copy_gb_per_s']:.0f} GB/s; products reach {rates} (TFLOP/s).\n")
-    for make in (_steps, _iterations, _kernels):
+    for make in (_steps, _iterations, _kernels, _fused):
         rows = make(items)
         if len(rows) > 1:
             parts.append(report.table(rows))
@@ -88,6 +88,16 @@ def _kernels(items: dict[str, Found]) -> list[list[str]]:
         eager = next((times[name] for name in ("eager", "autograd") if name in times), None)
         ratios = [_ratio(other, times["ours"]) for other in (times.get("compiled"), eager)]
         rows.append([case, f"{found['of_copy_bandwidth']:.2f}", f"{found['target']:.2f}", *ratios])
+    return rows
+
+
+def _fused(items: dict[str, Found]) -> list[list[str]]:
+    header = ["fused MLP step: width, arithmetic", "four passes, compiled", "fused", "as graphs: four passes", "fused"]
+    rows = [[*header, "four passes / fused"]]
+    for case, times in _chosen(items, "fused-mlp").items():
+        names = [f"{way}{form}" for form in ("", "-graph") for way in ("four_pass", "ours")]
+        ratio = _ratio(times.get("four_pass-graph"), times.get("ours-graph"))
+        rows.append([case, *(_milliseconds(times.get(name)) for name in names), ratio])
     return rows
 
 
