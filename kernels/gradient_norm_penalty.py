@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .numbers import bits, float_of
 from .specialisation import Specialisation
 
 _MAX_COLUMNS = 16384
@@ -26,14 +27,14 @@ def _square_root(x):
     return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
 
 
-# G stays an argument where it is 1: a constant has no type to divide in.
-_jit = triton.jit(do_not_specialize=["G"])
+# G stays an argument where it is 1: a constant has no type to divide in. A weight's bits say nothing of alignment.
+_jit = triton.jit(do_not_specialize=["G", "weight"])
 
 
 @triton.jit
-def _seed_slope(norm, G, WEIGHT: tl.constexpr, TARGET: tl.constexpr, ONE_SIDED: tl.constexpr):
+def _seed_slope(norm, G, weight, TARGET: tl.constexpr, ONE_SIDED: tl.constexpr):
     """The s of v = s·g: (2w/G)(r − target)/r, with 0 where r = 0."""
-    factor = 2 * WEIGHT / G.to(norm.dtype)
+    factor = 2 * float_of(weight, norm.dtype) / G.to(norm.dtype)
     if TARGET == 0:
         return tl.zeros_like(norm) + factor
     excess = norm - TARGET
@@ -43,14 +44,14 @@ def _seed_slope(norm, G, WEIGHT: tl.constexpr, TARGET: tl.constexpr, ONE_SIDED: 
 
 
 @triton.jit
-def _curvature(norm, product, G, WEIGHT: tl.constexpr, TARGET: tl.constexpr, ONE_SIDED: tl.constexpr):
+def _curvature(norm, product, G, weight, TARGET: tl.constexpr, ONE_SIDED: tl.constexpr):
     """The q of v's derivative s·c + q·g in the direction c: (2w/G) target ⟨g, c⟩/r³."""
     flat = norm == 0
     if ONE_SIDED:
         flat |= norm < TARGET
     r = tl.where(flat, 1, norm)
     # In this order r³ is never formed, which would overflow long before r.
-    return tl.where(flat, 0, 2 * WEIGHT / G.to(norm.dtype) * TARGET * (product / r / r / r))
+    return tl.where(flat, 0, 2 * float_of(weight, norm.dtype) / G.to(norm.dtype) * TARGET * (product / r / r / r))
 
 
 @_jit
@@ -61,7 +62,7 @@ def gradient_norm_penalty_rows_kernel(
     p_out,  # [G, D]: v, or v's derivative in the direction of the cotangent
     G,
     D,
-    WEIGHT: tl.constexpr,
+    weight,  # its bits
     TARGET: tl.constexpr,
     ONE_SIDED: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -80,13 +81,13 @@ def gradient_norm_penalty_rows_kernel(
         b_cotangent = tl.load(p_cotangent + o, mask=m, other=0).to(COMPUTE)
         norm = tl.load(p_norm + o_g, mask=m_g, other=1)
         product = tl.sum(b_gradient * b_cotangent, axis=1)
-        slope = _seed_slope(norm, G, WEIGHT, TARGET, ONE_SIDED)
-        curvature = _curvature(norm, product, G, WEIGHT, TARGET, ONE_SIDED)
+        slope = _seed_slope(norm, G, weight, TARGET, ONE_SIDED)
+        curvature = _curvature(norm, product, G, weight, TARGET, ONE_SIDED)
         b_out = slope[:, None] * b_cotangent + curvature[:, None] * b_gradient
     else:
         norm = _square_root(tl.sum(b_gradient * b_gradient, axis=1))
         tl.store(p_norm + o_g, norm, mask=m_g)
-        b_out = _seed_slope(norm, G, WEIGHT, TARGET, ONE_SIDED)[:, None] * b_gradient
+        b_out = _seed_slope(norm, G, weight, TARGET, ONE_SIDED)[:, None] * b_gradient
     tl.store(p_out + o, b_out.to(p_out.dtype.element_ty), mask=m)
 
 
@@ -119,7 +120,7 @@ def gradient_norm_penalty_apply_kernel(
     p_out,  # [G, D]
     G,
     D,
-    WEIGHT: tl.constexpr,
+    weight,  # its bits
     TARGET: tl.constexpr,
     ONE_SIDED: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -143,12 +144,12 @@ def gradient_norm_penalty_apply_kernel(
     if BACKWARD:
         norm = tl.load(p_norm + i_g)
         b_cotangent = tl.load(p_cotangent + o, mask=o_d < D, other=0).to(COMPUTE)
-        slope = _seed_slope(norm, G, WEIGHT, TARGET, ONE_SIDED)
-        b_out = slope * b_cotangent + _curvature(norm, total, G, WEIGHT, TARGET, ONE_SIDED) * b_gradient
+        slope = _seed_slope(norm, G, weight, TARGET, ONE_SIDED)
+        b_out = slope * b_cotangent + _curvature(norm, total, G, weight, TARGET, ONE_SIDED) * b_gradient
     else:
         norm = _square_root(total)
         tl.store(p_norm + i_g, norm, mask=i_c == 0)
-        b_out = _seed_slope(norm, G, WEIGHT, TARGET, ONE_SIDED) * b_gradient
+        b_out = _seed_slope(norm, G, weight, TARGET, ONE_SIDED) * b_gradient
     tl.store(p_out + o, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
 
 
@@ -158,7 +159,7 @@ def gradient_norm_penalty_reduce_kernel(
     p_penalty,  # []
     p_mean_norm,  # []
     G,
-    WEIGHT: tl.constexpr,
+    weight,  # its bits
     TARGET: tl.constexpr,
     ONE_SIDED: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -175,7 +176,7 @@ def gradient_norm_penalty_reduce_kernel(
             excess = tl.where(excess < 0, 0, excess)
         b_excess += tl.where(o_g < G, excess * excess, 0)
         b_norm += norm
-    tl.store(p_penalty, tl.sum(b_excess, axis=0) / G * WEIGHT)
+    tl.store(p_penalty, tl.sum(b_excess, axis=0) / G * float_of(weight, COMPUTE))
     tl.store(p_mean_norm, tl.sum(b_norm, axis=0) / G)
 
 
@@ -208,7 +209,7 @@ def gradient_norm_penalty(
         penalty,
         mean_norm,
         norm.shape[0],
-        WEIGHT=weight,
+        bits(weight),
         TARGET=target,
         ONE_SIDED=one_sided,
         COMPUTE=_compute(norm),
@@ -257,7 +258,6 @@ def _launch(
     G = norm.shape[0]
     D = gradient.numel() // G
     constants = {
-        "WEIGHT": float(weight),
         "TARGET": float(target),
         "ONE_SIDED": one_sided,
         "BACKWARD": backward,
@@ -273,6 +273,7 @@ def _launch(
             out,
             G,
             D,
+            bits(weight),
             BLOCK_G=BLOCK_G,
             BLOCK_D=BLOCK_D,
             num_warps=max(4, BLOCK_D // 1024),
@@ -292,6 +293,7 @@ def _launch(
         out,
         G,
         D,
+        bits(weight),
         CHUNK=_CHUNK,
         BLOCK_CHUNKS=min(1024, triton.next_power_of_2(chunks)),
         num_warps=8,
@@ -304,12 +306,13 @@ def _arguments(dtype: str, *pointers: str) -> dict[str, str]:
         **{name: f"*{'fp32' if name in ('p_norm', 'p_partial') else dtype}" for name in pointers},
         "G": "i32",
         "D": "i32:16",
+        "weight": "i64",
     }
 
 
 def _specialisations() -> list[Specialisation]:
     forms = []
-    constants = {"WEIGHT": 10.0, "TARGET": 1.0, "ONE_SIDED": False, "COMPUTE": tl.float32}
+    constants = {"TARGET": 1.0, "ONE_SIDED": False, "COMPUTE": tl.float32}
     for dtype, name in (("fp32", "float32"), ("bf16", "bfloat16")):
         for backward in (False, True):
             form = f"{name}, backward" if backward else name
@@ -335,7 +338,7 @@ def _specialisations() -> list[Specialisation]:
                 )
             )
         partial = _arguments(dtype, "p_gradient", "p_other", "p_partial")
-        del partial["G"]
+        del partial["G"], partial["weight"]
         forms.append(
             Specialisation(
                 name,
@@ -345,7 +348,7 @@ def _specialisations() -> list[Specialisation]:
                 num_warps=8,
             )
         )
-    reduce = {"p_norm": "*fp32", "p_penalty": "*fp32", "p_mean_norm": "*fp32", "G": "i32"}
+    reduce = {"p_norm": "*fp32", "p_penalty": "*fp32", "p_mean_norm": "*fp32", "G": "i32", "weight": "i64"}
     forms.append(Specialisation("float32", gradient_norm_penalty_reduce_kernel, reduce, {**constants, "BLOCK_G": 1024}))
     return forms
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .numbers import bits, float_of
 from .specialisation import Specialisation
 
 _ROWS = 16, 64
@@ -78,7 +79,7 @@ def _layer(
     return b_squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["weight"])
 def mlp_critic_step_rows_kernel(
     p_real,  # [N, columns]
     p_fake,  # [N, columns]
@@ -93,9 +94,9 @@ def mlp_critic_step_rows_kernel(
     columns,
     D,
     H,
+    weight,  # its bits
     LAYERS: tl.constexpr,
     SLOPE: tl.constexpr,
-    WEIGHT: tl.constexpr,
     TARGET: tl.constexpr,
     ONE_SIDED: tl.constexpr,
     DOT: tl.constexpr,
@@ -185,11 +186,11 @@ def mlp_critic_step_rows_kernel(
         if ONE_SIDED:
             b_excess = tl.where(b_excess < 0, 0, b_excess)
         tl.store(p_norm + o_n, b_norm, mask=m_n)
-        penalty = tl.sum(tl.where(m_n, b_excess * b_excess, 0), 0) * (WEIGHT * each)
+        penalty = tl.sum(tl.where(m_n, b_excess * b_excess, 0), 0) * (float_of(weight, SUM) * each)
         tl.store(p_figures + i_t * 4 + 2, penalty)
         tl.store(p_figures + i_t * 4 + 3, tl.sum(tl.where(m_n, b_norm, 0), 0) * each)
         # Where the norm is 0 so is g, whatever it is multiplied by.
-        b_factor = tl.where(b_norm == 0, 0, b_excess / b_norm) * (2 * (WEIGHT * each))
+        b_factor = tl.where(b_norm == 0, 0, b_excess / b_norm) * (2 * (float_of(weight, SUM) * each))
         tl.debug_barrier()
         for i_j in range(0, D, BLOCK_J):
             o_x = o_n[:, None] * D + i_j + o_j[None, :]
@@ -345,8 +346,8 @@ def mlp_critic_step(
     tiles = triton.cdiv(N, blocks["BLOCK_N"])
     figures = real.new_empty(tiles, 4)
     mlp_critic_step_rows_kernel[(tiles, 3)](
-        real, fake, alpha, packed, x, a, delta, norm, figures, N, columns, D, H,
-        SLOPE=negative_slope, WEIGHT=weight, TARGET=target, ONE_SIDED=one_sided, **settings, **blocks, **options,
+        real, fake, alpha, packed, x, a, delta, norm, figures, N, columns, D, H, bits(weight),
+        SLOPE=negative_slope, TARGET=target, ONE_SIDED=one_sided, **settings, **blocks, **options,
     )  # fmt: skip
     count = min(_PARTS, triton.cdiv(3 * N, 4 * _BLOCK))
     share = triton.cdiv(3 * N, count)
@@ -386,8 +387,8 @@ def _specialisations(
     buffers = {"p_x": f"*{kept}", "p_a": f"*{kept}", "p_delta": f"*{kept}"}
     rows = {f"p_{n}": "*fp32" for n in ("real", "fake", "alpha", "parameters")}
     rows |= buffers | {"p_norm": "*fp32", "p_figures": "*fp32"}
-    rows |= {"N": "i32:16", "columns": columns, "D": "i32:16", "H": "i32:16"}
-    penalty = {"SLOPE": 0.2, "WEIGHT": 10.0, "TARGET": 1.0, "ONE_SIDED": False}
+    rows |= {"N": "i32:16", "columns": columns, "D": "i32:16", "H": "i32:16", "weight": "i64"}
+    penalty = {"SLOPE": 0.2, "TARGET": 1.0, "ONE_SIDED": False}
     weights = {**buffers, "p_parts": "*fp32", **{n: rows[n] for n in ("N", "D", "H")}}
     weights |= {"parameters": "i32", "share": "i32:16"}
     blocks = _blocks(N)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -12,6 +13,7 @@ pytest.importorskip("triton")
 
 import kernel_resources  # imports Triton
 import triton
+from wgan_fast.kernels import gradient_norm_penalty, mlp_critic_step
 
 
 def test_every_kernel_equals_its_reference_under_the_interpreter() -> None:
@@ -26,6 +28,17 @@ def test_every_kernel_asks_of_a_gpu_what_its_baseline_says() -> None:
         pytest.skip(f"the baselines are those of Triton {baselines['triton']}, this is {triton.__version__}")
     problems = kernel_resources.differences(kernel_resources.measure(), baselines)
     assert not problems, "\n".join([*problems, f"Where that is meant: {kernel_resources.UPDATE}"])
+
+
+@pytest.mark.parametrize("file", [gradient_norm_penalty, mlp_critic_step])
+def test_another_weight_of_the_penalty_compiles_nothing(file: ModuleType) -> None:
+    """It may follow a schedule; what is compiled anew is told by constants, and by what is specialised."""
+    taking = {form.kernel for form in file.SPECIALISATIONS if "weight" in form.arguments}
+    assert taking
+    for kernel in taking:
+        (weight,) = [parameter for parameter in kernel.params if parameter.name.lower() == "weight"]
+        assert not weight.is_constexpr
+        assert weight.do_not_specialize
 
 
 @pytest.mark.parametrize("change", [-1, 1])

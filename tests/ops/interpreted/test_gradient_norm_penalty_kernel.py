@@ -13,7 +13,7 @@ SHAPES = [(1, 1), (3, 5), (63, 7), (1030, 2), (7, 2, 6, 8), (3, 1000), (2, 4097)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SETTINGS = [
     {"weight": 10.0, "target": 1.0, "one_sided": False},
-    {"weight": 3.5, "target": 0.75, "one_sided": True},
+    {"weight": 0.1, "target": 0.75, "one_sided": True},  # no float32
     {"weight": 5.0, "target": 0.0, "one_sided": False},
 ]
 
