@@ -463,9 +463,9 @@ def test_a_cuda_graph_without_capturable_is_refused() -> None:
         optimizer.step()
 
 
-@gpu_kernel
-def test_on_a_gpu_more_tensors_than_a_launch_takes_are_all_stepped() -> None:
-    params = [torch.zeros(7, device="cuda", requires_grad=True) for _ in range(150)]
+@pytest.mark.parametrize("device", DEVICES)
+def test_more_tensors_than_a_launch_takes_are_all_stepped(device: str) -> None:
+    params = [torch.zeros(7, device=device, requires_grad=True) for _ in range(150)]
     for param in params:
         param.grad = torch.ones_like(param)
     ClippedRMSprop(params, lr=1.0, alpha=0.75, eps=0.5, clip=2.0).step()
