@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from .operators import IN_PLACE, OUT
+from .operators import IN_PLACE, OUT, on_gpu
 from .record import Recorder
 from .stand_ins import gives_view
 
@@ -20,6 +20,7 @@ def finish(recorder: Recorder) -> fx.GraphModule:
     graph.eliminate_dead_code()
     _fold_constants(recorder)
     graph.eliminate_dead_code()
+    _cast_in_one_pass(graph)
     _order_by_first_use(graph)
     _own_outputs(graph, recorder.given_away)
     for node in graph.nodes:
@@ -67,6 +68,14 @@ def _fold_constants(recorder: Recorder) -> None:
                 constant = graph.get_attr(name)
             constant.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(constant, lambda user: user not in known)
+
+
+def _cast_in_one_pass(graph: fx.Graph) -> None:
+    """Lay out what is cast while it is cast."""
+    for node in graph.nodes:
+        source = node.args[0] if node.target is aten.clone.default and "memory_format" in node.kwargs else None
+        if isinstance(source, fx.Node) and source.target is aten._to_copy.default and list(source.users) == [node]:
+            node.target, node.args, node.kwargs = source.target, source.args, {**source.kwargs, **node.kwargs}
 
 
 _FILLED = {aten.ones_like.default: 1, aten.zeros_like.default: 0}
@@ -139,9 +148,12 @@ def _own_outputs(graph: fx.Graph, given_away: list[bool]) -> None:
     end, seen = graph.output_node(), set[fx.Node]()
 
     def own(node: fx.Node) -> fx.Node:
-        val = node.meta["val"]
-        shared = node in seen or not _owned(node) or 0 in val.stride() or _read_later(node)
-        seen.add(node)
+        val, made = node.meta["val"], node
+        while made.op == "call_function" and made.target is not operator.getitem and _returns_view(made):
+            made = made.all_input_nodes[0]
+        whole = made is node or (val.is_contiguous() and val.numel() == made.meta["val"].numel())
+        shared = made in seen or not _owned(made) or not whole or 0 in val.stride() or _read_later(made)
+        seen.add(made)
         if not shared:
             return node
         with graph.inserting_before(end):
@@ -214,6 +226,45 @@ def _has_effect(node: fx.Node) -> bool:
 
 
 _VIEWS = {aten.slice.Tensor, aten.t.default, aten.view.default, aten.narrow.default, aten.transpose.int}
+
+
+def cast_together(graph: fx.Graph) -> None:
+    """Have a GPU cast all weights in one launch, and all gradients, and add what is of two dtypes as it is."""
+    end = graph.output_node()
+    into: dict[tuple[bool, torch.dtype], list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target is aten.add.Tensor:
+            _add_uncast(node)
+        if node.target is not aten._to_copy.default:
+            continue
+        (source,), val = node.all_input_nodes, node.meta["val"]
+        given, leaves = source.op == "placeholder", list(node.users) == [end]
+        if (given or leaves) and on_gpu(val) and source.meta["val"].stride() == val.stride():
+            into.setdefault((given, val.dtype), []).append(node)
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for (given, dtype), nodes in into.items():
+        if len(nodes) == 1:
+            continue
+        with graph.inserting_before(first if given else end):
+            together = graph.call_function(torch.ops.wgan_fast.cast.default, ([node.args[0] for node in nodes], dtype))
+            together.meta["val"] = [node.meta["val"] for node in nodes]
+            for i, node in enumerate(nodes):
+                one = graph.call_function(operator.getitem, (together, i))
+                one.meta.update(node.meta)
+                node.replace_all_uses_with(one)
+                graph.erase_node(node)
+
+
+def _add_uncast(total: fx.Node) -> None:
+    """Add what was cast for the sum alone as it was: a GPU casts in passing, to the dtype of the other summand."""
+    one, cast = total.args[:2]
+    if not (isinstance(cast, fx.Node) and cast.target is aten._to_copy.default and list(cast.users) == [total]):
+        return
+    uncast, dtype = cast.all_input_nodes[0], total.meta["val"].dtype
+    if not isinstance(one, fx.Node) or not on_gpu(uncast.meta["val"]) or one.meta["val"].dtype != dtype:
+        return
+    if torch.result_type(one.meta["val"], uncast.meta["val"]) == dtype:
+        total.replace_input_with(cast, uncast)
 
 
 def save_memory(graph: fx.Graph) -> None:

@@ -8,7 +8,7 @@ gets the generic rule, which asks autograd about that operator alone. Beside the
 import torch
 
 from . import activations, functions, linear, normalization, pooling, recurrent, structure
-from .base import FLOPS, IN_PLACE, OPERATORS, OUT, ROWS, Call, Rule, Slot, rule_for
+from .base import FLOPS, IN_PLACE, OPERATORS, OUT, ROWS, Call, Rule, Slot, on_gpu, rule_for
 from .functions import Applied
 from .structure import SIZED
 
@@ -31,6 +31,7 @@ __all__ = [
     "functions",
     "linear",
     "normalization",
+    "on_gpu",
     "pooling",
     "recurrent",
     "rule_for",

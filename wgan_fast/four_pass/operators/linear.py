@@ -177,7 +177,7 @@ def _goes_along_channels(call: Call) -> bool:
     assert weight is not None
     if max(weight.shape[:2]) < 8:
         return False
-    if weight.device.type != "cuda":
+    if not on_gpu(weight):
         return weight.device.type == "cpu"
     return call.argument("groups") == 1 and convolves_in_tensor_cores(_computed_in(weight), weight.device)
 
