@@ -20,6 +20,27 @@ def convolves_in_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 @contextmanager
+def float32_products(in_tf32: bool) -> Iterator[None]:
+    """Have a GPU multiply and convolve float32 in TF32, or exactly, whatever PyTorch was told.
+
+    TF32 keeps 10 bits of an operand's mantissa and sums in float32; PyTorch's default takes it for convolutions alone.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    newer = [(part, part.fp32_precision) for part in (matmul, cudnn.conv, cudnn.rnn)]
+    # The older switches set the newer ones, too; alone, the newer ones leave what the older ones refuse to read.
+    matmul.allow_tf32 = cudnn.allow_tf32 = in_tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = newer[0][1] == "tf32"
+        cudnn.allow_tf32 = newer[1][1] == "tf32"
+        for part, precision in newer:
+            if part.fp32_precision != precision:
+                part.fp32_precision = precision
+
+
+@contextmanager
 def switched_off(*backends: Any) -> Iterator[None]:
     """Have PyTorch take its own layers in place of those of ``torch.backends.cudnn`` or ``torch.backends.mkldnn``.
 

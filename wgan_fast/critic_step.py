@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from .backends import float32_products
 from .checks import (
     UNREACHED,
     WHOLE,
@@ -50,7 +51,7 @@ from .points import (
 )
 from .precision import accumulation_dtype
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 Schedule = Literal["auto", "batched", "split"]
 
 
@@ -88,8 +89,9 @@ class CriticStep:
         engine: As in ``gradient_penalty``.
         compile: Compile the step with ``torch.compile``; needs the four-pass engine, and means nothing to the steps
             that the operator for narrow MLPs runs.
-        precision: "fp32" computes in the critic's own dtype; "bf16" runs the critic under bfloat16 autocast, with
-            parameters, norms and means in float32.
+        precision: "fp32" computes in the critic's own dtype, on a GPU as PyTorch's switches have it; "tf32" has an
+            NVIDIA GPU multiply and convolve in TF32 and is "fp32" elsewhere; "bf16" runs the critic under bfloat16
+            autocast, with parameters, norms and means in float32.
         schedule: How the four-pass engine arranges real, fake and interpolates: "batched", "split" or "auto".
             Means nothing to the steps that the operator for narrow MLPs runs.
 
@@ -484,7 +486,7 @@ class CriticStep:
     def _autocast(self, device_type: str) -> AbstractContextManager[Any]:
         if self.precision == "bf16":
             return torch.autocast(device_type, torch.bfloat16)
-        return nullcontext()
+        return float32_products(in_tf32=True) if self.precision == "tf32" and device_type == "cuda" else nullcontext()
 
 
 def objective_of(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bandwidths import KERNELS, mlp_pair
+from bandwidths import KERNELS, mlp_pair, taken_at_any_width
 from session import PRECISIONS, Found, Session, arithmetic, graphed
 from torch import Tensor
 
@@ -183,7 +183,7 @@ def training(session: Session) -> Found:
 
 def fused_mlp(width: int, precision: str, session: Session) -> Found:
     """The fused step and the four passes against float64."""
-    with arithmetic(precision):
+    with arithmetic(precision), taken_at_any_width(session.device):
         critics, (real, fake, alpha) = mlp_pair(width, session.device)
         truth = CriticStep(copy.deepcopy(critics["four_pass"]).double())
         truth(real.double(), fake.double(), alpha.double())
@@ -193,8 +193,8 @@ def fused_mlp(width: int, precision: str, session: Session) -> Found:
             step = CriticStep(critic, precision="bf16" if precision == "bf16" else "fp32")
             step(real, fake, alpha)
             found["errors"][name] = distance(joined([p.grad for p in critic.parameters()]), exact)
-    errors, fused = found["errors"], explain(critics["ours"], real).unfused is None
-    found["fused"] = fused
+        fused = explain(critics["ours"], real).unfused is None
+    errors, found["fused"] = found["errors"], fused
     found["wrong"] = (
         explain(critics["four_pass"], real).unfused is None
         or fused is not session.on_gpu

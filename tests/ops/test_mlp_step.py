@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,7 +78,7 @@ class Calls(TorchDispatchMode):
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the step take the operator where its plain form runs."""
-    monkeypatch.setattr(fused_mlp, "RUNS_ON", {("cpu", torch.float64)})
+    monkeypatch.setattr(fused_mlp, "widest", lambda samples: 256 if samples.dtype == torch.float64 else 0)
 
 
 def pair_of_steps(critic: nn.Module, **options: Any) -> tuple[CriticStep, CriticStep]:
@@ -395,6 +396,17 @@ def test_a_critic_of_more_than_samples_does_not_take_it() -> None:
 
     samples = torch.randn(4, 6, dtype=torch.float64)
     assert "more than samples" in explain(Labelled().double(), samples, critic_args=(samples,)).unfused
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "most"),
+    [((9, 0), torch.float32, 64), ((9, 0), torch.bfloat16, 0), ((8, 0), torch.float32, 0), ((10, 0), torch.float32, 0)],
+)
+def test_it_is_taken_where_it_was_measured_to_be_faster(
+    capability: tuple[int, int], dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fused_mlp.widest(SimpleNamespace(device=torch.device("cuda"), dtype=dtype)) == most
 
 
 def test_without_a_gpu_the_four_passes_run() -> None:

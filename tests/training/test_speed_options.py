@@ -1,5 +1,6 @@
 """Options that make training faster train the same networks."""
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from runs import TINY, assert_same_run, metrics_of, read_checkpoint, same_bits
 from torch import Tensor, nn
 
 from wgan_fast import CriticStep, GradientPenalty, PenaltyConfig
-from wgan_fast.backends import convolves_in_tensor_cores
+from wgan_fast.backends import convolves_in_tensor_cores, float32_products
 from wgan_fast.errors import InputError
 from wgan_fast.points import thinned
 from wgan_fast.training import TrainConfig, Trainer
@@ -535,11 +536,12 @@ def test_iterations_do_not_wait_for_the_device(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "alone", "graph", "channels_last"),
     [
-        ({}, True, True, True),
-        ({"model": "mnist-dcgan"}, False, False, True),
+        ({}, True, True, False),  # float32 proper has no tensor cores
+        ({"precision": "bf16"}, True, True, True),
+        ({"model": "mnist-dcgan", "precision": "tf32"}, False, False, True),
         ({"model": "custom"}, True, False, False),  # it may keep what a replay leaves out, and views
         ({"model": "mine:networks"}, True, False, False),
-        ({"engine": "checked"}, True, False, True),
+        ({"engine": "checked", "precision": "bf16"}, True, False, True),
         ({"cuda_graph": False, "channels_last": False}, True, False, False),
         ({"model": "custom", "cuda_graph": True, "channels_last": True}, True, True, True),
     ],
@@ -556,6 +558,57 @@ def test_checked_steps_are_not_replayed_unasked(monkeypatch):
     monkeypatch.setenv("WGAN_FAST_CHECK", "1")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert for_device(TrainConfig(), torch.device("cuda"), alone=True).cuda_graph is False
+
+
+def switches():
+    """PyTorch's older ones, None where it refuses to read them beside the newer ones, and the newer ones."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    older = []
+    for backend in (matmul, cudnn):
+        try:
+            older.append(backend.allow_tf32)
+        except RuntimeError:
+            older.append(None)
+    return older, [part.fp32_precision for part in (matmul, cudnn.conv, cudnn.rnn)]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("in_tf32", [False, True])
+@pytest.mark.parametrize("before", ["default", "older", "newer"])
+def test_what_float32_is_computed_in_holds_inside_alone(before, in_tf32, fails):
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    try:
+        if before == "older":
+            matmul.allow_tf32, cudnn.allow_tf32 = True, False
+        if before == "newer":
+            cudnn.conv.fp32_precision = "ieee"
+        expected = switches()
+        with contextlib.suppress(ZeroDivisionError), float32_products(in_tf32):
+            assert (matmul.allow_tf32, cudnn.allow_tf32) == (in_tf32, in_tf32)
+            assert (cudnn.conv.fp32_precision == "tf32") is in_tf32
+            assert 1 / (not fails)
+        assert switches() == expected
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = False, True
+
+
+def test_tf32_is_a_precision_of_a_gpu():
+    step = CriticStep(nn.Linear(3, 1), precision="tf32")
+    with step._autocast("cuda"):
+        assert torch.backends.cuda.matmul.allow_tf32
+    with step._autocast("cpu"):
+        assert not torch.backends.cuda.matmul.allow_tf32
+    plain = CriticStep(copy.deepcopy(step.critic))
+    given = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4)
+    assert step(*given).loss == plain(*given).loss
+    with pytest.raises(InputError, match="tf32 is an NVIDIA GPU's arithmetic"):
+        for_device(TrainConfig(precision="tf32"), torch.device("cpu"), alone=True)
+
+
+@pytest.mark.parametrize(("precision", "there"), [("fp32", False), ("tf32", True), ("bf16", True)])
+def test_a_gpu_trains_channels_last_where_it_convolves_in_tensor_cores(precision, there, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert for_device(TrainConfig(precision=precision), torch.device("cuda"), alone=True).channels_last is there
 
 
 @pytest.mark.parametrize(

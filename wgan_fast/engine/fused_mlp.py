@@ -11,10 +11,11 @@ from ..four_pass.capture import Captured
 
 aten = torch.ops.aten
 
-MAX_WIDTH = 256
-"""Of the input and the hidden layers: wider ones fill a GPU one at a time, and cuBLAS multiplies them faster."""
-RUNS_ON = {("cuda", torch.float32)} if importlib.util.find_spec("triton") else set()
-"""Where the kernels are the faster way; elsewhere the four passes compile to better code than the plain form."""
+MEASURED = {(9, 0): 64}
+"""By a GPU's compute capability: the widest layers, inputs too, at which the operator was measured not to be slower.
+
+Than four passes, both as CUDA graphs, in float32 and in TF32 (docs/gpu.md). What was not measured runs in four passes.
+"""
 _RESHAPES = {
     "view", "reshape", "_unsafe_view", "flatten", "squeeze", "alias", "contiguous",
 }  # fmt: skip
@@ -34,6 +35,13 @@ class FusedMLP:
     negative_slope: float
 
 
+def widest(samples: Tensor) -> int:
+    """Return how wide the critics are for which the operator is the faster way where the samples are; 0 for none."""
+    if samples.device.type != "cuda" or samples.dtype != torch.float32 or not importlib.util.find_spec("triton"):
+        return 0
+    return MEASURED.get(torch.cuda.get_device_capability(samples.device), 0)
+
+
 def fused_mlp(captured: Captured, samples: Tensor, *, group_size: int = 1) -> FusedMLP | str:
     """Recognise a narrow MLP.
 
@@ -45,8 +53,8 @@ def fused_mlp(captured: Captured, samples: Tensor, *, group_size: int = 1) -> Fu
     Returns:
         What the operator needs, or in a clause why it cannot be taken.
     """
-    if (samples.device.type, samples.dtype) not in RUNS_ON:
-        return "its samples are not float32 on a GPU that Triton compiles for"
+    if (most := widest(samples)) == 0:
+        return "its samples are not float32 on a GPU where it was measured to be faster (docs/gpu.md)"
     if group_size != 1 or len(captured.sampled) > 1:
         return "it packs samples, or takes more than samples"
     if torch.is_autocast_enabled(samples.device.type):
@@ -94,8 +102,8 @@ def fused_mlp(captured: Captured, samples: Tensor, *, group_size: int = 1) -> Fu
     inputs = [*widths, *[width] * (len(linear) - 1)]
     if [tuple(w.shape) for w in weights] != list(zip([*inputs[1:], 1], inputs)):
         return "its hidden layers are not equally wide, or it does not map such samples to one score"
-    if max(inputs) > MAX_WIDTH:
-        return f"it is wider than {MAX_WIDTH}"
+    if max(inputs) > most:
+        return f"it is wider than {most}, up to where it was measured to be faster on this GPU (docs/gpu.md)"
     if any(p.meta["val"].dtype != samples.dtype or p.meta["val"].device != samples.device for p in parameters):
         return "its parameters are of another dtype, or on another device, than the samples"
     return FusedMLP([captured.inputs.index(p) for p in parameters], slopes.pop())

@@ -71,7 +71,8 @@ class TrainConfig:
         seed: Seed of initialisation, data order and noise.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
         engine: How the penalty is differentiated: auto, four_pass, autograd, or checked against autograd.
-        precision: fp32, or bf16 for bfloat16 autocast.
+        precision: fp32, on a GPU exactly, unlike PyTorch's default for convolutions; tf32 for products and convolutions
+            in TF32 on an NVIDIA GPU; or bf16 for bfloat16 autocast.
         compile: Whether the critic's step is compiled with torch.compile; needs the four-pass engine.
         cuda_graph: Whether whole iterations are replayed as a CUDA graph, so that they cost the host nothing: on an
             H200 the toy networks train seven times as fast for it. By default on a GPU, in one process, with networks
@@ -80,8 +81,7 @@ class TrainConfig:
         generate_ahead: Whether the samples of an iteration's critic steps are generated in one forward where that is
             proven to give the same samples and is expected to cost less.
         channels_last: Whether images and the networks' weights are laid out channels last; by default for the networks
-            that are named here, where a GPU convolves in tensor cores, that is in bf16 and, unless PyTorch is told
-            otherwise, in fp32.
+            that are named here, where a GPU convolves in tensor cores, that is in bf16 and tf32.
         workers: Processes that decode streamed data.
         out: Folder of the run; a new one under runs/ by default.
         log_every: Steps between lines of metrics.
@@ -124,7 +124,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     engine: Literal["auto", "four_pass", "autograd", "checked"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = False
     cuda_graph: bool | None = None
     fused: bool = True

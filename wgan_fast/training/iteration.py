@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backends import convolves_in_tensor_cores
+from ..backends import convolves_in_tensor_cores, float32_products
 from ..clipping import clip_weights_
 from ..critic_step import CriticStep, CriticStepResult
 from ..engine.checked import asked_for
@@ -124,6 +124,10 @@ class Iteration:
         Returns:
             The figures; the next call may overwrite them.
         """
+        with self._arithmetic():
+            return self._iterate(reals, stop)
+
+    def _iterate(self, reals: Sequence[Tensor], stop: bool) -> IterationResult:
         self.step += 1
         if self.rng is not None:
             # What a layer draws for itself differs from process to process, and depends on nothing that was before.
@@ -236,6 +240,11 @@ class Iteration:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
+    def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        if self.device.type == "cuda" and self.config.precision != "bf16":
+            return float32_products(in_tf32=self.config.precision == "tf32")
+        return contextlib.nullcontext()
+
     @property
     def decay(self) -> float:
         """Of the moving average at this step: a young one forgets faster, or the first networks would linger in it."""
@@ -270,16 +279,22 @@ def for_device(config: TrainConfig, device: torch.device, *, alone: bool) -> Tra
         device: Of the networks.
         alone: Whether this process trains without others.
     """
+    if config.precision == "tf32" and device.type != "cuda":
+        raise InputError(f"precision tf32 is an NVIDIA GPU's arithmetic: device {device.type} has fp32 and bf16")
     # Networks that do nothing which a replay would leave out, and keep no view that another layout would not allow.
     named = config.model in ("auto", *models.MODELS)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     # A comparison with autograd waits for the device.
     compared = config.engine == "checked" or asked_for()
     left = {
         "cuda_graph": device.type == "cuda" and alone and named and not compared,
-        "channels_last": named and convolves_in_tensor_cores(dtype, device),
+        "channels_last": named and config.precision != "fp32" and _in_tensor_cores(config, device),
     }
     return dataclasses.replace(config, **{k: v for k, v in left.items() if getattr(config, k) is None})  # type: ignore[arg-type]
+
+
+def _in_tensor_cores(config: TrainConfig, device: torch.device) -> bool:
+    with float32_products(in_tf32=True):
+        return convolves_in_tensor_cores(torch.bfloat16 if config.precision == "bf16" else torch.float32, device)
 
 
 def _averaged(generator: nn.Module) -> nn.Module:
