@@ -7,12 +7,12 @@ import triton.language as tl
 
 
 def bits(number: float) -> int:
-    """The bits of a float64 as an integer of 64."""
-    (integer,) = struct.unpack("<q", struct.pack("<d", number))
+    """The bits of minus a float64 as an integer: of what is not negative never one that Triton takes for 32 bits."""
+    (integer,) = struct.unpack("<q", struct.pack("<d", -number))
     return int(integer)
 
 
 @triton.jit
 def float_of(number, dtype: tl.constexpr):
-    """The number whose bits these are, in ``dtype``."""
-    return number.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)
+    """The number that ``bits`` was given, in ``dtype``."""
+    return -number.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)

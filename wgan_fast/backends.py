@@ -1,6 +1,6 @@
 """PyTorch's libraries: what they compute in, and how their layers are switched off."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,20 +24,36 @@ def float32_products(in_tf32: bool) -> Iterator[None]:
     """Have a GPU multiply and convolve float32 in TF32, or exactly, whatever PyTorch was told.
 
     TF32 keeps 10 bits of an operand's mantissa and sums in float32; PyTorch's default takes it for convolutions alone.
+    The settings are the process's: threads that ask for different ones disturb each other.
     """
-    matmul: Any = torch.backends.cuda.matmul
-    cudnn: Any = torch.backends.cudnn
-    newer = [(part, part.fp32_precision) for part in (matmul, cudnn.conv, cudnn.rnn)]
-    # The older switches set the newer ones, too; alone, the newer ones leave what the older ones refuse to read.
-    matmul.allow_tf32 = cudnn.allow_tf32 = in_tf32
+    backends: Any = torch.backends
+    parts = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul)
+    newer = [part.fp32_precision for part in parts]
+    # PyTorch refuses to read an older switch that the newer ones contradict, so both are set.
+    products, convolutions = _read(torch.get_float32_matmul_precision), _read(lambda: backends.cudnn.allow_tf32)
+    if products is not None:
+        torch.set_float32_matmul_precision("high" if in_tf32 else "highest")
+    if convolutions is not None:
+        backends.cudnn.allow_tf32 = in_tf32
+    for part in parts[:3]:
+        part.fp32_precision = "tf32" if in_tf32 else "ieee"  # not left to be inherited
     try:
         yield
     finally:
-        matmul.allow_tf32 = newer[0][1] == "tf32"
-        cudnn.allow_tf32 = newer[1][1] == "tf32"
-        for part, precision in newer:
-            if part.fp32_precision != precision:
-                part.fp32_precision = precision
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            backends.cudnn.allow_tf32 = convolutions
+        for part, precision in zip(parts, newer):
+            part.fp32_precision = precision
+
+
+def _read(switch: Callable[[], Any]) -> Any:
+    """Read one of PyTorch's older switches; None where it refuses."""
+    try:
+        return switch()
+    except RuntimeError:
+        return None
 
 
 @contextmanager

@@ -228,7 +228,7 @@ class CriticStep:
                 forget_gradients(self.critic)
             forgotten = True
 
-        with torch.enable_grad(), self._autocast(first.device.type):
+        with torch.enable_grad(), self._arithmetic(first.device.type):
             apart: list[_Part] = []
             if part:
                 sides = {"fake": ["fake"], "both": ["real", "fake"]}.get(part.at, ["points"])
@@ -483,7 +483,7 @@ class CriticStep:
             return None
         return replace(self.penalty, weight=self.penalty.weight * self.penalty.every)
 
-    def _autocast(self, device_type: str) -> AbstractContextManager[Any]:
+    def _arithmetic(self, device_type: str) -> AbstractContextManager[Any]:
         if self.precision == "bf16":
             return torch.autocast(device_type, torch.bfloat16)
         return float32_products(in_tf32=True) if self.precision == "tf32" and device_type == "cuda" else nullcontext()

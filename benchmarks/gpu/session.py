@@ -6,13 +6,14 @@ import re
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from wgan_fast.backends import float32_products
 from wgan_fast.bench import results
 
 Found = dict[str, Any]
@@ -76,21 +77,9 @@ class Session:
         return [key for key, found in self.items.items() if "error" in found or found.get("wrong")]
 
 
-@contextmanager
-def arithmetic(precision: str) -> Iterator[None]:
-    """Matrix products and convolutions in full float32, or in TF32: the latter is PyTorch's default for convolutions.
-
-    PyTorch's older switches: some of its functions refuse to run under settings that only the newer ones can express.
-    """
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [setting.allow_tf32 for setting in settings]
-    for setting in settings:
-        setting.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        for setting, value in zip(settings, before):
-            setting.allow_tf32 = value
+def arithmetic(precision: str) -> AbstractContextManager[None]:
+    """Matrix products and convolutions in full float32, or in TF32, which is PyTorch's default for convolutions."""
+    return float32_products(in_tf32=precision == "tf32")
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:

@@ -8,17 +8,21 @@ import collections
 import contextlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear as linear_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from wgan_fast import CriticStep
 from wgan_fast.bench import variants, workloads
-from wgan_fast.four_pass import optimize
+from wgan_fast.engine import planned
+from wgan_fast.four_pass import optimize, plan
 from wgan_fast.four_pass.operators import base, linear, structure
 from wgan_fast.four_pass.stand_ins import is_view
 
@@ -33,8 +37,8 @@ FORMS = {
 CASES = [f"{model}/{form}" for model in MODELS for form in FORMS if "last" not in form or "-mlp" not in model != "amp"]
 
 
-def as_on_gpu() -> contextlib.ExitStack:
-    """Plan as for a GPU with tensor cores, and have the CPU run what only a GPU has."""
+def as_on_gpu(*, gpu: bool = True, moved: bool = True) -> contextlib.ExitStack:
+    """Plan as for a GPU with tensor cores, and have the CPU run what only that has; casts moved, or where they are."""
 
     def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -42,8 +46,14 @@ def as_on_gpu() -> contextlib.ExitStack:
 
     stack, patch = contextlib.ExitStack(), pytest.MonkeyPatch()
     for module in (base, linear, optimize, structure):
-        patch.setattr(module, "on_gpu", lambda x: True)
-    patch.setattr(linear, "convolves_in_tensor_cores", lambda dtype, device: dtype == torch.bfloat16)
+        patch.setattr(module, "on_gpu", lambda x: gpu)
+    if not moved:
+        patch.setattr(optimize, "_cast_in_one_pass", lambda graph: None)
+        patch.setattr(plan, "cast_together", lambda graph: None)
+    # Plans are kept for all critics of a class: these are for here alone.
+    key = planned.FourPassEngine._key
+    patch.setattr(planned.FourPassEngine, "_key", lambda *args: (*key(*args), "as on a GPU", gpu, moved))
+    patch.setattr(linear, "convolves_in_tensor_cores", lambda dtype, device: gpu and dtype == torch.bfloat16)
     library = torch.library.Library("aten", "IMPL")
     library.impl("mm.dtype", product, "CPU")
     stack.callback(library._destroy)
@@ -120,6 +130,74 @@ def test_in_bf16_it_errs_as_plain_pytorch_does(case: str) -> None:
     with as_on_gpu():
         ours = gradients(variants.ours(made, precision=precision), made.alpha)
     assert (ours - truth).norm() <= 2 * (naive - truth).norm()
+
+
+class Casting(nn.Module):
+    """A critic that casts in its forward, which is given."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+        self.register_buffer("u", torch.randn(8, 8))
+        self.given = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.given(self, x)
+
+
+def written(write: Callable[[Tensor], object]) -> Callable[[Any, Tensor], Tensor]:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        write(s.u)
+        return s.c(linear_(torch.relu(s.a(x)), s.u))
+
+    return forward
+
+
+def cast_before_it_is_written(s: Any, x: Tensor) -> Tensor:
+    v = s.u.bfloat16()
+    s.u.mul_(2)
+    return s.c(linear_(torch.relu(s.a(x)), v.clone(memory_format=torch.contiguous_format).to(x.dtype)))
+
+
+def twice(s: Any, x: Tensor) -> Tensor:
+    h = torch.relu(s.a(x)).float()
+    return ((h + h) * 1.001).sum(1) + s.c(h.to(x.dtype))[:, 0]
+
+
+CASTING: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a buffer that is written by an index": written(lambda u: u.__setitem__(0, 3.0)),
+    "a buffer that is written through a slice": written(lambda u: u[:4].mul_(2)),
+    "a buffer that is written through a view": written(lambda u: u.view(-1).mul_(2)),
+    "a buffer that is written": written(lambda u: u.mul_(2)),
+    "a buffer that is cast and then written": cast_before_it_is_written,
+    "a weight that is computed from a cast one": lambda s, x: s.c(
+        linear_(torch.relu(s.a(x)), torch.tanh(s.b.weight.bfloat16()).to(s.b.weight.dtype), s.b.bias)
+    ),
+    "a weight that is cast first": lambda s, x: s.c(
+        torch.relu(linear_(x.bfloat16(), torch.tanh(s.a.weight.bfloat16()), s.a.bias.bfloat16())).to(x.dtype)
+    ),
+    "what was cast, twice": twice,
+}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASTING)
+def test_casts_read_what_they_would_have_read(name: str, precision: str, gpu: bool) -> None:
+    """As with every cast where it was recorded; how often a forward writes is another test's matter."""
+    real, fake = torch.randn(2, 16, 6).unbind()
+    alpha = torch.rand(16)
+    made = []
+    for moved in (True, False):
+        critic = Casting(CASTING[name])
+        with as_on_gpu(gpu=gpu, moved=moved):
+            step = CriticStep(critic, engine="four_pass", precision=precision)
+            losses = [step(real, fake, alpha).loss for _ in range(2)]
+        gradients = [p.grad.flatten() for p in critic.parameters() if p.grad is not None]
+        made.append([torch.stack(losses), critic.u, torch.cat(gradients)])
+    for ours, theirs in zip(*made):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def write() -> None:

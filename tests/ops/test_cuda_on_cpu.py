@@ -9,7 +9,6 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-import torch
 from torch.utils import cpp_extension
 
 import wgan_fast
@@ -81,4 +80,3 @@ def test_the_kernels_pass_the_tests_of_their_operator(operator: str, library: Pa
     launches = re.search(r"(\d+) launches", run.stdout)
     assert launches
     assert int(launches[1]) > 50
-    assert torch.cuda.is_available() or "cuda" not in run.stdout

@@ -1,8 +1,9 @@
 """Options that make training faster train the same networks."""
 
-import contextlib
 import copy
 import functools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from runs import TINY, assert_same_run, metrics_of, read_checkpoint, same_bits
 from torch import Tensor, nn
 
 from wgan_fast import CriticStep, GradientPenalty, PenaltyConfig
-from wgan_fast.backends import convolves_in_tensor_cores, float32_products
+from wgan_fast.backends import convolves_in_tensor_cores
 from wgan_fast.errors import InputError
 from wgan_fast.points import thinned
 from wgan_fast.training import TrainConfig, Trainer
@@ -561,42 +562,58 @@ def test_checked_steps_are_not_replayed_unasked(monkeypatch):
 
 
 def switches():
-    """PyTorch's older ones, None where it refuses to read them beside the newer ones, and the newer ones."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    """PyTorch's older ones, None where it refuses to read them beside the newer ones, and all newer ones."""
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     older = []
-    for backend in (matmul, cudnn):
+    for read in (torch.get_float32_matmul_precision, lambda: cuda.allow_tf32, lambda: cudnn.allow_tf32):
         try:
-            older.append(backend.allow_tf32)
+            older.append(read())
         except RuntimeError:
             older.append(None)
-    return older, [part.fp32_precision for part in (matmul, cudnn.conv, cudnn.rnn)]
+    parts = (torch.backends, cuda, cudnn, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul)
+    return older, [part.fp32_precision for part in parts]
+
+
+TOLD = {
+    "nothing": "",
+    "older": "torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = True, False",
+    "high": "torch.set_float32_matmul_precision('high')",
+    "medium": "torch.set_float32_matmul_precision('medium')",
+    "convolutions": "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+    "cudnn": "torch.backends.cudnn.fp32_precision = 'tf32'",
+    "everything": "torch.backends.fp32_precision = 'tf32'",
+}
 
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("in_tf32", [False, True])
-@pytest.mark.parametrize("before", ["default", "older", "newer"])
-def test_what_float32_is_computed_in_holds_inside_alone(before, in_tf32, fails):
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    try:
-        if before == "older":
-            matmul.allow_tf32, cudnn.allow_tf32 = True, False
-        if before == "newer":
-            cudnn.conv.fp32_precision = "ieee"
-        expected = switches()
-        with contextlib.suppress(ZeroDivisionError), float32_products(in_tf32):
-            assert (matmul.allow_tf32, cudnn.allow_tf32) == (in_tf32, in_tf32)
-            assert (cudnn.conv.fp32_precision == "tf32") is in_tf32
-            assert 1 / (not fails)
-        assert switches() == expected
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = False, True
+@pytest.mark.parametrize("told", TOLD)
+def test_what_float32_is_computed_in_holds_inside_alone(told, in_tf32, fails):
+    """In a process of its own: PyTorch has no way back to what it was told at first."""
+    program = f"""
+import contextlib, sys, torch
+sys.path[:0] = {sys.path!r}
+from test_speed_options import switches
+from wgan_fast.backends import float32_products
+{TOLD[told]}
+before = switches()
+with contextlib.suppress(ZeroDivisionError), float32_products({in_tf32}):
+    cudnn = torch.backends.cudnn
+    for part in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn):
+        assert (part.fp32_precision == "tf32") is {in_tf32}, part
+    if before[0][0] is not None:
+        assert torch.get_float32_matmul_precision() == ("high" if {in_tf32} else "highest")
+    1 / {int(not fails)}
+assert switches() == before, (switches(), before)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_tf32_is_a_precision_of_a_gpu():
     step = CriticStep(nn.Linear(3, 1), precision="tf32")
-    with step._autocast("cuda"):
+    with step._arithmetic("cuda"):
         assert torch.backends.cuda.matmul.allow_tf32
-    with step._autocast("cpu"):
+    with step._arithmetic("cpu"):
         assert not torch.backends.cuda.matmul.allow_tf32
     plain = CriticStep(copy.deepcopy(step.critic))
     given = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4)

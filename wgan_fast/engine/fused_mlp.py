@@ -39,6 +39,8 @@ def widest(samples: Tensor) -> int:
     """Return how wide the critics are for which the operator is the faster way where the samples are; 0 for none."""
     if samples.device.type != "cuda" or samples.dtype != torch.float32 or not importlib.util.find_spec("triton"):
         return 0
+    if torch.version.hip:  # AMD's have capabilities, too
+        return 0
     return MEASURED.get(torch.cuda.get_device_capability(samples.device), 0)
 
 

@@ -41,7 +41,7 @@ def _fold_constants(recorder: Recorder) -> None:
     graph = recorder.graph
     known: dict[fx.Node, Any] = {}
     # What is written to later, such as the memory of a random mask, is no constant.
-    overwritten = set().union(*map(_written, graph.nodes))
+    overwritten = _overwritten(graph)
     for node in graph.nodes:
         if _memory(node) in overwritten:
             continue
@@ -71,10 +71,13 @@ def _fold_constants(recorder: Recorder) -> None:
 
 
 def _cast_in_one_pass(graph: fx.Graph) -> None:
-    """Lay out what is cast while it is cast."""
+    """Lay out what is cast while it is cast, later: what it is cast from must stay as it is."""
+    overwritten = _overwritten(graph)
     for node in graph.nodes:
         source = node.args[0] if node.target is aten.clone.default and "memory_format" in node.kwargs else None
-        if isinstance(source, fx.Node) and source.target is aten._to_copy.default and list(source.users) == [node]:
+        if not isinstance(source, fx.Node) or source.target is not aten._to_copy.default:
+            continue
+        if list(source.users) == [node] and _memory(source.all_input_nodes[0]) not in overwritten:
             node.target, node.args, node.kwargs = source.target, source.args, {**source.kwargs, **node.kwargs}
 
 
@@ -141,6 +144,11 @@ def _written(node: fx.Node) -> set[int | None]:
     given = {a.name: value for a, value in zip(schema.arguments, node.args)} | dict(node.kwargs)
     written = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     return {_memory(value) for value in written if isinstance(value, fx.Node)}
+
+
+def _overwritten(graph: fx.Graph) -> set[int | None]:
+    """Return the memory that some node writes to, of what it was given."""
+    return set().union(*map(_written, graph.nodes))
 
 
 def _own_outputs(graph: fx.Graph, given_away: list[bool]) -> None:
@@ -229,41 +237,42 @@ _VIEWS = {aten.slice.Tensor, aten.t.default, aten.view.default, aten.narrow.defa
 
 
 def cast_together(graph: fx.Graph) -> None:
-    """Have a GPU cast all weights in one launch, and all gradients, and add what is of two dtypes as it is."""
-    end = graph.output_node()
-    into: dict[tuple[bool, torch.dtype], list[fx.Node]] = {}
+    """Have a GPU cast its weights together, and its gradients, and add what is of two dtypes as it is."""
+    end, overwritten = graph.output_node(), _overwritten(graph)
+    alike: dict[tuple[bool, Any, torch.dtype, torch.dtype], list[fx.Node]] = {}
     for node in graph.nodes:
         if node.target is aten.add.Tensor:
             _add_uncast(node)
-        if node.target is not aten._to_copy.default:
+        if node.target is not aten._to_copy.default or _memory(node.all_input_nodes[0]) in overwritten:
             continue
-        (source,), val = node.all_input_nodes, node.meta["val"]
+        source, val, uncast = node.args[0], node.meta["val"], node.all_input_nodes[0].meta["val"]
         given, leaves = source.op == "placeholder", list(node.users) == [end]
-        if (given or leaves) and on_gpu(val) and source.meta["val"].stride() == val.stride():
-            into.setdefault((given, val.dtype), []).append(node)
+        if (given or leaves) and on_gpu(val) and val.device == uncast.device and val.stride() == uncast.stride():
+            alike.setdefault((given, val.device, uncast.dtype, val.dtype), []).append(node)
     first = next(node for node in graph.nodes if node.op != "placeholder")
-    for (given, dtype), nodes in into.items():
-        if len(nodes) == 1:
-            continue
+    groups = [(given, dtype, nodes) for (given, _, _, dtype), nodes in alike.items() if len(nodes) > 1]
+    for given, dtype, nodes in groups:
         with graph.inserting_before(first if given else end):
             together = graph.call_function(torch.ops.wgan_fast.cast.default, ([node.args[0] for node in nodes], dtype))
-            together.meta["val"] = [node.meta["val"] for node in nodes]
+            together.meta.update(nodes[0].meta, val=[node.meta["val"] for node in nodes])
             for i, node in enumerate(nodes):
                 one = graph.call_function(operator.getitem, (together, i))
                 one.meta.update(node.meta)
                 node.replace_all_uses_with(one)
-                graph.erase_node(node)
+    for _, _, nodes in groups:  # one of them may be what the others were put before
+        for node in nodes:
+            graph.erase_node(node)
 
 
 def _add_uncast(total: fx.Node) -> None:
     """Add what was cast for the sum alone as it was: a GPU casts in passing, to the dtype of the other summand."""
     one, cast = total.args[:2]
-    if not (isinstance(cast, fx.Node) and cast.target is aten._to_copy.default and list(cast.users) == [total]):
+    if not (isinstance(one, fx.Node) and isinstance(cast, fx.Node) and cast.target is aten._to_copy.default):
         return
-    uncast, dtype = cast.all_input_nodes[0], total.meta["val"].dtype
-    if not isinstance(one, fx.Node) or not on_gpu(uncast.meta["val"]) or one.meta["val"].dtype != dtype:
-        return
-    if torch.result_type(one.meta["val"], uncast.meta["val"]) == dtype:
+    uncast, like = cast.all_input_nodes[0], total.meta["val"]
+    only = one is not cast and list(cast.users) == [total]
+    here = on_gpu(like) and uncast.meta["val"].device == like.device == one.meta["val"].device
+    if only and here and torch.result_type(one.meta["val"], uncast.meta["val"]) == one.meta["val"].dtype == like.dtype:
         total.replace_input_with(cast, uncast)
 
 
@@ -340,6 +349,8 @@ def _accumulate(graph: fx.Graph) -> None:
             like.dtype,
             like.stride(),
         ):
+            continue
+        if product.meta["val"].dtype != val.dtype:
             continue
         if _owned(total) and not any(position.get(r, -1) > position[node] for r in readers_of(total) - {node}):
             node.target, node.args = aten.addmm_.default, (total, *product.args)

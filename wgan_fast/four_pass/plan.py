@@ -235,8 +235,8 @@ class Plan(FlatStep):
         pieces = cut(finish(recorder), 1 + recorder.piece)
         programs = [program_of(piece, leaves=i < recorder.piece) for i, piece in enumerate(pieces)]
         for piece in pieces:
-            cast_together(piece.graph)
-            if self.in_place:
+            if self.in_place:  # a compiler does this by itself
+                cast_together(piece.graph)
                 save_memory(piece.graph)
             piece.graph.lint()
             piece.recompile()

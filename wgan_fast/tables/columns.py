@@ -128,9 +128,7 @@ def _column(values: pd.Series, asked: str | None) -> Column:
     if kind in ("category", "constant"):
         _check_values(present, name)
         if (distinct := _distinct(present)) > MOST_CATEGORIES:
-            raise InputError(
-                f"column {name!r} has {distinct} categories, more than {MOST_CATEGORIES}: group them"
-            )
+            raise InputError(f"column {name!r} has {distinct} categories, more than {MOST_CATEGORIES}: group them")
     if isinstance(dtype, pd.CategoricalDtype):
         levels = dtype.categories
         _check_values(pd.Series(levels), name)

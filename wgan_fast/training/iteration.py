@@ -124,7 +124,7 @@ class Iteration:
         Returns:
             The figures; the next call may overwrite them.
         """
-        with self._arithmetic():
+        with self.arithmetic():
             return self._iterate(reals, stop)
 
     def _iterate(self, reals: Sequence[Tensor], stop: bool) -> IterationResult:
@@ -240,7 +240,8 @@ class Iteration:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
-    def _arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+    def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        """Have a GPU compute float32 as the configuration says, in training and in what is made of it."""
         if self.device.type == "cuda" and self.config.precision != "bf16":
             return float32_products(in_tf32=self.config.precision == "tf32")
         return contextlib.nullcontext()

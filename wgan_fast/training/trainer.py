@@ -245,6 +245,7 @@ class Trainer:
         self.critic.train()
         first, started = self.step, time.perf_counter()
         with (
+            self._iteration.arithmetic(),
             StopRequests() as stop,
             ProgressLine(self.config.steps, first, shown=self._replicas.leads) as progress,
         ):
