@@ -23,7 +23,7 @@ $(VENV)/environment: constraints.txt pyproject.toml
 	touch $@
 
 $(VENV)/package: $(VENV)/environment setup.py $(SOURCES)
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,data,bench,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,data,tables,bench,dev]'
 	touch $@
 
 DEMO := --data mnist5k --method wgan-gp --model mnist-dcgan --width 32 --learning-rate 3e-4 --steps 1200 \

@@ -35,6 +35,7 @@ PACKAGES = [
     "wgan_fast.four_pass.operators",
     "wgan_fast.kernels",
     "wgan_fast.ops",
+    "wgan_fast.tables",
     "wgan_fast.training",
     "wgan_fast.training.data",
 ]

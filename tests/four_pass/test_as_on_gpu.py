@@ -162,7 +162,7 @@ def cast_before_it_is_written(s: Any, x: Tensor) -> Tensor:
 
 def twice(s: Any, x: Tensor) -> Tensor:
     h = torch.relu(s.a(x)).float()
-    return ((h + h) * 1.001).sum(1) + s.c(h.to(x.dtype))[:, 0]
+    return ((h + h) * 1.001).sum(1)
 
 
 CASTING: dict[str, Callable[[Any, Tensor], Tensor]] = {

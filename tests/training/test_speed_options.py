@@ -585,26 +585,24 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("in_tf32", [False, True])
 @pytest.mark.parametrize("told", TOLD)
-def test_what_float32_is_computed_in_holds_inside_alone(told, in_tf32, fails):
+def test_what_float32_is_computed_in_holds_inside_alone(told):
     """In a process of its own: PyTorch has no way back to what it was told at first."""
     program = f"""
-import contextlib, sys, torch
+import contextlib, itertools, sys, torch
 sys.path[:0] = {sys.path!r}
 from test_speed_options import switches
 from wgan_fast.backends import float32_products
 {TOLD[told]}
-before = switches()
-with contextlib.suppress(ZeroDivisionError), float32_products({in_tf32}):
-    cudnn = torch.backends.cudnn
-    for part in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn):
-        assert (part.fp32_precision == "tf32") is {in_tf32}, part
-    if before[0][0] is not None:
-        assert torch.get_float32_matmul_precision() == ("high" if {in_tf32} else "highest")
-    1 / {int(not fails)}
-assert switches() == before, (switches(), before)
+before, cudnn = switches(), torch.backends.cudnn
+for in_tf32, fails in itertools.product((False, True), repeat=2):
+    with contextlib.suppress(ZeroDivisionError), float32_products(in_tf32):
+        for part in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn):
+            assert (part.fp32_precision == "tf32") is in_tf32, part
+        if before[0][0] is not None:
+            assert torch.get_float32_matmul_precision() == ("high" if in_tf32 else "highest")
+        1 / (not fails)
+    assert switches() == before, (switches(), before)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 
