@@ -39,8 +39,12 @@ $(VENV)/integrations: $(VENV)/package
 	$(BIN)/pip install --quiet -c constraints.txt accelerate lightning
 	touch $@
 
+# What computes and no more runs on all cores; what starts processes or looks at the clock runs one after another.
+TOGETHER := tests/ops tests/four_pass tests/engine tests/face tests/tables
+
 test: $(VENV)/integrations  ## The tests that take seconds each
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n auto --dist loadfile $(TOGETHER)
+	$(BIN)/python -m pytest -m 'not slow' $(addprefix --ignore=,$(TOGETHER))
 
 test-slow: $(VENV)/package  ## The exhaustive tests
 	$(BIN)/python -m pytest -m slow
