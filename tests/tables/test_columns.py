@@ -50,7 +50,7 @@ def test_a_column_is_what_a_person_would_say(values: Any, kind: str) -> None:
 
 
 def test_text_is_refused_and_told_what_to_do() -> None:
-    with pytest.raises(InputError, match=r"column 'x' is text .* drop it, or .*--column x=category"):
+    with pytest.raises(InputError, match=r"column 'x' is text .* drop it, or .*kinds={'x': 'category'}"):
         column([f"{LONG} {i}" for i in range(N)])
 
 
@@ -119,6 +119,7 @@ def test_files_are_read_as_pandas_reads_them(tmp_path: Path) -> None:
         (b"a,b\n1,2\n\xff\xfe,3\n", "is not UTF-8"),
         (b"a,b\n1,2\n1,2,3\n", "cannot be read: .*line 3"),
         (b"a,b\n1,2,3\n1,2,3\n", "more values than the header has names"),
+        (b"a;b\n1;2\n", "not separated by commas"),
     ],
 )
 def test_a_bad_file_is_told_in_one_line(content: bytes, message: str, tmp_path: Path) -> None:
@@ -126,6 +127,18 @@ def test_a_bad_file_is_told_in_one_line(content: bytes, message: str, tmp_path: 
     with pytest.raises(InputError, match=message) as error:
         read_table(tmp_path / "bad.csv")
     assert "\n" not in str(error.value)
+
+
+def test_dates_of_a_file_are_dates(tmp_path: Path) -> None:
+    days = [f"2024-01-{day:02}" for day in range(1, 29)]
+    times = [f"{day} 10:30:00" for day in days]
+    table = pd.DataFrame({"day": days, "time": times, "code": [f"{day}-x" for day in days], "n": range(28)})
+    table.loc[3, "day"] = None
+    table.to_csv(tmp_path / "T.CSV", index=False)
+    read = read_table(tmp_path / "T.CSV")
+    assert [column.kind for column in columns_of(read)] == ["date", "date", "identifier", "identifier"]
+    preparation = Preparation.fit(read)
+    pd.testing.assert_frame_equal(preparation.inverse(preparation.transform(read)), read[["day", "time"]])
 
 
 def test_what_is_no_table_is_refused(tmp_path: Path) -> None:

@@ -152,6 +152,24 @@ def test_floats_of_any_size_come_back_to_rounding(table: pd.DataFrame) -> None:
             assert (np.abs(one[finite] / 2 - other[finite] / 2) <= 1e-14 * largest).all()
 
 
+def test_integers_too_far_apart_for_a_float_stay_in_their_range() -> None:
+    draw = np.random.default_rng(0)
+    table = pd.DataFrame(
+        {
+            "far": draw.choice([-(2**63), 2**63 - 1, 0], 200),
+            "large": draw.integers(2**62, 2**63 - 1, 200),
+            "unsigned": draw.integers(2**63, 2**64 - 1, 200, dtype=np.uint64),
+        }
+    )
+    expected, made = there_and_back(table)
+    for name in table.columns:
+        assert made[name].dtype == expected[name].dtype
+        assert expected[name].min() <= made[name].min()
+        assert made[name].max() <= expected[name].max()
+        apart = [abs(int(a) - int(b)) for a, b in zip(made[name], expected[name])]
+        assert max(apart) <= 2**-49 * (int(expected[name].max()) - int(expected[name].min()))
+
+
 def test_a_long_table_comes_back_as_it_was() -> None:
     """As long as to have roundings of every kind."""
     draw = np.random.default_rng(0)

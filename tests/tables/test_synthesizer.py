@@ -64,8 +64,10 @@ def test_rows_meet_every_condition(fitted: TableSynthesizer) -> None:
     ("where", "message"),
     [
         ({"job": "pilot"}, "column 'job' has no 'pilot'; there are 'nurse', 'cook', 'driver'"),
-        ({"pay": 3}, "there is no column of categories 'pay'"),
-        ({"colour": "red"}, "there is no column of categories 'colour'"),
+        ({"pay": 3}, "there is no column of categories 'pay'; there are 'job'"),
+        ({"colour": "red"}, "there is no column of categories 'colour'; there are 'job'"),
+        ({"job": ["nurse"]}, r"column 'job' has no \['nurse'\]; there are"),
+        ("job", "where is categories by the names of columns, got 'job'"),
     ],
 )
 def test_a_condition_that_cannot_be_met_is_refused(
@@ -117,11 +119,60 @@ def test_tables_of_numbers_or_of_categories_alone(columns: list[str]) -> None:
         ({"epochs": 0}, "epochs must be a whole number of at least 1, got 0"),
         ({"batch_size": 5}, "a batch of 5 rows has no group of 10"),
         ({"kinds": {"nothing": "number"}}, "there is no column 'nothing'"),
+        ({"kinds": "number"}, "kinds are kinds by the names of columns, got 'number'"),
+        ({"hidden": ()}, r"hidden must be the widths of the hidden layers, got \(\)"),
+        ({"hidden": 8}, "hidden must be the widths of the hidden layers, got 8"),
+        ({"seed": None}, "seed must be a whole number of at least 0, got None"),
+        ({"epochs": True}, "epochs must be a whole number of at least 1, got True"),
+        ({"device": "nowhere"}, "device 'nowhere' is not there"),
     ],
 )
 def test_an_option_out_of_range_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         TableSynthesizer(**{**QUICK, **options}).fit(people())
+
+
+def test_what_was_learned_outlives_a_fit_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = TableSynthesizer(**QUICK)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TableSynthesizer, "_train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made.fit(people())
+    with pytest.raises(NotFittedError):
+        made.sample(1)
+    before = made.fit(people()).sample(9, seed=1)
+    monkeypatch.setattr(TableSynthesizer, "_train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.fit(people()[["job"]])
+    pd.testing.assert_frame_equal(made.sample(9, seed=1), before)
+
+
+def test_what_is_missing_and_numpys_values_are_conditions_too() -> None:
+    table = pd.DataFrame({"job": ["nurse", None, "cook"] * 30, "flag": [0, 1, 1] * 30})
+    made = TableSynthesizer(**QUICK, kinds={"flag": "yes/no"}).fit(table)
+    assert made.sample(5, where={"job": np.nan}, seed=0)["job"].isna().all()
+    assert (made.sample(np.int64(5), where={"flag": np.int64(1)}, seed=0)["flag"] == 1).all()
+
+
+def test_a_damaged_folder_is_told(fitted: TableSynthesizer, tmp_path: Path) -> None:
+    folder = tmp_path / "learned"
+    fitted.set_params(learning_rate=np.float32(1e-3)).save(folder)
+    assert TableSynthesizer.load(folder).get_params()["hidden"] == (32, 32)
+    told, networks = folder / "table.json", folder / "networks.safetensors"
+    whole, weights = told.read_text(), networks.read_bytes()
+    for text, raw in [(whole[:-9], weights), ("{}", weights), (whole, weights[:-9]), (whole, weights[:-1] + b"?")]:
+        told.write_text(text)
+        networks.write_bytes(raw)
+        with pytest.raises(InputError, match=r"what .* holds is damaged"):
+            TableSynthesizer.load(folder)
+    with pytest.raises(InputError, match="holds no table that was learned"):
+        TableSynthesizer.load(told)
+    with pytest.raises(InputError, match="is a file, not a folder"):
+        fitted.save(told)
 
 
 @pytest.mark.slow

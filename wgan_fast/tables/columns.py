@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ MOST_DECIMALS = 12
 WORDS = 40
 """Characters from which on values that hardly repeat are text."""
 LEAST_ROWS = 10
-_READERS = {".csv": "read_csv", ".tsv": "read_csv", ".parquet": "read_parquet"}
+_READERS = (".csv", ".tsv", ".parquet")
 _CATEGORIES = str | bool | int | float | pd.Timestamp | datetime.date
 """What may be a category: what can be written down and read back as it was."""
 
@@ -63,26 +64,43 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
         InputError: In one line, what is wrong with the file.
     """
     path = Path(path).expanduser()
-    suffixes = [suffix for suffix in path.suffixes if suffix in _READERS]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() in _READERS]
     if not suffixes:
         raise InputError(f"{path} is no table: {', '.join(_READERS)} are read")
-    options: dict[str, Any] = {"sep": "\t"} if suffixes[-1] == ".tsv" else {}
     try:
-        table: pd.DataFrame = getattr(pd, _READERS[suffixes[-1]])(path, **options)
+        if suffixes[-1] == ".parquet":
+            return pd.read_parquet(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            # Otherwise pandas takes what is too much in a row for the table's index.
+            table = pd.read_csv(path, sep="\t" if suffixes[-1] == ".tsv" else ",", index_col=False)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except ImportError as error:
-        raise InputError(f"{path} cannot be read: {_line(error)}") from None
+    except ImportError:
+        raise InputError(f"{path} cannot be read: .parquet needs pip install pyarrow") from None
     except pd.errors.EmptyDataError:
         raise InputError(f"{path} is empty") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8, at byte {error.start}: save it as UTF-8") from None
+    except pd.errors.ParserWarning:
+        raise InputError(f"{path} has rows with more values than the header has names") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8: save it as UTF-8") from None
     except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read: {_line(error)}") from None
-    # Of rows that are longer than the header pandas takes what is too much for an index.
-    if suffixes[-1] != ".parquet" and not isinstance(table.index, pd.RangeIndex):
-        raise InputError(f"{path} has rows with more values than the header has names")
-    return table
+    if table.shape[1] == 1 and any(mark in str(table.columns[0]) for mark in ";\t|"):
+        raise InputError(f"{path} is not separated by commas: read it with pandas.read_csv(path, sep=...)")
+    return table.apply(_with_dates)
+
+
+def _with_dates(values: pd.Series) -> pd.Series:
+    """Return dates where strings are written as ISO 8601 has them, which a CSV file cannot tell from strings."""
+    present = values.dropna()
+    strings = pd.api.types.is_string_dtype(present.dtype) and not present.empty
+    if not strings or not present.astype(str).str.match(r"\d{4}-\d{2}-\d{2}([T ]|$)").all():
+        return values
+    try:
+        return pd.to_datetime(values, format="ISO8601")
+    except ValueError:
+        return values
 
 
 def columns_of(table: pd.DataFrame, kinds: Mapping[Any, str] | None = None) -> list[Column]:
@@ -96,6 +114,8 @@ def columns_of(table: pd.DataFrame, kinds: Mapping[Any, str] | None = None) -> l
         InputError: There are too few rows, or nothing to learn; a column holds text, or what is no value of a table; a
             column cannot be what it is said to be.
     """
+    if not isinstance(kinds or {}, Mapping):
+        raise InputError(f"kinds are kinds by the names of columns, got {kinds!r}")
     kinds = dict(kinds or {})
     unknown = [name for name in kinds if name not in set(table.columns)]
     if unknown:
@@ -122,8 +142,8 @@ def _column(values: pd.Series, asked: str | None) -> Column:
         kind, why = asked, "as asked for"
     if kind == "text":
         raise InputError(
-            f"column {name!r} is text ({why}), which cannot be learned: drop it, or have it taken as a category "
-            f"(--column {name}=category) or left out (--column {name}=identifier)"
+            f"column {name!r} is text ({why}), which cannot be learned: drop it, or have it left out "
+            f"(kinds={{{name!r}: 'identifier'}}) or taken as a category (kinds={{{name!r}: 'category'}})"
         )
     if kind in ("category", "constant"):
         _check_values(present, name)
@@ -157,7 +177,7 @@ def _kind(values: pd.Series, present: pd.Series) -> tuple[str, str]:
         return "integer", ""
     if pd.api.types.is_float_dtype(dtype):
         return "number", ""
-    if all(isinstance(value, bool) for value in present):
+    if all(isinstance(plain(value), bool) for value in present):
         return "yes/no", ""
     strings = present.map(lambda value: isinstance(value, str))
     if strings.all():
@@ -175,7 +195,7 @@ def _counts(present: pd.Series) -> bool:
 
 
 def _distinct(present: pd.Series) -> int:
-    return len({key(value) for value in present}) if present.dtype == object else int(present.nunique())
+    return len({key(plain(value)) for value in present}) if present.dtype == object else int(present.nunique())
 
 
 def _check(present: pd.Series, name: Any, asked: str, kind: str) -> None:
@@ -188,13 +208,19 @@ def _check(present: pd.Series, name: Any, asked: str, kind: str) -> None:
         "constant": _distinct(present) <= 1,
     }
     if not fits.get(asked, True):
-        raise InputError(f"column {name!r} cannot be {asked}: its values look like {kind}")
+        more = "; make dates of strings with pandas.to_datetime" if asked == "date" else ""
+        raise InputError(f"column {name!r} cannot be {asked}: its values look like {kind}{more}")
 
 
 def _check_values(present: pd.Series, name: Any) -> None:
-    for value in present.astype(object):
+    for value in map(plain, present.astype(object)):
         if not isinstance(value, _CATEGORIES) or isinstance(value, decimal.Decimal):
             raise InputError(f"column {name!r} holds a {type(value).__name__}, which is no value of a table: {value!r}")
+
+
+def plain(value: Any) -> Any:
+    """Return a value of NumPy's as Python has it."""
+    return value.item() if isinstance(value, np.generic) and not isinstance(value, np.datetime64) else value
 
 
 def key(value: Any) -> tuple[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from .columns import MOST_DECIMALS, Column, columns_of, key
+from .columns import MOST_DECIMALS, Column, columns_of, key, plain
 
 FITTED_ROWS = 5_000
 """Of a column, on which its mixture is fitted."""
@@ -48,6 +48,7 @@ class Numbers:
         decimals: To which numbers are rounded; None for none.
         origin: The least integer, or date in its own unit.
         step: By multiples of which they differ; 0 for numbers.
+        steps: From the origin to the largest integer or date. Past 2^53 they are not told apart.
     """
 
     means: list[float]
@@ -60,6 +61,7 @@ class Numbers:
     decimals: int | None
     origin: int = 0
     step: int = 0
+    steps: int = 0
     spans: list[Span] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -156,7 +158,7 @@ class Preparation:
                 fitted[i] = _fit_choices(values)
             elif column.kind == "constant":
                 present = values.dropna()
-                constants[i] = None if present.empty else _plain(present.iloc[0])
+                constants[i] = None if present.empty else plain(present.iloc[0])
         return cls(columns, fitted, constants)
 
     @property
@@ -242,14 +244,15 @@ def _fit_numbers(values: pd.Series, column: Column, random: np.random.Generator)
     from sklearn.mixture import BayesianGaussianMixture
     from sklearn.utils._testing import ignore_warnings
 
-    origin = step = 0
+    origin = step = steps = 0
     if column.kind == "number":
         v = _as_floats(values)
     else:
         present = _as_integers(values.dropna())
         origin = int(present.min()) if len(present) else 0
-        step = int(np.gcd.reduce(present - origin)) if len(present) else 0
+        step = int(np.gcd.reduce(present.astype(object) - origin)) if len(present) else 0
         step = max(step, 1)
+        steps = (int(present.max()) - origin) // step if len(present) else 0
         v = _in_steps(values, origin, step)
     finite = v[np.isfinite(v)] if np.isfinite(v).any() else np.zeros(1)
     special = [name for name, there in zip(_SPECIAL, (np.isnan(v), v == math.inf, v == -math.inf)) if there.any()]
@@ -273,7 +276,8 @@ def _fit_numbers(values: pd.Series, column: Column, random: np.random.Generator)
         weights, means, deviations = np.ones(1), np.array([middle]), np.array([scale or 1.0])
     return Numbers(
         means.tolist(), deviations.tolist(), (weights / weights.sum()).tolist(), special,
-        float(x.min()), float(x.max()), unit, _decimals(finite) if column.kind == "number" else None, origin, step,
+        float(x.min()), float(x.max()), unit, _decimals(finite) if column.kind == "number" else None,
+        origin, step, steps,
     )  # fmt: skip
 
 
@@ -305,11 +309,7 @@ def _codes(values: pd.Series, fitted: Choices) -> Array:
 
 def _objects(values: pd.Series) -> list[Any]:
     """Return the values as plain Python, None for what is missing."""
-    return [None if missing else _plain(value) for value, missing in zip(values.astype(object), values.isna())]
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) and not isinstance(value, np.datetime64) else value
+    return [None if missing else plain(value) for value, missing in zip(values.astype(object), values.isna())]
 
 
 def _as_floats(values: pd.Series) -> Array:
@@ -331,7 +331,7 @@ def _in_steps(values: pd.Series, origin: int, step: int) -> Array:
     """Return how many steps from the origin the values are, NaN for what is missing."""
     out = np.full(len(values), math.nan)
     there = ~values.isna().to_numpy()
-    out[there] = ((_as_integers(values[there]) - origin) // step).astype(float)
+    out[there] = ((_as_integers(values[there]).astype(object) - origin) // step).astype(float)
     return out
 
 
@@ -341,16 +341,17 @@ def _numbers_restored(v: Array, fitted: Numbers, column: Column) -> pd.Series:
         made = pd.Series(v).astype("Float64" if column.dtype[:1] in "IUF" else float)
         made[missing] = pd.NA if made.dtype == "Float64" else math.nan
         return made.astype(column.dtype)
-    wide = np.where(missing, 0, v).astype(np.int64).astype(object) * fitted.step + fitted.origin
+    whole = [0 if gone else min(max(int(value), 0), fitted.steps) for value, gone in zip(v.tolist(), missing)]
+    wide = np.array(whole, dtype=object) * fitted.step + fitted.origin
     if column.kind == "date":
         unit, zone = _unit_and_zone(column.dtype)
         dates = pd.Series(wide.astype(np.int64).astype(f"datetime64[{unit}]"))
         dates[missing] = pd.NaT
         return dates if zone is None else dates.dt.tz_localize("UTC").dt.tz_convert(zone)
     if column.dtype[:1] in "fF":  # integers in the values alone
-        whole = wide.astype(float)
-        whole[missing] = math.nan
-        return pd.Series(whole).astype(column.dtype)
+        floats = wide.astype(float)
+        floats[missing] = math.nan
+        return pd.Series(floats).astype(column.dtype)
     if not missing.any():
         return pd.Series(wide).astype(column.dtype)
     nullable = column.dtype if column.dtype[:1] in "IU" else "Int64"
@@ -377,7 +378,7 @@ def _written(value: Any) -> Any:
         return {"date": value.isoformat()}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
-    return _plain(value)
+    return plain(value)
 
 
 def _read(value: Any) -> Any:

@@ -1,11 +1,13 @@
 """A table learned by CTGAN's method, with the critic's step in four passes."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from sklearn.base import BaseEstimator
@@ -16,7 +18,7 @@ from ..critic_step import CriticStep
 from ..errors import InputError
 from ..points import PenaltyConfig
 from ..training.models import PackedCritic
-from .columns import key
+from .columns import key, plain
 from .networks import Conditions, TableGenerator
 from .preparation import Choices, Preparation
 
@@ -97,16 +99,32 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         """
         if not isinstance(table, pd.DataFrame):
             raise InputError(f"a table is a pandas.DataFrame, got {type(table).__name__}")
-        for name in ("epochs", "batch_size", "latent_dim", "group_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
-        self.preparation_ = Preparation.fit(table, self.kinds, seed=self.seed)
-        matrix = self.preparation_.transform(table, seed=self.seed)
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            self._build(_codes(self.preparation_, matrix))
-            self._train(torch.from_numpy(matrix).float().to(self.device))
+        self._check_options()
+        before = dict(self.__dict__)
+        try:
+            self.preparation_ = Preparation.fit(table, self.kinds, seed=self.seed)
+            matrix = self.preparation_.transform(table, seed=self.seed)
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                self._build(_codes(self.preparation_, matrix))
+                self._train(torch.from_numpy(matrix).float().to(self.device))
+        except BaseException:  # what was learned before is still there
+            self.__dict__ = before
+            raise
         return self
+
+    def _check_options(self) -> None:
+        for name in ("epochs", "batch_size", "latent_dim", "group_size"):
+            _whole(name, getattr(self, name), 1)
+        _whole("seed", self.seed, 0)
+        if isinstance(self.hidden, str | int) or not self.hidden:
+            raise InputError(f"hidden must be the widths of the hidden layers, got {self.hidden!r}")
+        for width in self.hidden:
+            _whole("hidden", width, 1)
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device {self.device!r} is not there: {str(error).splitlines()[0]}") from None
 
     def sample(self, n: int, *, where: Mapping[Any, Any] | None = None, seed: int | None = None) -> pd.DataFrame:
         """Make ``n`` rows.
@@ -121,8 +139,11 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
             InputError: There is no such column or category, or rows that have all of ``where`` are too rare.
         """
         check_is_fitted(self, "generator_")
-        if not isinstance(n, int) or n < 0:
-            raise InputError(f"n must be a whole number of at least 0, got {n!r}")
+        _whole("n", n, 0)
+        if seed is not None:
+            _whole("seed", seed, 0)
+        if not isinstance(where or {}, Mapping):
+            raise InputError(f"where is categories by the names of columns, got {where!r}")
         asked = [self._condition(name, value) for name, value in (where or {}).items()]
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
@@ -147,34 +168,42 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         from safetensors.torch import save_file
 
         check_is_fitted(self, "generator_")
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(path).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise InputError(f"{folder} is a file, not a folder") from None
         tensors = {f"generator.{k}": v for k, v in self.generator_.state_dict().items()}
         tensors |= {f"critic.{k}": v for k, v in self.critic_.state_dict().items()}
         tensors["conditions.counts"] = self.conditions_.counts
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / _NETWORKS)
         options = {**self.get_params(), "hidden": list(self.hidden), "kinds": None}
         told = {"options": options, "preparation": self.preparation_.state(), "history": self.history_}
-        (folder / _TOLD).write_text(json.dumps(told))
+        told["networks"] = _digest(folder)
+        (folder / _TOLD).write_text(json.dumps(told, default=plain))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str = "cpu") -> "TableSynthesizer":
         """Read what ``save`` wrote.
 
         Raises:
-            InputError: There is no such folder.
+            InputError: There is no such folder, or what it holds is damaged.
         """
         from safetensors.torch import load_file
 
-        folder = Path(path)
+        folder = Path(path).expanduser()
         try:
             told = json.loads((folder / _TOLD).read_text())
+            if told["networks"] != _digest(folder):
+                raise ValueError(f"{_NETWORKS} is not what was saved")
             tensors = load_file(folder / _NETWORKS)
-        except FileNotFoundError:
+            made = cls(**{**told["options"], "hidden": tuple(told["options"]["hidden"]), "device": device})
+            made.preparation_ = Preparation.of_state(told["preparation"])
+            made.history_ = told["history"]
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{folder} holds no table that was learned: {_TOLD} and {_NETWORKS}") from None
-        made = cls(**{**told["options"], "device": device})
-        made.preparation_ = Preparation.of_state(told["preparation"])
-        made.history_ = told["history"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"what {folder} holds is damaged: {error}") from None
         made._build(torch.zeros(0, len(_choices(made.preparation_)), dtype=torch.int64))
         for name in ("generator", "critic", "conditions"):
             own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
@@ -252,14 +281,25 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         named = [(n, i) for n, i in enumerate(i for i, f in of.fitted.items() if isinstance(f, Choices))]
         found = [(n, of.fitted[i]) for n, i in named if of.columns[i].name == name]
         if not found:
-            raise InputError(f"there is no column of categories {name!r}")
+            there = ", ".join(repr(of.columns[i].name) for _, i in named) or "none"
+            raise InputError(f"there is no column of categories {name!r}; there are {there}")
         n, fitted = found[0]
         assert isinstance(fitted, Choices)
         position = {key(kept): i for i, kept in enumerate(fitted.values)}
-        if key(value) not in position:
+        value = None if pd.api.types.is_scalar(value) and pd.isna(value) else plain(value)
+        if not pd.api.types.is_scalar(value) or key(value) not in position:
             shown = ", ".join(repr(kept) for kept in fitted.values[:20])
             raise InputError(f"column {name!r} has no {value!r}; there are {shown}")
         return n, position[key(value)]
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**63:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / _NETWORKS).read_bytes()).hexdigest()
 
 
 def _choices(preparation: Preparation) -> list[tuple[int, Choices]]:
