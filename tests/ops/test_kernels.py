@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 import kernel_resources  # imports Triton
 import triton
 from wgan_fast.kernels import gradient_norm_penalty, mlp_critic_step
+from wgan_fast.kernels.numbers import bits
 
 
 def test_every_kernel_equals_its_reference_under_the_interpreter() -> None:
@@ -39,6 +40,9 @@ def test_another_weight_of_the_penalty_compiles_nothing(file: ModuleType) -> Non
         (weight,) = [parameter for parameter in kernel.params if parameter.name.lower() == "weight"]
         assert not weight.is_constexpr
         assert weight.do_not_specialize
+    # Triton tells integers of 32 bits from those of 64 by their values.
+    for value in (0.0, 5e-324, 1e-300, 0.1, 1.0, 10.0, 1e300):
+        assert not -(2**31) <= bits(value) < 2**31
 
 
 @pytest.mark.parametrize("change", [-1, 1])

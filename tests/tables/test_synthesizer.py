@@ -13,7 +13,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
 from wgan_fast.errors import InputError
-from wgan_fast.tables import TableSynthesizer
+from wgan_fast.tables import TableSynthesizer, synthesizer
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 60, "hidden": (32, 32), "latent_dim": 16}
 
@@ -162,7 +162,7 @@ def test_a_damaged_folder_is_told(fitted: TableSynthesizer, tmp_path: Path) -> N
     folder = tmp_path / "learned"
     fitted.set_params(learning_rate=np.float32(1e-3)).save(folder)
     assert TableSynthesizer.load(folder).get_params()["hidden"] == (32, 32)
-    told, networks = folder / "table.json", folder / "networks.safetensors"
+    told, (networks,) = folder / "table.json", folder.glob("networks-*.safetensors")
     whole, weights = told.read_text(), networks.read_bytes()
     for text, raw in [(whole[:-9], weights), ("{}", weights), (whole, weights[:-9]), (whole, weights[:-1] + b"?")]:
         told.write_text(text)
@@ -173,6 +173,29 @@ def test_a_damaged_folder_is_told(fitted: TableSynthesizer, tmp_path: Path) -> N
         TableSynthesizer.load(told)
     with pytest.raises(InputError, match="is a file, not a folder"):
         fitted.save(told)
+
+
+def test_a_saving_that_is_cut_off_leaves_the_one_before(
+    fitted: TableSynthesizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rows = tmp_path / "learned", fitted.sample(5, seed=1)
+    fitted.save(folder)
+    other = TableSynthesizer(**QUICK, kinds={"age": "number"}).fit(people())
+    write = synthesizer.write_atomically
+
+    def cut_off(path: Path, body: bytes) -> None:
+        if path.suffix == ".json":
+            raise KeyboardInterrupt
+        write(path, body)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(synthesizer, "write_atomically", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            other.save(folder)
+    pd.testing.assert_frame_equal(TableSynthesizer.load(folder).sample(5, seed=1), rows)
+    other.save(folder)
+    assert len(list(folder.iterdir())) == 2
+    assert TableSynthesizer.load(folder).get_params() == other.get_params()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""``wgan_fast::cast``: tensors in another dtype, on a GPU as one launch."""
+"""``wgan_fast::cast``: tensors in another dtype, all in one call."""
 
 import torch
 from torch import Tensor

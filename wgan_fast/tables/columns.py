@@ -18,11 +18,10 @@ Kind = Literal["number", "integer", "category", "yes/no", "date", "constant", "i
 KINDS: tuple[str, ...] = get_args(Kind)
 
 MOST_CATEGORIES = 10_000
-MOST_DECIMALS = 12
 WORDS = 40
 """Characters from which on values that hardly repeat are text."""
 LEAST_ROWS = 10
-_READERS = (".csv", ".tsv", ".parquet")
+_SUFFIXES = (".csv", ".tsv", ".parquet")
 _CATEGORIES = str | bool | int | float | pd.Timestamp | datetime.date
 """What may be a category: what can be written down and read back as it was."""
 
@@ -64,9 +63,9 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
         InputError: In one line, what is wrong with the file.
     """
     path = Path(path).expanduser()
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() in _READERS]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() in _SUFFIXES]
     if not suffixes:
-        raise InputError(f"{path} is no table: {', '.join(_READERS)} are read")
+        raise InputError(f"{path} is no table: {', '.join(_SUFFIXES)} are read")
     try:
         if suffixes[-1] == ".parquet":
             return pd.read_parquet(path)

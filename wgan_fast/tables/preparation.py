@@ -14,11 +14,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from .columns import MOST_DECIMALS, Column, columns_of, key, plain
+from .columns import Column, columns_of, key, plain
 
 FITTED_ROWS = 5_000
 """Of a column, on which its mixture is fitted."""
 MODES = 10
+MOST_DECIMALS = 12
 LEAST_WEIGHT = 0.005
 SPREAD = 4.0
 """Standard deviations from the middle of a mode to the end of its range."""
@@ -214,29 +215,29 @@ class Preparation:
         """Return everything as what JSON holds."""
         return {
             "columns": [
-                {**vars(c), "name": _written(c.name), "levels": None if c.levels is None else _written(c.levels)}
+                {**vars(c), "name": written(c.name), "levels": None if c.levels is None else written(c.levels)}
                 for c in self.columns
             ],
             "fitted": {
                 str(i): {k: v for k, v in vars(fitted).items() if k != "spans"}
                 if isinstance(fitted, Numbers)
-                else {"values": [_written(value) for value in fitted.values], "counts": fitted.counts}
+                else {"values": [written(value) for value in fitted.values], "counts": fitted.counts}
                 for i, fitted in self.fitted.items()
             },
-            "constants": {str(i): _written(value) for i, value in self.constants.items()},
+            "constants": {str(i): written(value) for i, value in self.constants.items()},
         }
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> "Preparation":
         """Make a preparation of what ``state`` returned."""
-        columns = [Column(**{**c, "name": _read(c["name"]), "levels": _read(c["levels"])}) for c in state["columns"]]
+        columns = [Column(**{**c, "name": read(c["name"]), "levels": read(c["levels"])}) for c in state["columns"]]
         fitted: dict[int, Fitted] = {
-            int(i): Choices([_read(value) for value in kept["values"]], kept["counts"])
+            int(i): Choices([read(value) for value in kept["values"]], kept["counts"])
             if "values" in kept
             else Numbers(**kept)
             for i, kept in state["fitted"].items()
         }
-        return cls(columns, fitted, {int(i): _read(value) for i, value in state["constants"].items()})
+        return cls(columns, fitted, {int(i): read(value) for i, value in state["constants"].items()})
 
 
 def _fit_numbers(values: pd.Series, column: Column, random: np.random.Generator) -> Numbers:
@@ -368,10 +369,10 @@ def _restored(values: Sequence[Any], column: Column) -> pd.Series:
     return made if column.dtype == "object" else made.astype(column.pandas_dtype())
 
 
-def _written(value: Any) -> Any:
+def written(value: Any) -> Any:
     """Write a value down so that JSON gives back its type."""
     if isinstance(value, tuple):
-        return {"tuple": [_written(part) for part in value]}
+        return {"tuple": [written(part) for part in value]}
     if isinstance(value, pd.Timestamp):
         return {"time": value.isoformat()}
     if isinstance(value, datetime.date):
@@ -381,10 +382,11 @@ def _written(value: Any) -> Any:
     return plain(value)
 
 
-def _read(value: Any) -> Any:
+def read(value: Any) -> Any:
+    """Read what ``written`` wrote."""
     if not isinstance(value, dict):
         return value
     ((kind, given),) = value.items()
     if kind == "tuple":
-        return tuple(_read(part) for part in given)
+        return tuple(read(part) for part in given)
     return {"time": pd.Timestamp, "date": datetime.date.fromisoformat, "float": float}[kind](given)

@@ -17,12 +17,13 @@ from torch import Tensor
 from ..critic_step import CriticStep
 from ..errors import InputError
 from ..points import PenaltyConfig
+from ..training.files import write_atomically
 from ..training.models import PackedCritic
 from .columns import key, plain
 from .networks import Conditions, TableGenerator
-from .preparation import Choices, Preparation
+from .preparation import Choices, Preparation, read, written
 
-_TOLD, _NETWORKS = "table.json", "networks.safetensors"
+_TOLD = "table.json"
 MOST_TRIES = 100
 """How many rows are generated for one that is asked for with a condition, before giving up."""
 
@@ -165,7 +166,7 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything that ``sample`` needs into a folder, which is made: JSON and safetensors, no pickle."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         check_is_fitted(self, "generator_")
         folder = Path(path).expanduser()
@@ -176,11 +177,17 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         tensors = {f"generator.{k}": v for k, v in self.generator_.state_dict().items()}
         tensors |= {f"critic.{k}": v for k, v in self.critic_.state_dict().items()}
         tensors["conditions.counts"] = self.conditions_.counts
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / _NETWORKS)
-        options = {**self.get_params(), "hidden": list(self.hidden), "kinds": None}
+        body = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+        digest = hashlib.sha256(body).hexdigest()
+        kinds = [[written(name), kind] for name, kind in (self.kinds or {}).items()]
+        options = {**self.get_params(), "hidden": list(self.hidden), "kinds": kinds}
         told = {"options": options, "preparation": self.preparation_.state(), "history": self.history_}
-        told["networks"] = _digest(folder)
-        (folder / _TOLD).write_text(json.dumps(told, default=plain))
+        told["networks"] = digest
+        # What is told names its networks: whenever this is cut off, one of both savings is whole.
+        write_atomically(folder / _networks(digest), body)
+        write_atomically(folder / _TOLD, json.dumps(told, default=plain).encode())
+        for other in set(folder.glob(_networks("*"))) - {folder / _networks(digest)}:
+            other.unlink()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str = "cpu") -> "TableSynthesizer":
@@ -189,19 +196,22 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         Raises:
             InputError: There is no such folder, or what it holds is damaged.
         """
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         folder = Path(path).expanduser()
         try:
             told = json.loads((folder / _TOLD).read_text())
-            if told["networks"] != _digest(folder):
-                raise ValueError(f"{_NETWORKS} is not what was saved")
-            tensors = load_file(folder / _NETWORKS)
-            made = cls(**{**told["options"], "hidden": tuple(told["options"]["hidden"]), "device": device})
+            body = (folder / _networks(told["networks"])).read_bytes()
+            if told["networks"] != hashlib.sha256(body).hexdigest():
+                raise ValueError("the networks are not what was saved")
+            tensors = load(body)
+            options = {**told["options"], "hidden": tuple(told["options"]["hidden"]), "device": device}
+            options["kinds"] = {read(name): kind for name, kind in options["kinds"]} or None
+            made = cls(**options)
             made.preparation_ = Preparation.of_state(told["preparation"])
             made.history_ = told["history"]
         except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{folder} holds no table that was learned: {_TOLD} and {_NETWORKS}") from None
+            raise InputError(f"{folder} holds no table that was learned, or not all of it") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"what {folder} holds is damaged: {error}") from None
         made._build(torch.zeros(0, len(_choices(made.preparation_)), dtype=torch.int64))
@@ -298,8 +308,8 @@ def _whole(name: str, value: Any, least: int) -> None:
         raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
-def _digest(folder: Path) -> str:
-    return hashlib.sha256((folder / _NETWORKS).read_bytes()).hexdigest()
+def _networks(digest: str) -> str:
+    return f"networks-{digest[:16]}.safetensors"
 
 
 def _choices(preparation: Preparation) -> list[tuple[int, Choices]]:
