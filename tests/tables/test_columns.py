@@ -50,7 +50,7 @@ def test_a_column_is_what_a_person_would_say(values: Any, kind: str) -> None:
 
 
 def test_text_is_refused_and_told_what_to_do() -> None:
-    with pytest.raises(InputError, match=r"column 'x' is text .* drop it, or .*kinds={'x': 'category'}"):
+    with pytest.raises(InputError, match=r"column 'x' is text .* \(--column x=identifier; .*kinds={'x': 'category'}"):
         column([f"{LONG} {i}" for i in range(N)])
 
 

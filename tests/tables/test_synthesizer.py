@@ -13,7 +13,9 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
 from wgan_fast.errors import InputError
-from wgan_fast.tables import TableSynthesizer, synthesizer
+from wgan_fast.tables import TableSynthesizer
+from wgan_fast.tables.training import Training
+from wgan_fast.training import checkpoint
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 60, "hidden": (32, 32), "latent_dim": 16}
 
@@ -93,7 +95,7 @@ def test_a_folder_alone_makes_the_same_rows_in_another_process(fitted: TableSynt
     subprocess.run([sys.executable, "-c", program, tmp_path / "learned", tmp_path / "rows.csv"], check=True)
     fitted.sample(40, seed=5).to_csv(tmp_path / "ours.csv", index=False)
     assert (tmp_path / "rows.csv").read_bytes() == (tmp_path / "ours.csv").read_bytes()
-    assert not [path for path in (tmp_path / "learned").iterdir() if b"pickle" in path.read_bytes()]
+    assert not [path for path in (tmp_path / "learned").rglob("*") if path.is_file() and b"pickle" in path.read_bytes()]
 
 
 def test_it_keeps_scikit_learns_conventions() -> None:
@@ -139,13 +141,13 @@ def test_what_was_learned_outlives_a_fit_that_is_interrupted(monkeypatch: pytest
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(TableSynthesizer, "_train", interrupted)
+        patch.setattr(Training, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             made.fit(people())
     with pytest.raises(NotFittedError):
         made.sample(1)
     before = made.fit(people()).sample(9, seed=1)
-    monkeypatch.setattr(TableSynthesizer, "_train", interrupted)
+    monkeypatch.setattr(Training, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         made.fit(people()[["job"]])
     pd.testing.assert_frame_equal(made.sample(9, seed=1), before)
@@ -162,17 +164,17 @@ def test_a_damaged_folder_is_told(fitted: TableSynthesizer, tmp_path: Path) -> N
     folder = tmp_path / "learned"
     fitted.set_params(learning_rate=np.float32(1e-3)).save(folder)
     assert TableSynthesizer.load(folder).get_params()["hidden"] == (32, 32)
-    told, (networks,) = folder / "table.json", folder.glob("networks-*.safetensors")
-    whole, weights = told.read_text(), networks.read_bytes()
-    for text, raw in [(whole[:-9], weights), ("{}", weights), (whole, weights[:-9]), (whole, weights[:-1] + b"?")]:
-        told.write_text(text)
-        networks.write_bytes(raw)
-        with pytest.raises(InputError, match=r"what .* holds is damaged"):
+    (seal,), (body,) = folder.rglob("*.json"), folder.rglob("*.safetensors")
+    told, whole = seal.read_text(), body.read_bytes()
+    for text, raw in [(told[:-9], whole), ("{}", whole), (told, whole[:-9]), (told, whole[:-1] + b"?")]:
+        seal.write_text(text)
+        body.write_bytes(raw)
+        with pytest.raises(InputError, match=r"every checkpoint in .* is damaged"):
             TableSynthesizer.load(folder)
     with pytest.raises(InputError, match="holds no table that was learned"):
-        TableSynthesizer.load(told)
+        TableSynthesizer.load(seal)
     with pytest.raises(InputError, match="is a file, not a folder"):
-        fitted.save(told)
+        fitted.save(seal)
 
 
 def test_a_saving_that_is_cut_off_leaves_the_one_before(
@@ -180,8 +182,8 @@ def test_a_saving_that_is_cut_off_leaves_the_one_before(
 ) -> None:
     folder, rows = tmp_path / "learned", fitted.sample(5, seed=1)
     fitted.save(folder)
-    other = TableSynthesizer(**QUICK, kinds={"age": "number"}).fit(people())
-    write = synthesizer.write_atomically
+    other = TableSynthesizer(**{**QUICK, "epochs": 1}, kinds={"age": "number"}).fit(people())
+    write = checkpoint.write_atomically
 
     def cut_off(path: Path, body: bytes) -> None:
         if path.suffix == ".json":
@@ -189,12 +191,12 @@ def test_a_saving_that_is_cut_off_leaves_the_one_before(
         write(path, body)
 
     with monkeypatch.context() as patch:
-        patch.setattr(synthesizer, "write_atomically", cut_off)
+        patch.setattr(checkpoint, "write_atomically", cut_off)
         with pytest.raises(KeyboardInterrupt):
             other.save(folder)
     pd.testing.assert_frame_equal(TableSynthesizer.load(folder).sample(5, seed=1), rows)
     other.save(folder)
-    assert len(list(folder.iterdir())) == 2
+    assert len([path for path in folder.rglob("*") if path.is_file()]) == 2
     assert TableSynthesizer.load(folder).get_params() == other.get_params()
 
 

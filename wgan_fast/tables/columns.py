@@ -1,10 +1,12 @@
 """What the columns of a table are: a kind each, told by pandas and by the values, or by the user."""
 
+import contextlib
 import datetime
 import decimal
+import io
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import InputError
+from .config import SUFFIXES
 
 Kind = Literal["number", "integer", "category", "yes/no", "date", "constant", "identifier"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -21,7 +24,12 @@ MOST_CATEGORIES = 10_000
 WORDS = 40
 """Characters from which on values that hardly repeat are text."""
 LEAST_ROWS = 10
-_SUFFIXES = (".csv", ".tsv", ".parquet")
+SURE = 20
+"""Repetitions that are expected of integers, from which on it is no accident that there is none."""
+IN_MEMORY = 4
+"""Bytes that a byte of a file takes, about, once it is read."""
+_STRICT: dict[str, Any] = {"index_col": False, "low_memory": False}
+"""Otherwise pandas takes what is too much in a row for the table's index, and tells types part by part."""
 _CATEGORIES = str | bool | int | float | pd.Timestamp | datetime.date
 """What may be a category: what can be written down and read back as it was."""
 
@@ -56,23 +64,56 @@ class Column:
         return pd.CategoricalDtype(pd.Index(list(self.levels), dtype=self.levels_dtype), self.ordered)
 
 
-def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
+def read_table(
+    path: str | os.PathLike[str],
+    *,
+    kinds: Mapping[str, str] | None = None,
+    rows: int | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
     """Read a table from a ".csv", ".tsv" or ".parquet" file, compressed or not.
+
+    Of a text file, dates in ISO 8601 become dates, and numbers that begin with a zero, as postal codes do, stay text.
+
+    Args:
+        path: The file.
+        kinds: By the name of a column, the kind that it is to be: categories and identifiers are read as they are
+            written, and dates in whatever form pandas understands.
+        rows: How many to draw, each as likely, in the order of the file, which may be larger than memory; None reads
+            all.
+        seed: Of what is drawn.
 
     Raises:
         InputError: In one line, what is wrong with the file.
     """
     path = Path(path).expanduser()
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() in _SUFFIXES]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() in SUFFIXES]
     if not suffixes:
-        raise InputError(f"{path} is no table: {', '.join(_SUFFIXES)} are read")
+        raise InputError(f"{path} is no table: {', '.join(SUFFIXES)} are read")
     try:
+        needed, free = path.stat().st_size * IN_MEMORY / 2**30, _free_memory() / 2**30
+        if rows is None and needed > free:
+            raise InputError(
+                f"{path} would take {needed:.0f} GiB or so, and {free:.0f} GiB are free: learn from some of its rows "
+                "(--rows 1000000; read_table(path, rows=1_000_000))"
+            )
         if suffixes[-1] == ".parquet":
-            return pd.read_parquet(path)
+            return pd.read_parquet(path) if rows is None else _drawn(_batches(path), rows, seed)
+        options: dict[str, Any] = {"sep": "\t" if suffixes[-1] == ".tsv" else ","}
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            # Otherwise pandas takes what is too much in a row for the table's index.
-            table = pd.read_csv(path, sep="\t" if suffixes[-1] == ".tsv" else ",", index_col=False)
+            source: Any = path
+            if rows is not None:
+                # As text: what a column is must be told by all the rows that are drawn.
+                text = pd.read_csv(path, **options, **_STRICT, dtype=str, keep_default_na=False, chunksize=100_000)
+                drawn = _drawn(text, rows, seed)
+                options, source = {}, io.StringIO(drawn.to_csv(index=False))
+            first = pd.read_csv(source, **options, index_col=False, nrows=1000, dtype=str)
+            if rows is not None:
+                source.seek(0)
+            as_text = [name for name in first if first[name].str.match(r"[+-]?0\d").any()]
+            as_text += [name for name, kind in (kinds or {}).items() if kind in ("category", "identifier")]
+            table = pd.read_csv(source, **options, **_STRICT, dtype=dict.fromkeys(as_text, str))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except ImportError:
@@ -83,11 +124,78 @@ def read_table(path: str | os.PathLike[str]) -> pd.DataFrame:
         raise InputError(f"{path} has rows with more values than the header has names") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8: save it as UTF-8") from None
+    except InputError:
+        raise
     except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read: {_line(error)}") from None
     if table.shape[1] == 1 and any(mark in str(table.columns[0]) for mark in ";\t|"):
         raise InputError(f"{path} is not separated by commas: read it with pandas.read_csv(path, sep=...)")
+    for name, kind in (kinds or {}).items():
+        if kind == "date" and name in table.columns:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that values have no form in common
+                    table[name] = pd.to_datetime(table[name])
+            except ValueError as error:
+                raise InputError(f"column {name!r} cannot be date: {_line(error)}") from None
     return table.apply(_with_dates)
+
+
+@contextlib.contextmanager
+def write_table(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
+    """Check that a table can be written to a path, and give what writes it, whole or not at all.
+
+    Raises:
+        InputError: The path has no suffix of a table, or cannot be written.
+    """
+    kind = next((s.lower() for s in reversed(path.suffixes) if s.lower() in SUFFIXES), None)
+    if kind is None:
+        raise InputError(f"out must end in {', '.join(SUFFIXES)}, got {path}")
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+
+    def write(table: pd.DataFrame) -> None:
+        if kind == ".parquet":
+            table.to_parquet(temporary, index=False)
+        else:
+            table.to_csv(temporary, index=False, sep="\t" if kind == ".tsv" else ",")
+        temporary.replace(path)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        yield write
+    except ImportError:
+        raise InputError(f"out {path} cannot be written: .parquet needs pip install pyarrow") from None
+    except OSError as error:
+        raise InputError(f"out {path} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _drawn(parts: Iterable[pd.DataFrame], rows: int, seed: int) -> pd.DataFrame:
+    """Draw rows of a table that comes in parts: those with the smallest of random numbers."""
+    random = np.random.default_rng(seed)
+    kept, keys = pd.DataFrame(), np.empty(0)
+    for part in parts:
+        kept = part if kept.empty else pd.concat([kept, part], ignore_index=True)
+        keys = np.concatenate([keys, random.random(len(part))])
+        if len(kept) > rows:
+            chosen = np.sort(np.argpartition(keys, rows)[:rows])
+            kept, keys = kept.iloc[chosen], keys[chosen]
+    return kept.reset_index(drop=True)
+
+
+def _batches(path: Path) -> Iterator[pd.DataFrame]:
+    from pyarrow.parquet import ParquetFile
+
+    for batch in ParquetFile(path).iter_batches(100_000):
+        yield batch.to_pandas()
+
+
+def _free_memory() -> int:
+    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as lines:
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _with_dates(values: pd.Series) -> pd.Series:
@@ -141,8 +249,9 @@ def _column(values: pd.Series, asked: str | None) -> Column:
         kind, why = asked, "as asked for"
     if kind == "text":
         raise InputError(
-            f"column {name!r} is text ({why}), which cannot be learned: drop it, or have it left out "
-            f"(kinds={{{name!r}: 'identifier'}}) or taken as a category (kinds={{{name!r}: 'category'}})"
+            f"column {name!r} is text ({why}), which cannot be learned: have it left out "
+            f"(--column {name}=identifier; kinds={{{name!r}: 'identifier'}}) or taken as a category "
+            f"(--column {name}=category; kinds={{{name!r}: 'category'}})"
         )
     if kind in ("category", "constant"):
         _check_values(present, name)
@@ -171,8 +280,8 @@ def _kind(values: pd.Series, present: pd.Series) -> tuple[str, str]:
     if pd.api.types.is_complex_dtype(dtype) or pd.api.types.is_timedelta64_dtype(dtype):
         raise InputError(f"column {values.name!r} is {dtype}, which is no kind of column here: make it a number")
     if pd.api.types.is_integer_dtype(dtype):
-        if distinct == rows and _counts(present):
-            return "identifier", "it counts the rows"
+        if distinct == rows and (why := _identifies(present)):
+            return "identifier", why
         return "integer", ""
     if pd.api.types.is_float_dtype(dtype):
         return "number", ""
@@ -188,9 +297,13 @@ def _kind(values: pd.Series, present: pd.Series) -> tuple[str, str]:
     return "category", ""
 
 
-def _counts(present: pd.Series) -> bool:
-    ordered = np.sort(present.to_numpy(dtype=np.int64))
-    return len(ordered) > LEAST_ROWS and bool((np.diff(ordered) == 1).all())
+def _identifies(present: pd.Series) -> str:
+    """Say why integers of which none repeats tell rows apart and nothing else; nothing if they may mean more."""
+    n, spread = len(present), int(present.max()) - int(present.min()) + 1
+    if n > LEAST_ROWS and spread == n:
+        return "it counts the rows"
+    # Of numbers that mean something some would repeat: n²/2 pairs, each equal in one of so many cases.
+    return "no value repeats" if n * n / 2 / spread > SURE else ""
 
 
 def _distinct(present: pd.Series) -> int:

@@ -6,6 +6,7 @@ choice between modes that overlap, and whatever is chosen, the way back gives th
 """
 
 import datetime
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -68,8 +69,11 @@ class Numbers:
     def __post_init__(self) -> None:
         self.spans = [Span("value", 1), Span("choice", len(self.means) + len(self.special))]
 
-    def forward(self, v: Array, random: np.random.Generator) -> Array:
-        """Return ``[N, 1 + modes]`` of numbers ``[N]``, those of integers and dates from the origin and in steps."""
+    def forward(self, v: Array, random: np.random.Generator) -> tuple[Array, Array]:
+        """Return of numbers ``[N]`` their places in their modes ``[N]`` and the modes ``[N]``.
+
+        Integers and dates are numbers from the origin and in steps.
+        """
         finite, rows = np.isfinite(v), np.arange(len(v))
         x = np.where(finite, v / self.unit, self.low)
         means, deviations = np.array(self.means), np.array(self.deviations)
@@ -79,19 +83,16 @@ class Numbers:
         mode = (likely + random.gumbel(size=likely.shape)).argmax(axis=1)
         # Far out in what was drawn a network could not follow: the nearest mode holds it best.
         mode = np.where(np.abs(away[rows, mode]) > SPREAD, np.abs(away).argmin(axis=1), mode)
-        out = np.zeros((len(v), 1 + self.spans[1].width))
-        out[:, 0] = np.where(finite, away[rows, mode] / SPREAD, 0.0)
+        place = np.where(finite, away[rows, mode] / SPREAD, 0.0)
         for i, name in enumerate(self.special):
             there = np.isnan(v) if name == "missing" else v == _SPECIAL[name]
             mode = np.where(there, len(self.means) + i, mode)
-        out[rows, 1 + mode] = 1
-        return out
+        return place, mode
 
-    def backward(self, matrix: Array) -> Array:
-        """Return the numbers ``[N]`` that ``forward`` takes of ``[N, 1 + modes]``: those of the largest mode."""
-        mode = matrix[:, 1:].argmax(axis=1)
+    def backward(self, place: Array, mode: Array) -> Array:
+        """Return the numbers ``[N]`` of which ``forward`` made this."""
         normal = np.minimum(mode, len(self.means) - 1)
-        x = matrix[:, 0] * SPREAD * np.array(self.deviations)[normal] + np.array(self.means)[normal]
+        x = place * SPREAD * np.array(self.deviations)[normal] + np.array(self.means)[normal]
         v: Array = np.clip(x, self.low, self.high) * self.unit
         if self.step:
             v = np.round(v)
@@ -118,12 +119,6 @@ class Choices:
     def __post_init__(self) -> None:
         self.spans = [Span("choice", len(self.values))]
 
-    def forward(self, codes: Array) -> Array:
-        """Return ``[N, categories]`` of the positions of the categories ``[N]``."""
-        out = np.zeros((len(codes), len(self.values)))
-        out[np.arange(len(codes)), codes] = 1
-        return out
-
 
 Fitted = Numbers | Choices
 
@@ -142,13 +137,21 @@ class Preparation:
     constants: dict[int, Any]
 
     @classmethod
-    def fit(cls, table: pd.DataFrame, kinds: Any = None, *, seed: int = 0) -> "Preparation":
-        """Fit to a table; arguments as those of ``columns_of``, and the seed of what is drawn.
+    def fit(
+        cls, table: pd.DataFrame, kinds: Any = None, *, columns: Sequence[Column] | None = None, seed: int = 0
+    ) -> "Preparation":
+        """Fit to a table.
+
+        Args:
+            table: As ``columns_of`` takes it.
+            kinds: Likewise.
+            columns: What ``columns_of`` returned of it, or of a table that it is a part of; None asks.
+            seed: Of what is drawn.
 
         Raises:
             InputError: As ``columns_of``.
         """
-        columns = columns_of(table, kinds)
+        columns = list(columns or columns_of(table, kinds))
         fitted: dict[int, Fitted] = {}
         constants: dict[int, Any] = {}
         for i, column in enumerate(columns):
@@ -162,6 +165,20 @@ class Preparation:
                 constants[i] = None if present.empty else plain(present.iloc[0])
         return cls(columns, fitted, constants)
 
+    def said(self, i: int) -> str:
+        """Say of a column what is learned of it: its range, or its most frequent categories."""
+        if i in self.constants:
+            return repr(self.constants[i])
+        if i not in self.fitted:
+            return ""
+        fitted = self.fitted[i]
+        if isinstance(fitted, Choices):
+            shown = ", ".join("missing" if value is None else str(value) for value in fitted.values[:5])
+            return f"{len(fitted.values)}: {shown}{', ...' if len(fitted.values) > 5 else ''}"
+        ends = _numbers_restored(np.array([fitted.low, fitted.high]) * fitted.unit, fitted, self.columns[i])
+        low, high = (str(end.date()) if isinstance(end, pd.Timestamp) else f"{end}" for end in ends)
+        return ", ".join([f"{low} to {high}", *(f"some {name}" for name in fitted.special)])
+
     @property
     def spans(self) -> list[Span]:
         """The spans of the matrix, column after column."""
@@ -172,23 +189,51 @@ class Preparation:
         """Columns of the matrix."""
         return sum(span.width for span in self.spans)
 
-    def transform(self, table: pd.DataFrame, *, seed: int = 0) -> Array:
-        """Return the rows of a table ``[N, width]``, float64.
+    @property
+    def placed(self) -> list[tuple[int, Span]]:
+        """The spans, and where in the matrix each begins."""
+        return list(zip(itertools.accumulate((span.width for span in self.spans), initial=0), self.spans))
+
+    @property
+    def categories(self) -> list[tuple[int, int, Choices]]:
+        """The columns of categories: where in the matrix each begins, which of the choices it is, and what it is."""
+        choices = itertools.count()
+        numbered = [(start, next(choices)) for start, span in self.placed if span.kind == "choice"]
+        of = zip(numbered, self.fitted.values())  # a column has one choice, be it a category or a mode
+        return [(start, n, fitted) for (start, n), fitted in of if isinstance(fitted, Choices)]
+
+    def coded(self, table: pd.DataFrame, *, seed: int = 0, dtype: type = np.float64) -> tuple[Array, Array]:
+        """Return the rows of a table in little memory: for every span of values its value, of choices what is chosen.
+
+        Returns:
+            Values ``[N, values]`` of ``dtype`` and choices ``[N, choices]`` int32, both in the order of the spans.
 
         Raises:
             ValueError: The table has other columns, or categories that the fitted one has not.
         """
         if list(table.columns) != [column.name for column in self.columns]:
             raise ValueError("the table has other columns than the one that was fitted")
-        parts = []
+        values: list[Array] = []
+        choices: list[Array] = []
         for i, fitted in self.fitted.items():
-            values = table.iloc[:, i]
+            given = table.iloc[:, i]
             if isinstance(fitted, Numbers):
-                v = _in_steps(values, fitted.origin, fitted.step) if fitted.step else _as_floats(values)
-                parts.append(fitted.forward(v, np.random.default_rng((seed, i))))
+                v = _in_steps(given, fitted.origin, fitted.step) if fitted.step else _as_floats(given)
+                place, mode = fitted.forward(v, np.random.default_rng((seed, i)))
+                values.append(place.astype(dtype))
+                choices.append(mode.astype(np.int32))
             else:
-                parts.append(fitted.forward(_codes(values, fitted)))
-        return np.concatenate(parts, axis=1)
+                choices.append(_codes(given, fitted))
+        return _side_by_side(values, len(table), dtype), _side_by_side(choices, len(table), np.int32)
+
+    def transform(self, table: pd.DataFrame, *, seed: int = 0) -> Array:
+        """Return the rows of a table ``[N, width]``, float64: ``coded``, with 1 at what is chosen."""
+        values, choices = self.coded(table, seed=seed)
+        out = np.zeros((len(table), self.width))
+        at = {kind: [start for start, span in self.placed if span.kind == kind] for kind in ("value", "choice")}
+        out[:, at["value"]] = values
+        np.put_along_axis(out, choices + np.array(at["choice"], dtype=np.int64), 1.0, axis=1)
+        return out
 
     def inverse(self, matrix: Array) -> pd.DataFrame:
         """Return the table of rows ``[N, width]``: of their largest modes and categories; identifiers are left out."""
@@ -202,7 +247,8 @@ class Preparation:
                 part = matrix[:, first : first + width]
                 first += width
                 if isinstance(fitted, Numbers):
-                    made.append(_numbers_restored(fitted.backward(part), fitted, column))
+                    v = fitted.backward(part[:, 0], part[:, 1:].argmax(axis=1))
+                    made.append(_numbers_restored(v, fitted, column))
                 else:
                     values = np.empty(len(fitted.values), dtype=object)
                     values[:] = fitted.values
@@ -292,6 +338,10 @@ def _decimals(finite: Array) -> int | None:
     return None
 
 
+def _side_by_side(columns: list[Array], rows: int, dtype: type) -> Array:
+    return np.stack(columns, axis=1) if columns else np.empty((rows, 0), dtype)
+
+
 def _fit_choices(values: pd.Series) -> Choices:
     counts: dict[tuple[str, Any], int] = {}
     for value in _objects(values):
@@ -303,7 +353,7 @@ def _fit_choices(values: pd.Series) -> Choices:
 def _codes(values: pd.Series, fitted: Choices) -> Array:
     position = {key(value): i for i, value in enumerate(fitted.values)}
     try:
-        return np.array([position[key(value)] for value in _objects(values)], dtype=np.int64)
+        return np.array([position[key(value)] for value in _objects(values)], dtype=np.int32)
     except KeyError as error:
         raise ValueError(f"column {values.name!r} has a category that the fitted table has not: {error}") from None
 

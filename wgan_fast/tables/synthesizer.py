@@ -1,7 +1,6 @@
 """A table learned by CTGAN's method, with the critic's step in four passes."""
 
-import hashlib
-import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,16 +13,16 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..critic_step import CriticStep
 from ..errors import InputError
-from ..points import PenaltyConfig
-from ..training.files import write_atomically
+from ..training.checkpoint import Tree, load_checkpoint, save_checkpoint
 from ..training.models import PackedCritic
-from .columns import key, plain
-from .networks import Conditions, TableGenerator
+from .columns import Column, key, plain
+from .networks import Conditions, Rows, TableGenerator
 from .preparation import Choices, Preparation, read, written
+from .training import Training
 
-_TOLD = "table.json"
+PIECE = 10_000
+"""Rows that are made at once."""
 MOST_TRIES = 100
 """How many rows are generated for one that is asked for with a condition, before giving up."""
 
@@ -54,6 +53,7 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         generator_: Trained.
         critic_: Likewise.
         history_: The loss of the critic and of the generator, the last ones of every epoch.
+        n_iter_: Steps taken.
 
     Example:
         >>> import pandas
@@ -98,26 +98,60 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         Raises:
             InputError: As ``columns_of``; an option is out of range.
         """
-        if not isinstance(table, pd.DataFrame):
-            raise InputError(f"a table is a pandas.DataFrame, got {type(table).__name__}")
-        self._check_options()
         before = dict(self.__dict__)
         try:
-            self.preparation_ = Preparation.fit(table, self.kinds, seed=self.seed)
-            matrix = self.preparation_.transform(table, seed=self.seed)
             with torch.random.fork_rng():
-                torch.manual_seed(self.seed)
-                self._build(_codes(self.preparation_, matrix))
-                self._train(torch.from_numpy(matrix).float().to(self.device))
+                training = self.begin(table)
+                while training.step < self.epochs * training.steps_per_epoch:
+                    training()
+            self.n_iter_ = training.step
+            self.generator_.eval()
         except BaseException:  # what was learned before is still there
             self.__dict__ = before
             raise
         return self
 
+    def begin(self, table: pd.DataFrame, columns: Sequence[Column] | None = None) -> Training:
+        """Prepare a table and build networks: what ``fit`` does before its first step. Seeds PyTorch's generators.
+
+        Args:
+            table: To learn.
+            columns: Of it, where they are known of a table that it is a part of.
+
+        Raises:
+            InputError: As ``fit``.
+        """
+        if not isinstance(table, pd.DataFrame):
+            raise InputError(f"a table is a pandas.DataFrame, got {type(table).__name__}")
+        self._check_options()
+        rows = min(self.batch_size, len(table))
+        self.preparation_ = Preparation.fit(table, self.kinds, columns=columns, seed=self.seed)
+        if (N := rows // self.group_size * self.group_size) == 0:
+            raise InputError(f"a batch of {rows} rows has no group of {self.group_size}")
+        values, choices = map(torch.from_numpy, self.preparation_.coded(table, seed=self.seed, dtype=np.float32))
+        torch.manual_seed(self.seed)
+        self._build(choices[:, [n for _, n, _ in self.preparation_.categories]])
+        training = Training(
+            self.generator_,
+            self.critic_,
+            self.conditions_,
+            Rows(values, choices, self.preparation_.spans).to(self.device),
+            batch_size=N,
+            options={"lr": self.learning_rate, "betas": (0.5, 0.9), "weight_decay": self.weight_decay},
+            penalty_weight=self.penalty_weight,
+            precision=self.precision,
+        )
+        self.history_ = training.history
+        return training
+
     def _check_options(self) -> None:
         for name in ("epochs", "batch_size", "latent_dim", "group_size"):
             _whole(name, getattr(self, name), 1)
         _whole("seed", self.seed, 0)
+        for name in ("learning_rate", "weight_decay", "penalty_weight"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float | np.number) or not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name} must be finite and at least 0, got {value!r}")
         if isinstance(self.hidden, str | int) or not self.hidden:
             raise InputError(f"hidden must be the widths of the hidden layers, got {self.hidden!r}")
         for width in self.hidden:
@@ -149,146 +183,109 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            rows, have, tried = [], 0, 0
+            tables, have, tried = [self.preparation_.inverse(np.empty((0, self.preparation_.width)))], 0, 0
             while have < n:
-                made = self._rows(min(max(n, 2), 10_000), asked[:1])
+                made = self._rows(min(max(n, 2), PIECE), asked[:1])
                 tried += len(made)
                 for column, category in asked:
                     start = self.conditions_.starts[column]
                     one_of = made[:, start : start + self.conditions_.sizes[column]]
                     made = made[one_of.argmax(dim=1) == category]
-                rows.append(made)
+                made = made[: n - have]
                 have += len(made)
+                tables.append(self.preparation_.inverse(made.double().cpu().numpy()))
                 if tried > MOST_TRIES * n + 10_000 and have < n:
                     raise InputError(f"of {tried} rows {have} have what `where` asks for: the combination is too rare")
-            matrix = torch.cat(rows)[:n] if rows else torch.empty(0, self.preparation_.width)
-        return self.preparation_.inverse(matrix.double().cpu().numpy())
+        return pd.concat(tables[min(1, n) :], ignore_index=True)
+
+    def state(self) -> Tree:
+        """Return everything that ``sample`` needs, as a checkpoint holds it."""
+        kinds = [[written(name), kind] for name, kind in (self.kinds or {}).items()]
+        options = {name: plain(value) for name, value in self.get_params().items()}
+        return {
+            "options": {**options, "hidden": [plain(width) for width in self.hidden], "kinds": kinds},
+            "preparation": self.preparation_.state(),
+            "history": self.history_,
+            "generator": self.generator_.state_dict(),
+            "critic": self.critic_.state_dict(),
+            "conditions": self.conditions_.state_dict(),
+        }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything that ``sample`` needs into a folder, which is made: JSON and safetensors, no pickle."""
-        from safetensors.torch import save
-
-        check_is_fitted(self, "generator_")
+        """Write everything that ``sample`` needs into a folder, which is made: safetensors and JSON, no pickle."""
+        check_is_fitted(self, "n_iter_")
         folder = Path(path).expanduser()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
+            save_checkpoint(folder, self.n_iter_, self.state(), keep=1)
+        except (FileExistsError, NotADirectoryError):
             raise InputError(f"{folder} is a file, not a folder") from None
-        tensors = {f"generator.{k}": v for k, v in self.generator_.state_dict().items()}
-        tensors |= {f"critic.{k}": v for k, v in self.critic_.state_dict().items()}
-        tensors["conditions.counts"] = self.conditions_.counts
-        body = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
-        digest = hashlib.sha256(body).hexdigest()
-        kinds = [[written(name), kind] for name, kind in (self.kinds or {}).items()]
-        options = {**self.get_params(), "hidden": list(self.hidden), "kinds": kinds}
-        told = {"options": options, "preparation": self.preparation_.state(), "history": self.history_}
-        told["networks"] = digest
-        # What is told names its networks: whenever this is cut off, one of both savings is whole.
-        write_atomically(folder / _networks(digest), body)
-        write_atomically(folder / _TOLD, json.dumps(told, default=plain).encode())
-        for other in set(folder.glob(_networks("*"))) - {folder / _networks(digest)}:
-            other.unlink()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str = "cpu") -> "TableSynthesizer":
-        """Read what ``save`` wrote.
+        """Read what ``save`` wrote, or the newest checkpoint of a run.
 
         Raises:
             InputError: There is no such folder, or what it holds is damaged.
         """
-        from safetensors.torch import load
-
-        folder = Path(path).expanduser()
-        try:
-            told = json.loads((folder / _TOLD).read_text())
-            body = (folder / _networks(told["networks"])).read_bytes()
-            if told["networks"] != hashlib.sha256(body).hexdigest():
-                raise ValueError("the networks are not what was saved")
-            tensors = load(body)
-            options = {**told["options"], "hidden": tuple(told["options"]["hidden"]), "device": device}
-            options["kinds"] = {read(name): kind for name, kind in options["kinds"]} or None
-            made = cls(**options)
-            made.preparation_ = Preparation.of_state(told["preparation"])
-            made.history_ = told["history"]
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{folder} holds no table that was learned, or not all of it") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"what {folder} holds is damaged: {error}") from None
-        made._build(torch.zeros(0, len(_choices(made.preparation_)), dtype=torch.int64))
-        for name in ("generator", "critic", "conditions"):
-            own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-            getattr(made, f"{name}_").load_state_dict(own)
+        checkpoint = load_checkpoint(Path(path).expanduser())
+        if checkpoint is None or "preparation" not in checkpoint.state:
+            raise InputError(f"{path} holds no table that was learned")
+        state = checkpoint.state
+        kinds = {read(name): kind for name, kind in state["options"]["kinds"]} or None
+        hidden = tuple(state["options"]["hidden"])
+        made = cls(**{**state["options"], "hidden": hidden, "kinds": kinds, "device": device})
+        made._check_options()
+        made.preparation_ = Preparation.of_state(state["preparation"])
+        made._build(torch.zeros(0, len(made.preparation_.categories), dtype=torch.int32))
+        made.history_, made.n_iter_ = [], checkpoint.step
+        made.load_state(state)
         made.generator_.eval()
         return made
 
+    def load_state(self, state: Tree) -> None:
+        """Load the networks and the history of what ``state`` returned, in place."""
+        self.history_[:] = state["history"]
+        self.generator_.load_state_dict(state["generator"])
+        self.critic_.load_state_dict(state["critic"])
+        self.conditions_.load_state_dict(state["conditions"])
+
     def _build(self, codes: Tensor) -> None:
-        choices = _choices(self.preparation_)
-        sizes = [len(fitted.values) for _, fitted in choices]
-        self.conditions_ = Conditions(codes, sizes, [start for start, _ in choices]).to(self.device)
-        spans, width = self.preparation_.spans, self.preparation_.width + self.conditions_.width
-        self.generator_ = TableGenerator(spans, self.latent_dim, self.conditions_.width, self.hidden).to(self.device)
-        self.critic_ = PackedCritic(width, self.hidden[0], group_size=self.group_size).to(self.device)
-
-    def _train(self, rows: Tensor) -> None:
-        N = min(self.batch_size, len(rows)) // self.group_size * self.group_size
-        if N == 0:
-            raise InputError(f"a batch of {min(self.batch_size, len(rows))} rows has no group of {self.group_size}")
-        penalty = PenaltyConfig(weight=self.penalty_weight, group_size=self.group_size)
-        step = CriticStep(self.critic_, penalty=penalty, precision=self.precision)  # type: ignore[arg-type]
-        options: dict[str, Any] = {"lr": self.learning_rate, "betas": (0.5, 0.9), "weight_decay": self.weight_decay}
-        of_critic = torch.optim.Adam(self.critic_.parameters(), **options, fused=True)
-        of_generator = torch.optim.Adam(self.generator_.parameters(), **options, fused=True)
-        self.history_: list[dict[str, float]] = []
-        self.generator_.train(), self.critic_.train()
-        for _ in range(self.epochs):
-            for _ in range(max(1, len(rows) // N)):
-                columns, categories = self._drawn(N)
-                with torch.no_grad():
-                    fake = self._fake(N, columns, categories)[1]
-                shuffled = torch.randperm(N, device=rows.device)
-                result = step(self._real(rows, columns[shuffled], categories[shuffled]), fake)
-                of_critic.step()
-
-                columns, categories = self._drawn(N)
-                raw, fake = self._fake(N, columns, categories)
-                loss = -self.critic_(fake).mean()
-                if self.conditions_.width:
-                    loss = loss + self.conditions_.loss(raw, columns, categories)
-                of_generator.zero_grad()
-                loss.backward(inputs=list(self.generator_.parameters()))
-                of_generator.step()
-            self.history_.append({"critic": result.loss.item(), "generator": loss.item()})
-        self.generator_.eval()
-
-    def _drawn(self, count: int, *, balanced: bool = True) -> tuple[Tensor, Tensor]:
-        if self.conditions_.width:
-            return self.conditions_.draw(count, balanced=balanced)
-        nothing = torch.zeros(count, dtype=torch.int64, device=self.device)
-        return nothing, nothing
-
-    def _real(self, rows: Tensor, columns: Tensor, categories: Tensor) -> Tensor:
-        if not self.conditions_.width:
-            return rows[torch.randint(len(rows), (len(columns),), device=rows.device)]
-        drawn = rows[self.conditions_.rows_of(columns, categories)]
-        return torch.cat([drawn, self.conditions_.encoded(columns, categories)], dim=1)
-
-    def _fake(self, count: int, columns: Tensor, categories: Tensor) -> tuple[Tensor, Tensor]:
-        noise = torch.randn(count, self.latent_dim, device=self.device)
-        condition = self.conditions_.encoded(columns, categories) if self.conditions_.width else noise[:, :0]
-        raw = self.generator_(noise, condition)
-        return raw, torch.cat([self.generator_.activated(raw), condition], dim=1)
+        of = self.preparation_
+        sizes, starts = [len(fitted.values) for *_, fitted in of.categories], [start for start, *_ in of.categories]
+        self.conditions_ = Conditions(codes, sizes, starts).to(self.device)
+        condition = self.conditions_.width
+        self.generator_ = TableGenerator(of.spans, self.latent_dim, condition, self.hidden).to(self.device)
+        self.critic_ = PackedCritic(of.width + condition, self.hidden[0], group_size=self.group_size).to(self.device)
 
     @torch.no_grad()
     def _rows(self, count: int, asked: list[tuple[int, int]]) -> Tensor:
-        columns, categories = self._drawn(count, balanced=False)
+        columns, categories = self.conditions_.draw(count, balanced=False)
         for column, category in asked:
             columns, categories = torch.full_like(columns, column), torch.full_like(categories, category)
-        return self._fake(count, columns, categories)[1][:, : self.preparation_.width]
+        return self.generator_.make(self.conditions_.encoded(columns, categories))[1]
+
+    def categories_of(self, where: Mapping[str, str]) -> dict[Any, Any]:
+        """Return what ``where`` of ``sample`` takes for names and categories that are written as text.
+
+        Raises:
+            InputError: There is no such column or category.
+        """
+        found: dict[Any, Any] = {}
+        of = self.preparation_
+        for name, text in where.items():
+            columns = [i for i, fitted in of.fitted.items() if isinstance(fitted, Choices)]
+            column = next((i for i in columns if str(of.columns[i].name) == name), None)
+            values = of.fitted[column].values if column is not None else []  # type: ignore[union-attr]
+            value = next((v for v in values if v is not None and str(v) == text), None if text == "" else text)
+            found[name if column is None else of.columns[column].name] = value
+        for name, value in found.items():
+            self._condition(name, value)
+        return found
 
     def _condition(self, name: Any, value: Any) -> tuple[int, int]:
         """Return which column of categories, and which of its categories, is meant."""
         of = self.preparation_
-        named = [(n, i) for n, i in enumerate(i for i, f in of.fitted.items() if isinstance(f, Choices))]
+        named = list(enumerate(i for i, fitted in of.fitted.items() if isinstance(fitted, Choices)))
         found = [(n, of.fitted[i]) for n, i in named if of.columns[i].name == name]
         if not found:
             there = ", ".join(repr(of.columns[i].name) for _, i in named) or "none"
@@ -306,25 +303,3 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
 def _whole(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**63:
         raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
-
-def _networks(digest: str) -> str:
-    return f"networks-{digest[:16]}.safetensors"
-
-
-def _choices(preparation: Preparation) -> list[tuple[int, Choices]]:
-    """Return where in a row each column of categories begins, and the column."""
-    found, start = [], 0
-    for fitted in preparation.fitted.values():
-        if isinstance(fitted, Choices):
-            found.append((start, fitted))
-        start += sum(span.width for span in fitted.spans)
-    return found
-
-
-def _codes(preparation: Preparation, matrix: Any) -> Tensor:
-    codes = [
-        torch.from_numpy(matrix[:, start : start + len(fitted.values)].argmax(axis=1))
-        for start, fitted in _choices(preparation)
-    ]
-    return torch.stack(codes, dim=1) if codes else torch.zeros(len(matrix), 0, dtype=torch.int64)

@@ -26,6 +26,9 @@ try:
 except ImportError as missing:
     sys.exit(f"wgan-fast: {missing}; the command line needs pip install 'wgan_fast[train]'")
 
+from ..tables.commands import EvaluateTable, SampleTable, TrainTable
+from ..tables.config import is_run, is_table
+
 # What a command needs besides is imported when it runs: a question, or a mistake, is answered before PyTorch is there.
 if TYPE_CHECKING:
     from .run import Run
@@ -253,10 +256,17 @@ class Bench:
 
 
 def _commands(arguments: list[str]) -> Any:
-    """Return the subcommands; where a run is resumed, its own settings are the defaults of ``train``."""
+    """Return the subcommands; where a run is resumed, its own settings are the defaults of ``train``.
+
+    Tables have commands of their own: those of the data that is given, or of the run.
+    """
     folder = _option(arguments, "--resume") if arguments[:1] == ["train"] else None
-    train = Train()
-    if folder is not None:
+    data = _option(arguments, "--data") or ""
+    on_table = any(is_run(Path(given)) for given in [*arguments[1:], folder or ""]) or is_table(data)
+    train: Any = TrainTable(data) if on_table else Train()
+    if folder is not None and on_table:
+        train = TrainTable.of(Path(folder))
+    elif folder is not None:
         from .run import Description
 
         config = Description.read(Path(folder)).config
@@ -265,9 +275,9 @@ def _commands(arguments: list[str]) -> Any:
     # Where a run is resumed, its settings are switched on and off; elsewhere a flag is off until it is given.
     one_way = tyro.conf.FlagCreatePairsOff
     return (
-        Annotated[Train, tyro.conf.subcommand("train", default=train)]
-        | Annotated[Sample, tyro.conf.subcommand("sample"), one_way]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        Annotated[TrainTable if on_table else Train, tyro.conf.subcommand("train", default=train)]
+        | Annotated[SampleTable if on_table else Sample, tyro.conf.subcommand("sample"), one_way]
+        | Annotated[EvaluateTable if on_table else Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Bench, tyro.conf.subcommand("bench"), one_way]
         | Annotated[Info, tyro.conf.subcommand("info"), one_way]
     )
@@ -298,7 +308,7 @@ def _parse(arguments: list[str]) -> Any:
 
 
 _REWORDED = (
-    (r"^Error parsing Train: ", ""),
+    (r"^Error parsing Train(Table)?: ", ""),
     (r"^Error parsing (\S+): .*invalid literal for int\(\) with base 10: ", r"\1 must be a whole number, got "),
     (r"^Error parsing (\S+): .*could not convert string to float: ", r"\1 must be a number, got "),
     (r"^invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\) ?\.", r"\2 must be one of \3, got \1"),

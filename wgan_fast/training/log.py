@@ -119,10 +119,11 @@ class ProgressLine:
         steps: Generator steps in all.
         step: Steps taken already.
         shown: Whether this process speaks.
+        unit: What is counted per second.
     """
 
-    def __init__(self, steps: int, step: int, *, shown: bool = True) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, step: int, *, shown: bool = True, unit: str = "images") -> None:
+        self.steps, self._unit = steps, unit
         self._console = Console(stderr=True, quiet=not shown)
         self._live = Progress(
             SpinnerColumn(),
@@ -146,7 +147,8 @@ class ProgressLine:
         """Show that ``step`` is done, with the newest figures."""
         text = ""
         if figures:
-            text = f"{figures['images_per_second']:.0f} images/s  Wasserstein {_number(figures['wasserstein'])}"
+            speed = figures[f"{self._unit}_per_second"]
+            text = f"{speed:.0f} {self._unit}/s  Wasserstein {_number(figures['wasserstein'])}"
         self._live.update(self._task, completed=step, figures=text)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._printed >= PLAIN_INTERVAL:

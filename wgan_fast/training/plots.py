@@ -261,12 +261,14 @@ _PANELS = (
     _Panel("Gradient penalty", "penalty, weight included", (_Curve("penalty", "penalty", _GREEN),), from_zero=True),
     _Panel("Learning rate", "learning rate", (_Curve("learning_rate", "learning rate", _GREY),), from_zero=True),
     _Panel("Speed", "images per second", (_Curve("images_per_second", "speed", _GREY),), from_zero=True),
+    _Panel("Speed", "rows per second", (_Curve("rows_per_second", "speed", _GREY),), from_zero=True),
 )
 
 
 _QUALITY = (
     ("frechet_distance", "Fréchet distance"),
     ("sliced_wasserstein", "sliced Wasserstein distance"),
+    ("column_distance", "mean distance of columns"),
 )
 """What is drawn beside the Wasserstein estimate, if it was tracked: the first of these that was."""
 

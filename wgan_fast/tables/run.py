@@ -1,0 +1,276 @@
+"""A run on a table, in a folder: training with checkpoints, going on, and what its rows are worth."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..errors import DivergenceError, InputError
+from ..training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ..training.files import write_atomically
+from ..training.folder import held, make_folder, make_new_folder
+from ..training.log import MetricsLog, ProgressLine
+from ..training.plots import save_curves
+from ..training.randomness import TRAINING, seed_everything, undisturbed
+from ..training.run import CONFIG_FILE, resolve_device
+from ..training.stopping import InterruptedTraining, StopRequests
+from . import judgement, pictures
+from .columns import LEAST_ROWS, Column, columns_of, read_table
+from .config import TableConfig, pairs
+from .preparation import Preparation
+from .synthesizer import TableSynthesizer
+from .training import StepResult
+
+RATED = 2_000
+"""Rows that are compared with held-out ones whenever a checkpoint is written."""
+
+
+class Summary(NamedTuple):
+    """What a finished run leaves behind."""
+
+    out: Path
+    steps: int
+    seconds: float
+    rows_per_second: float
+    checkpoint: Path
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"steps            {self.steps}",
+                f"seconds          {self.seconds:.1f}",
+                f"rows per second  {self.rows_per_second:.0f}",
+                f"marginals        {self.out / 'marginals.png'}",
+                f"associations     {self.out / 'associations.png'}",
+                f"curves           {self.out / 'curves.png'}",
+                f"checkpoint       {self.checkpoint}",
+            ]
+        )
+
+
+class TableRun:
+    """Learns a table in a folder.
+
+    Args:
+        config: The run's settings.
+        resume: Whether to go on with the run in ``config.out``.
+
+    Raises:
+        InputError: Something does not fit: the message names it. Nothing has been written then.
+    """
+
+    def __init__(self, config: TableConfig, *, resume: bool = False) -> None:
+        device = str(resolve_device(config.device))
+        if resume:
+            TableConfig.read(Path(config.out or "")).check_unchanged(config)
+        config = dataclasses.replace(config, data=str(Path(config.data).expanduser().resolve()))
+        self.config, self.resume = config, resume
+        self.train, self.held_out, columns, self.digest = _split(config)
+        if resume:
+            _check_data(Path(config.out or ""), config.data, self.digest)
+        self.synthesizer = TableSynthesizer(
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            latent_dim=config.latent_dim,
+            hidden=(config.width, config.width),
+            learning_rate=config.learning_rate,
+            penalty_weight=config.penalty_weight,
+            kinds=pairs(config.column, "column", "NAME=KIND"),
+            precision=config.precision,
+            device=device,
+            seed=config.seed,
+        )
+        seed_everything(config.seed, TRAINING)
+        self.training = self.synthesizer.begin(self.train, columns)
+        self.steps = config.epochs * self.training.steps_per_epoch
+        of_train, of_held_out = judgement.views((self.train, self.held_out), columns)
+        self._real = (of_held_out if len(self.held_out) else of_train).some(RATED, config.seed)
+        self._checkpoint: Path | None = None
+
+    def fit(self) -> Summary:
+        """Train to the last epoch. Ctrl-C and SIGTERM end training after the step that is under way, with a checkpoint.
+
+        Raises:
+            InputError: The folder holds another run.
+            DivergenceError: A loss is not finite; the last good checkpoint is kept.
+            InterruptedTraining: A signal asked to stop.
+        """
+        if self.config.out is None:
+            out = make_new_folder(self.config.data, "ctgan")
+            self.config = dataclasses.replace(self.config, out=out)
+        elif not self.resume:
+            make_folder(self.config.out)
+        self.out = Path(self.config.out or "")
+        with held(self.out, new=not self.resume):
+            return self._fit(load_checkpoint(self.out) if self.resume else None)
+
+    def _fit(self, checkpoint: Checkpoint | None) -> Summary:
+        if checkpoint is not None:
+            if checkpoint.step > self.steps:
+                done = checkpoint.step / self.training.steps_per_epoch
+                raise InputError(f"epochs is {self.config.epochs}, but {checkpoint.path} is at epoch {done:g} already")
+            self.synthesizer.load_state(checkpoint.state)
+            self.training.load_state(checkpoint.state["training"])
+            self._checkpoint = checkpoint.path
+        _describe(
+            self.out, self.config, self.digest, len(self.train), len(self.held_out), self.synthesizer.preparation_
+        )
+        training, first, started = self.training, self.training.step, time.perf_counter()
+        with (
+            StopRequests() as stop,
+            ProgressLine(self.steps, first, unit="rows") as progress,
+            MetricsLog(self.out, first) as log,
+        ):
+            if self.resume:
+                for skipped in checkpoint.skipped if checkpoint else ():
+                    progress.message(f"passed over a damaged checkpoint: {skipped}")
+                found = f"resuming after step {first} from {self._checkpoint}"
+                progress.message(found if checkpoint else "there is no checkpoint yet: beginning again at step 1")
+            else:
+                progress.message(described(self.config.data, self.synthesizer.preparation_, self.train, self.held_out))
+            since, logged = started, first
+            while training.step < self.steps:
+                result = training()
+                stop.nothing_to_save = False
+                last, asked = training.step == self.steps, stop.signal is not None
+                saving = training.step % self.config.checkpoint_every == 0 or last or asked
+                if training.step % self.config.log_every == 0 or saving:
+                    now = time.perf_counter()
+                    speed = (training.step - logged) * training.batch_size / (now - since)
+                    figures = self._figures(result, speed)
+                    rated = {"column_distance": self._rate()} if saving else {}
+                    log.write(figures | rated)
+                    since, logged = time.perf_counter(), training.step
+                progress.advance(training.step, log.last)
+                if saving:
+                    log.sync()
+                    self._save()
+                if asked and not last:
+                    raise InterruptedTraining(f"stopped after step {training.step}; {self._kept()}", stop.number)
+            seconds = time.perf_counter() - started
+        if log.records:
+            save_curves(
+                log.records, self.out / "curves.png", title=f"ctgan on {Path(self.config.data).name}", target=1.0
+            )
+        self._save_pictures()
+        if self._checkpoint is None:
+            self._save()
+        assert self._checkpoint is not None
+        speed = (training.step - first) * training.batch_size / seconds
+        summary = Summary(self.out, training.step, seconds, speed, self._checkpoint)
+        write_atomically(self.out / "summary.txt", f"{summary}\n".encode())
+        return summary
+
+    def _figures(self, result: StepResult, rows_per_second: float) -> dict[str, Any]:
+        critic = result.critic
+        figures = {
+            "step": self.training.step,
+            "critic_loss": critic.loss.item(),
+            "generator_loss": result.generator_loss.item(),
+            "wasserstein": critic.wasserstein.item(),
+            "real_score": critic.real_score.item(),
+            "fake_score": critic.fake_score.item(),
+            "penalty": critic.penalty.item(),
+            "gradient_norm": critic.gradient_norm.item(),
+            "rows_per_second": rows_per_second,
+        }
+        for name, label in (("critic_loss", "the critic's loss"), ("generator_loss", "the generator's loss")):
+            if not math.isfinite(figures[name]):
+                raise DivergenceError(
+                    f"training diverged at step {self.training.step}: {label} is {figures[name]}; {self._kept()}; a "
+                    f"smaller --learning-rate than {self.config.learning_rate:g} may help"
+                )
+        return figures
+
+    def _rate(self) -> float:
+        """Return the mean distance of the columns between made and real rows."""
+        made = self._view(len(self._real))
+        return float(np.mean(list(judgement.column_distances(made, self._real).values())))
+
+    def _view(self, n: int) -> judgement.View:
+        with undisturbed(torch.device(self.synthesizer.device), self.config.seed):
+            self.synthesizer.generator_.eval()
+            rows = self.synthesizer.sample(n)
+            self.synthesizer.generator_.train()
+        return judgement.views((self.train, rows), self.synthesizer.preparation_.columns)[1]
+
+    def _save(self) -> None:
+        state = {**self.synthesizer.state(), "training": self.training.state()}
+        self._checkpoint = save_checkpoint(self.out, self.training.step, state, keep=self.config.keep)
+
+    def _save_pictures(self) -> None:
+        columns = self.synthesizer.preparation_.columns
+        dates = frozenset(i for i, column in enumerate(columns) if column.kind == "date")
+        made = self._view(len(self._real))
+        pictures.save_marginals(made, self._real, self.out / "marginals.png", dates=dates)
+        pictures.save_associations(made, self._real, self.out / "associations.png")
+
+    def _kept(self) -> str:
+        if self._checkpoint is None:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint is {self._checkpoint}"
+
+
+def evaluate(
+    folder: Path, *, data: str | None, samples: int, target: str | None, seed: int, device: str
+) -> dict[str, Any]:
+    """Judge the rows of a run; what ``judgement.judge`` returns.
+
+    Raises:
+        InputError: There is no run, its table is not where it was, or nothing was held out.
+    """
+    config = TableConfig.read(folder)
+    config = dataclasses.replace(config, data=data or config.data)
+    synthesizer = TableSynthesizer.load(folder, device=str(resolve_device(device)))
+    if not Path(config.data).expanduser().exists():
+        raise InputError(f"the table of this run is no longer at {config.data}: say where with --data")
+    train, held_out, columns, digest = _split(config)
+    _check_data(folder, config.data, digest)
+    if len(held_out) < 2:
+        raise InputError("this run held no rows out (holdout 0): there is nothing to evaluate against")
+    made = synthesizer.sample(min(samples, len(held_out)), seed=seed)
+    report = judgement.judge(made, train, held_out.iloc[:samples], columns=columns, target=target, seed=seed)
+    return {"step": synthesizer.n_iter_, **report}
+
+
+def described(name: str, preparation: Preparation, train: pd.DataFrame, held_out: pd.DataFrame) -> str:
+    """Say what was found in a table, a line for each column."""
+    lines = [f"{Path(name).name}: {len(train)} rows to learn, {len(held_out)} held out"]
+    width = min(max(len(str(column.name)) for column in preparation.columns), 30)
+    for i, column in enumerate(preparation.columns):
+        kind = "left out" if column.kind == "identifier" else column.kind
+        about = [preparation.said(i), f"({column.why})" if column.why else ""]
+        lines.append(f"  {column.name!s:{width}}  {kind:9}  {' '.join(part for part in about if part)}".rstrip())
+    return "\n".join(lines)
+
+
+def _split(config: TableConfig) -> tuple[pd.DataFrame, pd.DataFrame, list[Column], str]:
+    """Return the rows to train on, those that are held out, what all of them have in common, and the file's digest."""
+    kinds = pairs(config.column, "column", "NAME=KIND")
+    table = read_table(config.data, kinds=kinds, rows=config.rows, seed=config.seed)
+    columns = columns_of(table, kinds)
+    with Path(config.data).expanduser().open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    order = np.random.default_rng(config.seed).permutation(len(table))
+    held_out = min(round(config.holdout * len(table)), max(len(table) - LEAST_ROWS, 0))
+    train, kept = np.sort(order[held_out:]), np.sort(order[:held_out])
+    return table.iloc[train].reset_index(drop=True), table.iloc[kept].reset_index(drop=True), columns, digest
+
+
+def _check_data(folder: Path, data: str, digest: str) -> None:
+    if json.loads((folder / CONFIG_FILE).read_text())["sha256"] != digest:
+        raise InputError(f"data {data} is not the table that the run in {folder} was trained on: its content differs")
+
+
+def _describe(out: Path, config: TableConfig, digest: str, train: int, held_out: int, preparation: Preparation) -> None:
+    columns = [{"name": str(c.name), "kind": c.kind, "why": c.why} for c in preparation.columns]
+    values = {"format": 1, "kind": "table", "config": config.to_json(), "sha256": digest}
+    values |= {"rows": [train, held_out], "columns": columns}
+    write_atomically(out / CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode())
