@@ -27,6 +27,7 @@ class TableConfig:
         data: The table: a .csv, .tsv or .parquet file, compressed or not.
         column: What a column is, as NAME=KIND: number, integer, category, yes/no, date, constant, or identifier, which
             leaves it out. Once for each column that is not what it is taken for.
+        numbers: What a number becomes for the networks: its place in a mode of a mixture (modes), or its quantile.
         rows: How many rows to draw from the file, each as likely, where it is larger than memory; all by default.
         holdout: Share of the rows kept from training, for evaluation.
         epochs: How often as many rows are drawn as the table has.
@@ -46,6 +47,7 @@ class TableConfig:
 
     data: str
     column: tuple[str, ...] = ()
+    numbers: Literal["modes", "quantiles"] = "modes"
     rows: int | None = None
     holdout: float = 0.1
     epochs: int = 300

@@ -19,12 +19,13 @@ from .columns import Column, columns_of, key, plain
 
 FITTED_ROWS = 5_000
 """Of a column, on which its mixture is fitted."""
-MODES = 10
+MODES, KNOTS = 10, 1_000
 MOST_DECIMALS = 12
 LEAST_WEIGHT = 0.005
 SPREAD = 4.0
 """Standard deviations from the middle of a mode to the end of its range."""
 Array = np.ndarray[Any, Any]
+NumbersBy = Literal["modes", "quantiles"]
 _SPECIAL = {"missing": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -51,6 +52,8 @@ class Numbers:
         origin: The least integer, or date in its own unit.
         step: By multiples of which they differ; 0 for numbers.
         steps: From the origin to the largest integer or date. Past 2^53 they are not told apart.
+        knots: Of x, where it is brought to a uniform distribution in place of modes; none with modes.
+        ranks: Of the knots, from -1 to 1.
     """
 
     means: list[float]
@@ -64,6 +67,8 @@ class Numbers:
     origin: int = 0
     step: int = 0
     steps: int = 0
+    knots: list[float] = field(default_factory=list)
+    ranks: list[float] = field(default_factory=list)
     spans: list[Span] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +81,8 @@ class Numbers:
         """
         finite, rows = np.isfinite(v), np.arange(len(v))
         x = np.where(finite, v / self.unit, self.low)
+        if self.knots:
+            return np.where(finite, np.interp(x, self.knots, self.ranks), 0.0), self._with_special(v, np.zeros(len(v)))
         means, deviations = np.array(self.means), np.array(self.deviations)
         away = (x[:, None] - means) / deviations  # [N, modes]
         likely = np.log(self.weights) - np.log(deviations) - away**2 / 2
@@ -83,16 +90,21 @@ class Numbers:
         mode = (likely + random.gumbel(size=likely.shape)).argmax(axis=1)
         # Far out in what was drawn a network could not follow: the nearest mode holds it best.
         mode = np.where(np.abs(away[rows, mode]) > SPREAD, np.abs(away).argmin(axis=1), mode)
-        place = np.where(finite, away[rows, mode] / SPREAD, 0.0)
+        return np.where(finite, away[rows, mode] / SPREAD, 0.0), self._with_special(v, mode)
+
+    def _with_special(self, v: Array, mode: Array) -> Array:
         for i, name in enumerate(self.special):
             there = np.isnan(v) if name == "missing" else v == _SPECIAL[name]
             mode = np.where(there, len(self.means) + i, mode)
-        return place, mode
+        return mode.astype(np.int32)
 
     def backward(self, place: Array, mode: Array) -> Array:
         """Return the numbers ``[N]`` of which ``forward`` made this."""
         normal = np.minimum(mode, len(self.means) - 1)
-        x = place * SPREAD * np.array(self.deviations)[normal] + np.array(self.means)[normal]
+        if self.knots:
+            x = np.interp(place, self.ranks, self.knots)
+        else:
+            x = place * SPREAD * np.array(self.deviations)[normal] + np.array(self.means)[normal]
         v: Array = np.clip(x, self.low, self.high) * self.unit
         if self.step:
             v = np.round(v)
@@ -138,7 +150,13 @@ class Preparation:
 
     @classmethod
     def fit(
-        cls, table: pd.DataFrame, kinds: Any = None, *, columns: Sequence[Column] | None = None, seed: int = 0
+        cls,
+        table: pd.DataFrame,
+        kinds: Any = None,
+        *,
+        columns: Sequence[Column] | None = None,
+        numbers: NumbersBy = "modes",
+        seed: int = 0,
     ) -> "Preparation":
         """Fit to a table.
 
@@ -146,6 +164,7 @@ class Preparation:
             table: As ``columns_of`` takes it.
             kinds: Likewise.
             columns: What ``columns_of`` returned of it, or of a table that it is a part of; None asks.
+            numbers: What a number becomes: its place in a mode of a mixture, or its quantile.
             seed: Of what is drawn.
 
         Raises:
@@ -157,7 +176,7 @@ class Preparation:
         for i, column in enumerate(columns):
             values = table.iloc[:, i]
             if column.kind in ("number", "integer", "date"):
-                fitted[i] = _fit_numbers(values, column, np.random.default_rng((seed, i)))
+                fitted[i] = _fit_numbers(values, column, numbers, np.random.default_rng((seed, i)))
             elif column.kind in ("category", "yes/no"):
                 fitted[i] = _fit_choices(values)
             elif column.kind == "constant":
@@ -221,7 +240,7 @@ class Preparation:
                 v = _in_steps(given, fitted.origin, fitted.step) if fitted.step else _as_floats(given)
                 place, mode = fitted.forward(v, np.random.default_rng((seed, i)))
                 values.append(place.astype(dtype))
-                choices.append(mode.astype(np.int32))
+                choices.append(mode)
             else:
                 choices.append(_codes(given, fitted))
         return _side_by_side(values, len(table), dtype), _side_by_side(choices, len(table), np.int32)
@@ -286,11 +305,7 @@ class Preparation:
         return cls(columns, fitted, {int(i): read(value) for i, value in state["constants"].items()})
 
 
-def _fit_numbers(values: pd.Series, column: Column, random: np.random.Generator) -> Numbers:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import BayesianGaussianMixture
-    from sklearn.utils._testing import ignore_warnings
-
+def _fit_numbers(values: pd.Series, column: Column, by: NumbersBy, random: np.random.Generator) -> Numbers:
     origin = step = steps = 0
     if column.kind == "number":
         v = _as_floats(values)
@@ -307,6 +322,31 @@ def _fit_numbers(values: pd.Series, column: Column, random: np.random.Generator)
     if not math.isfinite(unit):
         unit = math.ldexp(1.0, 1023)
     x = finite / unit
+    means, deviations, weights = ([0.0], [1.0], [1.0]) if by == "quantiles" else _modes(x, random)
+    knots, ranks = _quantiles(x) if by == "quantiles" else ([], [])
+    decimals = _decimals(finite) if column.kind == "number" else None
+    low, high = float(x.min()), float(x.max())
+    return Numbers(
+        means, deviations, weights, special, low, high, unit, decimals, origin, step, steps, knots, ranks
+    )  # fmt: skip
+
+
+def _quantiles(x: Array) -> tuple[list[float], list[float]]:
+    """Return knots among numbers ``[N]`` and their ranks, from -1 to 1, between which ranks are linear."""
+    ordered = np.sort(x)
+    knots = np.unique(ordered[np.linspace(0, len(x) - 1, min(len(x), KNOTS)).round().astype(int)])
+    ranks = (np.searchsorted(ordered, knots, side="left") + np.searchsorted(ordered, knots, side="right")) / 2
+    if len(knots) == 1:
+        return knots.tolist(), [0.0]
+    return knots.tolist(), ((ranks - ranks[0]) / (ranks[-1] - ranks[0]) * 2 - 1).tolist()
+
+
+def _modes(x: Array, random: np.random.Generator) -> tuple[list[float], list[float], list[float]]:
+    """Return means, deviations and weights of a mixture that is fitted to numbers ``[N]``."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import BayesianGaussianMixture
+    from sklearn.utils._testing import ignore_warnings
+
     sample = x if len(x) <= FITTED_ROWS else random.choice(x, FITTED_ROWS, replace=False)
     middle, scale = float(sample.mean()), float(sample.std())
     distinct = len(np.unique(sample))
@@ -321,11 +361,7 @@ def _fit_numbers(values: pd.Series, column: Column, random: np.random.Generator)
         deviations = np.sqrt(mixture.covariances_[kept, 0, 0]) * scale
     else:
         weights, means, deviations = np.ones(1), np.array([middle]), np.array([scale or 1.0])
-    return Numbers(
-        means.tolist(), deviations.tolist(), (weights / weights.sum()).tolist(), special,
-        float(x.min()), float(x.max()), unit, _decimals(finite) if column.kind == "number" else None,
-        origin, step, steps,
-    )  # fmt: skip
+    return means.tolist(), deviations.tolist(), (weights / weights.sum()).tolist()
 
 
 def _decimals(finite: Array) -> int | None:

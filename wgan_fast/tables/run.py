@@ -82,6 +82,7 @@ class TableRun:
             hidden=(config.width, config.width),
             learning_rate=config.learning_rate,
             penalty_weight=config.penalty_weight,
+            numbers=config.numbers,
             kinds=pairs(config.column, "column", "NAME=KIND"),
             precision=config.precision,
             device=device,

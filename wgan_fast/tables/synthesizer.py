@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from ..training.checkpoint import Tree, load_checkpoint, save_checkpoint
 from ..training.models import PackedCritic
 from .columns import Column, key, plain
 from .networks import Conditions, Rows, TableGenerator
-from .preparation import Choices, Preparation, read, written
+from .preparation import Choices, NumbersBy, Preparation, read, written
 from .training import Training
 
 PIECE = 10_000
@@ -42,6 +42,7 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         learning_rate: Of both Adams, with betas of 0.5 and 0.9.
         weight_decay: Of both.
         penalty_weight: Of the gradient penalty.
+        numbers: What a number becomes: its place in a mode of a mixture ("modes"), or its quantile ("quantiles").
         kinds: By the name of a column, what it is: "number", "integer", "category", "yes/no", "date", "constant" or
             "identifier", which is left out.
         precision: Of the critic's step: "fp32", "tf32" or "bf16".
@@ -74,6 +75,7 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         learning_rate: float = 2e-4,
         weight_decay: float = 1e-6,
         penalty_weight: float = 10.0,
+        numbers: NumbersBy = "modes",
         kinds: Mapping[Any, str] | None = None,
         precision: str = "fp32",
         device: str = "cpu",
@@ -87,6 +89,7 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.penalty_weight = penalty_weight
+        self.numbers = numbers
         self.kinds = kinds
         self.precision = precision
         self.device = device
@@ -125,7 +128,7 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
             raise InputError(f"a table is a pandas.DataFrame, got {type(table).__name__}")
         self._check_options()
         rows = min(self.batch_size, len(table))
-        self.preparation_ = Preparation.fit(table, self.kinds, columns=columns, seed=self.seed)
+        self.preparation_ = Preparation.fit(table, self.kinds, columns=columns, numbers=self.numbers, seed=self.seed)
         if (N := rows // self.group_size * self.group_size) == 0:
             raise InputError(f"a batch of {rows} rows has no group of {self.group_size}")
         values, choices = map(torch.from_numpy, self.preparation_.coded(table, seed=self.seed, dtype=np.float32))
@@ -148,6 +151,8 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         for name in ("epochs", "batch_size", "latent_dim", "group_size"):
             _whole(name, getattr(self, name), 1)
         _whole("seed", self.seed, 0)
+        if self.numbers not in get_args(NumbersBy):
+            raise InputError(f"numbers must be one of {', '.join(get_args(NumbersBy))}, got {self.numbers!r}")
         for name in ("learning_rate", "weight_decay", "penalty_weight"):
             value = getattr(self, name)
             if not isinstance(value, int | float | np.number) or not (math.isfinite(value) and value >= 0):
