@@ -30,7 +30,7 @@ TABLES = {
     "fair": (
         "from statsmodels.datasets import fair; table = fair.load_pandas().data; "
         "table = table.assign(**{c: 'kind ' + table[c].astype(str) for c in ('occupation', 'occupation_husb')})",
-        "affairs",
+        "yrs_married",
     ),
 }
 """How a table is made, and which of its columns a model is to predict."""

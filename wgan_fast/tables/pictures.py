@@ -109,8 +109,7 @@ def _bars(axes: Axes, made: Any, real: Any, levels: list[str]) -> None:
     shown = order[: MOST_BARS if len(order) > MOST_BARS + 1 else MOST_BARS + 1]
     names, shares = [_short(levels[i], 9) for i in shown], counts[:, shown]
     if rest := len(order) - len(shown):
-        names.append(f"{rest} more")
-        shares = np.concatenate([shares, (1 - shares.sum(axis=1))[:, None]], axis=1)
+        axes.set_xlabel(f"and {rest} more", fontsize=6)
     places = np.arange(len(names))
     axes.bar(places, shares[0], width=0.8, color=GREY, alpha=0.6)
     axes.bar(places, shares[1], width=0.4, color=BLUE)
