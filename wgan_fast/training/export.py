@@ -1,5 +1,6 @@
 """A trained generator as files that need PyTorch alone: its weights, a description, and a program."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import __version__
+from ..engine.guarded import hushed
 from ..errors import InputError
 from .files import write_atomically
 from .networks import copy_of
@@ -68,7 +70,8 @@ def _program(generator: nn.Module, noise: Tensor) -> bytes:
     """Trace a generator, and see that the trace makes the same samples as the generator does."""
     cpu = torch.device("cpu")
     try:
-        with undisturbed(cpu, 0):
+        # What it refuses it prints as well, as a graph.
+        with undisturbed(cpu, 0), hushed(), contextlib.redirect_stderr(io.StringIO()):
             program = torch.export.export(generator, (noise[:2],), dynamic_shapes=({0: torch.export.Dim("n")},))
         traced = program.module()
         for n in (1, len(noise)):
