@@ -68,21 +68,26 @@ def export_generator(run: Run, folder: Path) -> list[Path]:
 @torch.no_grad()
 def _program(generator: nn.Module, noise: Tensor) -> bytes:
     """Trace a generator, and see that the trace makes the same samples as the generator does."""
-    cpu = torch.device("cpu")
+    cpu, buffer = torch.device("cpu"), io.BytesIO()
     try:
         # What it refuses it prints as well, as a graph.
         with undisturbed(cpu, 0), hushed(), contextlib.redirect_stderr(io.StringIO()):
             program = torch.export.export(generator, (noise[:2],), dynamic_shapes=({0: torch.export.Dim("n")},))
-        traced = program.module()
-        for n in (1, len(noise)):
-            made = []
-            for network in (generator, traced):
-                with undisturbed(cpu, 0):
-                    made.append(network(noise[:n]))
-            torch.testing.assert_close(*reversed(made), msg=lambda why: f"it makes other samples: {why}")
-        buffer = io.BytesIO()
-        torch.export.save(program, buffer)
+            traced = program.module()
+            torch.export.save(program, buffer)
     except Exception as error:  # what a tracer raises about a user's module has no common class
         why = str(error).strip().partition("\n")[0]
         raise InputError(f"torch.export does not take the generator: {type(error).__name__}: {why}") from error
+    for n in (1, len(noise)):
+        made = []
+        for network in (generator, traced):
+            with undisturbed(cpu, 0):
+                made.append(network(noise[:n]))
+        try:
+            torch.testing.assert_close(*made)
+        except AssertionError as error:
+            raise InputError(
+                "torch.export does not take the generator: its program makes other samples, so the generator must "
+                "depend on more than its weights and its noise"
+            ) from error
     return buffer.getvalue()
