@@ -101,6 +101,8 @@ class Description:
             values = json.loads(path.read_bytes())
             if values["format"] != FORMAT:
                 raise ValueError(f"its format is {values['format']}, this version reads {FORMAT}")
+            if values["kind"] == "table":
+                raise ValueError("the run is on a table, which wgan_fast.tables.TableSynthesizer.load reads")
             config = TrainConfig.from_json(values["config"])
             return cls(config, tuple(values["sample_shape"]), values["kind"], tuple(values["samples"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
