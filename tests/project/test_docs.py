@@ -14,7 +14,8 @@ from wgan_fast.training.run import Description
 
 CHECKOUT = Path(__file__).parents[2]
 PAGES = [
-    f"docs/{name}.md" for name in ("benchmarks", "distributed", "forms", "kernels", "quality", "recipes", "scaling")
+    f"docs/{name}.md"
+    for name in ("benchmarks", "distributed", "forms", "kernels", "quality", "recipes", "samples", "scaling")
 ]
 DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -58,13 +59,14 @@ def test_no_path_is_one_machines_own(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "subcommands"),
     [
-        ("README.md", {"train", "sample", "evaluate", "info"}),
+        ("README.md", {"train", "sample", "evaluate", "export", "info"}),
+        ("docs/samples.md", {"sample", "export"}),
         ("Makefile", {"train", "sample", "evaluate"}),
     ],
 )
 def test_documented_commands_are_taken(name: str, subcommands: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    for command in (cli.Train, cli.Sample, cli.Evaluate, cli.Info):
+    for command in (cli.Train, cli.Sample, cli.Evaluate, cli.Export, cli.Info):
         monkeypatch.setattr(command, "run", lambda self: taken.append(self))
     # The run that an example resumes need not be there.
     monkeypatch.setattr(Description, "read", lambda folder: SimpleNamespace(config=TrainConfig()))

@@ -294,3 +294,8 @@ def test_help_of_train_for_a_table_explains_every_option(capsys: pytest.CaptureF
     for option in ("--column", "--rows", "--epochs", "--holdout", "--resume"):
         assert option in said
     assert "--n-critic" not in said
+
+
+def test_a_run_on_a_table_is_not_exported(trained: Path, refused: Refused) -> None:
+    message = refused("export", trained)
+    assert message.endswith("the run is on a table, which wgan_fast.tables.TableSynthesizer.load reads")

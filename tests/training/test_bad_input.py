@@ -578,14 +578,52 @@ def test_bad_grid_is_refused(run, refused, grid):
     mentions(refused("sample", run, f"--grid={grid}"), "grid must be ROWSxCOLUMNS", repr(grid))
 
 
-@pytest.mark.parametrize("command", [["sample"], ["evaluate"], ["train", "--resume"]])
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--n", "0", "--out", "a.npy"], ["n must be at least 1, got 0"]),
+        (["--n", "-2", "--out", "a.npy"], ["n must be at least 1, got -2"]),
+        (["--n", "2"], ["n needs --out", ".npy"]),
+        (["--n", "2", "--grid", "1x2", "--out", "a.npy"], ["grid is for a picture", "n writes"]),
+        (["--n", "2", "--scores", "--out", "a.npy"], ["scores is for a picture", "n writes"]),
+        (["--n", "2", "--interpolate", "--out", "a.npy"], ["interpolate is for a picture", "n writes"]),
+        (["--n", "2", "--out", "a.png"], ["out must be a new folder", ".npy or .npz", "a.png"]),
+        (["--n", "2", "--out", "a.csv"], ["out must be a new folder", ".npy or .npz", "a.csv"]),
+        (["--n", str(10**15), "--out", "a.npy"], ["n 1000000000000000 needs 256000000.0 GB", "left"]),
+        (["--n", "2", "--seed", "-1", "--out", "images"], ["seed", "-1"]),
+        (["--n", "2", "--out", "run"], ["out run is there already"]),
+        (["--n", "2", "--out", "/proc/a.npy"], ["out /proc/a.npy cannot be written"]),
+        (["--n", "2", "--out", "/proc/images"], ["out /proc/images cannot be written"]),
+        (["--n", "2", "--out", "run/config.json/images"], ["out run/config.json/images cannot be written"]),
+        (["--out", "a.npy"], ["out must end in .png", "--n"]),
+        (["--interpolate", "--scores"], ["scores", "interpolation"]),
+        (["--interpolate", "--grid", "1x5"], ["grid must have at least 2 rows", "1x5"]),
+        (["--interpolate", "--out", "walk.gif"], ["out must end in .png", "walk.gif"]),
+    ],
+)
+def test_samples_that_cannot_be_written_so_are_refused(run, refused, arguments, fragments):
+    mentions(refused("sample", "run", *arguments), *fragments)
+
+
+def test_samples_that_are_no_images_are_refused_as_such(workplace, refused):
+    main(["train", "--data", "8gaussians", "--width", "4", "--batch-size", "8", "--steps", "1", "--out", "points"])
+    message = refused("sample", "points", "--n", "2", "--out", "images")
+    mentions(message, "out must end in .npy or .npz", "shape [2]", "got images")
+    mentions(refused("sample", "points", "--interpolate"), "interpolate is for images", "shape [2]")
+
+
+def test_export_that_cannot_be_written_is_refused(run, refused):
+    mentions(refused("export", "run", "--out", "/proc/export"), "out /proc/export cannot be written")
+
+
+@pytest.mark.parametrize("command", [["sample"], ["evaluate"], ["export"], ["train", "--resume"]])
 def test_folder_that_holds_no_run_is_refused(workplace, refused, command):
     (workplace / "empty").mkdir()
     for folder in ("empty", "missing"):
         mentions(refused(*command, folder), f"{folder} holds no run", "config.json")
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate"])
+@pytest.mark.parametrize("command", ["sample", "evaluate", "export"])
 def test_run_without_a_checkpoint_is_refused(run, refused, command):
     shutil.rmtree(run / "checkpoints")
     mentions(refused(command, run), "has no checkpoint yet")

@@ -115,8 +115,9 @@ FIXED_FLAGS = {
         "--data", "--method", "--model", "--steps", "--batch-size", "--n-critic", "--seed", "--device", "--engine",
         "--precision", "--out", "--resume",
     ],
-    "sample": ["RUN", "--grid", "--scores", "--seed", "--out", "--device"],
+    "sample": ["RUN", "--grid", "--scores", "--interpolate", "--n", "--seed", "--out", "--device"],
     "evaluate": ["RUN", "--samples", "--seed", "--device"],
+    "export": ["RUN", "--out"],
     "info": ["--json"],
 }  # fmt: skip
 
@@ -185,6 +186,7 @@ def test_help_is_shown_where_the_locale_is_ascii(tmp_path):
         ["train", *TINY, "--engine", "autograd", "--steps", "1", "--out", "rún"],
         ["sample", "rún", "--grid", "1x2", "--scores"],
         ["evaluate", "rún", "--samples", "5"],
+        ["export", "rún"],
         ["info"],
     ],
     ids=lambda arguments: arguments[0],
@@ -222,12 +224,12 @@ def test_warnings_are_shown_in_one_line(tmp_path):
     [
         (["train", "--batchsize", "3"], "Unrecognized options: --batchsize, 3; did you mean --batch-size?"),
         (["train", "--zzzz"], "Unrecognized options: --zzzz"),
-        (["trian"], "Unrecognized options: trian; the commands are train, sample, evaluate, bench, info"),
+        (["trian"], "Unrecognized options: trian; the commands are train, sample, evaluate, export, bench, info"),
         (["train", "--steps", "ten"], "--steps must be a whole number, got 'ten'"),
         (["train", "--learning-rate", "low"], "--learning-rate must be a number, got 'low'"),
         (["train", "--schedule", "cos"], "--schedule must be one of 'constant', 'linear', 'cosine', got 'cos'"),
         (["train", "--steps"], "Missing value for argument '--steps'."),
-        ([], "Expected one of {train, sample, evaluate, bench, info}."),
+        ([], "Expected one of {train, sample, evaluate, export, bench, info}."),
     ],
 )
 def test_mistyped_command_is_answered_in_one_line(arguments, message, capsys):

@@ -1,4 +1,4 @@
-"""The command line: ``wgan-fast train | sample | evaluate | bench | info``."""
+"""The command line: ``wgan-fast train | sample | evaluate | export | bench | info``."""
 
 import contextlib
 import csv
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from .. import __version__
 from ..errors import DivergenceError, InputError
 from .config import TrainConfig
-from .files import write_atomically
+from .files import as_path, write_atomically
 
 try:
     import tyro
@@ -50,7 +50,7 @@ class Train(TrainConfig):
         from .distributed import Replicas, processes
         from .run import resolve_device
 
-        if self.resume is not None and self.out != self.resume:
+        if self.resume is not None and self.out != as_path(self.resume):
             raise InputError(f"out is the resumed folder {self.resume}, got {self.out}: give --resume alone")
         with processes(resolve_device(self.device)):
             summary = self._train()
@@ -74,48 +74,127 @@ class Train(TrainConfig):
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw samples from a trained run into a picture, and rate each with the critic.
+    """Draw samples from a trained run: into a picture, or as many as you like into files.
 
     Attributes:
         folder: The run's folder.
-        grid: Rows x columns of the picture.
+        grid: Rows x columns of the picture; 12x12 by default.
         scores: Sort the picture by the critic's score, write the scores into it, and all of them into a CSV file.
+        interpolate: Draw a walk through the latent space: every row of the picture goes from one random latent to that
+            of the next row, the last one to the first, along great circles (spherical interpolation, as for Gaussian
+            noise); a GIF beside it shows the same images one after another. For images.
+        n: Number of samples to write to --out as they are, in place of a picture.
         seed: Seed of the noise.
-        out: Where to write the picture; RUN/samples/grid-ROWSxCOLUMNS.png by default. The CSV file lies beside it.
+        out: Where to write. The picture: a .png file, RUN/samples/grid-ROWSxCOLUMNS.png by default, beside which the
+            CSV or the GIF file lies. With --n: a new folder for images as PNG files, 00000.png and so on, whose 8-bit
+            pixels are round(127.5 (x + 1)); or a .npy file, or an .npz file with one array "x", of float32 [N, *shape],
+            images [N, C, H, W] in [-1, 1], all else in the range of the data.
         device: "cpu", "cuda", "cuda:1", or "auto".
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    grid: str = "12x12"
+    grid: str | None = None
     scores: bool = False
+    interpolate: bool = False
+    n: int | None = None
     seed: int = 0
     out: Path | None = None
     device: str = "auto"
 
     def run(self) -> None:
-        """Write the picture and print where it is."""
+        """Write what was asked for and print where it is."""
+        out = None if self.out is None else as_path(self.out)
+        if self.n is None:
+            self._draw(out)
+        else:
+            self._write(self.n, out)
+
+    def _draw(self, out: Path | None) -> None:
         from . import plots
 
-        match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", self.grid)
+        grid = "12x12" if self.grid is None else self.grid
+        match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", grid)
         if match is None:
-            raise InputError(f"grid must be ROWSxCOLUMNS, such as 12x12, got {self.grid!r}")
+            raise InputError(f"grid must be ROWSxCOLUMNS, such as 12x12, got {grid!r}")
         rows, columns = int(match[1]), int(match[2])
-        path = self.out or self.folder / "samples" / f"grid-{self.grid}.png"
-        if path.suffix != ".png":
-            raise InputError(f"out must end in .png, got {path}")
+        if self.interpolate and self.scores:
+            raise InputError("scores sorts the picture, and the order of an interpolation is its own: give one of them")
+        if self.interpolate and rows < 2:
+            raise InputError(f"grid must have at least 2 rows to interpolate between, got {grid}")
+        if out is not None and out.suffix != ".png":
+            raise InputError(f"out must end in .png, got {out}; samples as files need --n")
         run = _load(self.folder, self.device)
-        samples = run.sample(rows * columns, seed=self.seed)
+        if self.interpolate and run.description.kind != "images":
+            raise InputError(f"interpolate is for images, this run makes samples of shape {_shape(run)}")
+        kind = "interpolation" if self.interpolate else "grid"
+        path = out or run.folder / "samples" / f"{kind}-{grid}.png"
+        if self.interpolate:
+            samples = run.walk(rows, columns, seed=self.seed)
+        else:
+            samples = run.sample(rows * columns, seed=self.seed)
         scores = run.score(samples) if self.scores else None
-        try:
+        with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             plots.save_grid(samples, path, columns=columns, scores=scores)
             print(path)
+            if self.interpolate:
+                plots.save_animation(samples, path.with_suffix(".gif"))
+                print(path.with_suffix(".gif"))
             if scores is not None:
                 table = path.with_suffix(".csv")
                 write_atomically(table, _csv(scores.tolist()).encode())
                 print(table)
-        except OSError as error:
-            raise InputError(f"out {path} cannot be written: {error.strerror or error}") from error
+
+    def _write(self, n: int, path: Path | None) -> None:
+        from .sampling import save_array, save_images
+
+        for name in ("grid", "scores", "interpolate"):
+            if getattr(self, name) not in (None, False):
+                raise InputError(f"{name} is for a picture, and n writes samples as they are: give one of the two")
+        if n < 1:
+            raise InputError(f"n must be at least 1, got {n}")
+        if path is None:
+            raise InputError("n needs --out: a new folder for images, or a .npy or .npz file")
+        array = path.suffix in (".npy", ".npz")
+        if not array and path.suffix[1:].isalpha():
+            raise InputError(f"with n, out must be a new folder or end in .npy or .npz, got {path}")
+        run = _load(self.folder, self.device)
+        if not array and run.description.kind != "images":
+            raise InputError(
+                f"out must end in .npy or .npz where samples are no images, but of shape {_shape(run)}, got {path}"
+            )
+        pieces = run.pieces(n, seed=self.seed)
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if array:
+                save_array(pieces, (n, *run.description.sample_shape), path)
+            else:
+                save_images(pieces, n, path)
+        print(path)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a trained run's generator as files that PyTorch loads without this package.
+
+    Attributes:
+        folder: The run's folder.
+        out: Folder for generator.safetensors (the weights), generator.pt2 (a program of torch.export) and
+            generator.json (what they are); RUN/export by default.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    out: Path | None = None
+
+    def run(self) -> None:
+        """Write the files and print where they are."""
+        from .export import export_generator
+
+        run = _load(self.folder, "cpu")
+        out = run.folder / "export" if self.out is None else as_path(self.out)
+        with _writing(out):
+            for path in export_generator(run, out):
+                print(path)
 
 
 @dataclass(frozen=True)
@@ -138,8 +217,9 @@ class Evaluate:
         """Print the report and write it to RUN/evaluation.json."""
         if self.samples < 2:
             raise InputError(f"samples must be at least 2, got {self.samples}")
-        report = _load(self.folder, self.device).evaluate(samples=self.samples, seed=self.seed)
-        path = self.folder / "evaluation.json"
+        run = _load(self.folder, self.device)
+        report = run.evaluate(samples=self.samples, seed=self.seed)
+        path = run.folder / "evaluation.json"
         write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
         _print_table({name.replace("_", " "): value for name, value in report.items()})
         print(path)
@@ -278,6 +358,7 @@ def _commands(arguments: list[str]) -> Any:
         Annotated[TrainTable if on_table else Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[SampleTable if on_table else Sample, tyro.conf.subcommand("sample"), one_way]
         | Annotated[EvaluateTable if on_table else Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Bench, tyro.conf.subcommand("bench"), one_way]
         | Annotated[Info, tyro.conf.subcommand("info"), one_way]
     )
@@ -358,7 +439,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_fail(error, 2))
     except KeyboardInterrupt as stop:
         number = getattr(stop, "signal", signal.SIGINT)  # of an InterruptedTraining
-        sys.exit(_fail("interrupted; train goes on with --resume and the run's folder", 128 + number))
+        goes_on = "; train goes on with --resume and the run's folder" if arguments[:1] == ["train"] else ""
+        sys.exit(_fail(f"interrupted{goes_on}", 128 + number))
 
 
 def _run(command: Any) -> None:
@@ -407,6 +489,19 @@ def _load(folder: Path, device: str) -> "Run":
     for skipped in run.skipped:
         print(f"wgan-fast: passed over a damaged checkpoint: {skipped}; using step {run.step}", file=sys.stderr)
     return run
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say of what cannot be written that it is ``out``."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"out {path} cannot be written: {error.strerror or error}") from error
+
+
+def _shape(run: "Run") -> list[int]:
+    return list(run.description.sample_shape)
 
 
 def _csv(scores: list[float]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ..errors import InputError
+from .files import as_path
 
 if TYPE_CHECKING:
     from ..points import PenaltyConfig
@@ -141,8 +143,8 @@ class TrainConfig:
     max_rewinds: int = 3
 
     def __post_init__(self) -> None:
-        if isinstance(self.out, str):
-            object.__setattr__(self, "out", Path(self.out))
+        if isinstance(self.out, str | os.PathLike):
+            object.__setattr__(self, "out", as_path(self.out))
         for name, hint in typing.get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
         at_least = {

@@ -34,6 +34,8 @@ _Samples = Tensor | ArrayLike
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 _CELL = 64  # pixels that a small image is enlarged towards
+_FRAME = 192  # pixels that a small image of an animation is enlarged towards
+_SHOWN = 80  # milliseconds that each is shown
 _GAP = 4  # pixels between the images of a grid
 _CAPTION = 11  # pixels of a score's letters
 _MANY = 200  # values from which a curve is drawn smoothed
@@ -115,14 +117,9 @@ def _save_images(
     columns: int,
     scores: NDArray[np.float32] | None,
 ) -> None:
-    if images.shape[1] == 3:
-        pixels = images.transpose(0, 2, 3, 1)
-    else:
-        pixels = np.concatenate(np.split(images, images.shape[1], axis=1), axis=3)[:, 0]
-    # NaN has no grey: draw it black rather than as whatever the cast makes of it.
-    pixels = np.nan_to_num((pixels + 1) * 127.5, nan=0.0).round().clip(0, 255).astype(np.uint8)
-    scale = max(1, round(_CELL / max(pixels.shape[1:3])))
-    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    if images.shape[1] != 3:
+        images = np.concatenate(np.split(images, images.shape[1], axis=1), axis=3)
+    pixels = _enlarged(to_pixels(images), _CELL)
     height, width = pixels.shape[1:3]
     captions = None if scores is None else _captions(scores)
     pitch_x, pitch_y = width + _GAP, height + _GAP
@@ -143,6 +140,41 @@ def _save_images(
             draw.text((centre, top + height + 1), captions[index], fill="black", font=font, anchor="ma")
     buffer = io.BytesIO()
     canvas.save(buffer, format="png")
+    write_atomically(Path(path), buffer.getvalue())
+
+
+def to_pixels(images: _Samples) -> NDArray[np.uint8]:
+    """Turn images into 8-bit pixels: round(127.5 (x + 1)), halves to even, cut off below 0 and above 255.
+
+    Pixels that data was read from come back as they were.
+
+    Args:
+        images: `[N, C, H, W]` with values in [-1, 1].
+
+    Returns:
+        `[N, H, W]` where C is 1, `[N, H, W, C]` otherwise.
+    """
+    # NaN has no grey: draw it black rather than as whatever the cast makes of it.
+    values = np.nan_to_num((_array(images) + 1) * 127.5, nan=0.0)
+    pixels: NDArray[np.uint8] = values.round().clip(0, 255).astype(np.uint8)
+    return pixels[:, 0] if pixels.shape[1] == 1 else pixels.transpose(0, 2, 3, 1)
+
+
+def _enlarged(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    scale = max(1, round(side / max(pixels.shape[1:3])))
+    return pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def save_animation(images: _Samples, path: str | os.PathLike[str]) -> None:
+    """Show images one after another, for ever, in one GIF file; small ones enlarged by a whole factor.
+
+    Args:
+        images: `[N, C, H, W]` with values in [-1, 1]; grey where C is 1, colours where it is 3 or 4.
+        path: The file to write; its folder exists.
+    """
+    frames = [Image.fromarray(frame) for frame in _enlarged(to_pixels(images), _FRAME)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, format="gif", save_all=True, append_images=frames[1:], duration=_SHOWN, loop=0)
     write_atomically(Path(path), buffer.getvalue())
 
 

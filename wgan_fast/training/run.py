@@ -1,6 +1,8 @@
 """A run's folder: what it records about itself, and its networks brought back for sampling and evaluation."""
 
 import json
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,14 +15,15 @@ from . import metrics, models, quality
 from .checkpoint import load_checkpoint, load_module
 from .config import MAX_SEED, TrainConfig
 from .data import Data, load_data, load_labels
-from .files import write_atomically
+from .files import as_path, write_atomically
 from .randomness import NOISE, stream_seed, undisturbed
 
 CONFIG_FILE = "config.json"
 FORMAT = 1
 OWN_MODEL = "custom"
 """What a run records as its model when its networks were given as objects."""
-
+PIECE = 256
+"""Samples generated at a time."""
 
 CHANGEABLE = {
     "out", "steps", "device", "workers", "log_every", "sample_every", "track", "checkpoint_every", "keep",
@@ -85,19 +88,21 @@ class Description:
         write_atomically(folder / CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode())
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: str | os.PathLike[str]) -> Self:
         """Read the description of the run in ``folder``.
 
         Raises:
             InputError: There is no run, or its description is damaged.
         """
-        path = folder / CONFIG_FILE
+        path = as_path(folder) / CONFIG_FILE
         if not path.is_file():
-            raise InputError(f"{folder} holds no run: it has no {CONFIG_FILE}")
+            raise InputError(f"{path.parent} holds no run: it has no {CONFIG_FILE}")
         try:
             values = json.loads(path.read_bytes())
             if values["format"] != FORMAT:
                 raise ValueError(f"its format is {values['format']}, this version reads {FORMAT}")
+            if values["kind"] == "table":
+                raise ValueError("the run is on a table, which wgan_fast.tables.TableSynthesizer.load reads")
             config = TrainConfig.from_json(values["config"])
             return cls(config, tuple(values["sample_shape"]), values["kind"], tuple(values["samples"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -113,7 +118,7 @@ class Run:
         description: What it trained.
         step: The checkpoint's step.
         generator: The moving average of the generator (the generator itself where the run keeps none), in eval mode.
-        critic: The critic, in eval mode.
+        critic: The critic, in eval mode; None where the generator was given to ``load`` as an object, and no critic.
         latent_dim: Length of the generator's noise.
         device: Where the networks are.
         skipped: Damaged checkpoints that were passed over, with the reason.
@@ -123,47 +128,104 @@ class Run:
     description: Description
     step: int
     generator: nn.Module
-    critic: nn.Module
+    critic: nn.Module | None
     latent_dim: int
     device: torch.device
     skipped: tuple[str, ...]
 
     @classmethod
-    def load(cls, folder: Path, *, device: str = "auto") -> Self:
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        generator: nn.Module | None = None,
+        critic: nn.Module | None = None,
+    ) -> Self:
         """Rebuild a run's networks and load its newest whole checkpoint.
 
+        Args:
+            folder: The run's folder.
+            device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
+            generator: A network to load the generator's state into, in place, in eval mode and on the device: for a
+                run whose networks were given as objects. None builds what the run names.
+            critic: As ``generator``; such a run needs none to be sampled, only to score and to evaluate.
+
         Raises:
-            InputError: There is no run, no whole checkpoint, or the checkpoint is of another architecture.
+            InputError: There is no run, no whole checkpoint, the checkpoint is of another architecture, or the run's
+                networks were given as objects and no generator is given here.
         """
+        folder = as_path(folder)
         description = Description.read(folder)
         checkpoint = load_checkpoint(folder)
         if checkpoint is None:
             raise InputError(f"{folder} has no checkpoint yet")
         place = resolve_device(device)
-        generator, critic = build_networks(description.config, description.sample_shape)
-        state = checkpoint.state
+        config, state = description.config, checkpoint.state
+        if generator is None or (critic is None and config.model != OWN_MODEL):
+            named = build_networks(config, description.sample_shape)
+            generator = named[0] if generator is None else generator
+            critic = named[1] if critic is None else critic
         load_module(generator, state["ema"] or state["generator"], "generator", checkpoint.path)
-        load_module(critic, state["critic"], "critic", checkpoint.path)
+        if critic is not None:
+            if config.spectral_norm:
+                models.spectral_norm(critic)
+            load_module(critic, state["critic"], "critic", checkpoint.path)
+            critic.to(place).eval()
         return cls(
             folder=folder,
             description=description,
             step=checkpoint.step,
             generator=generator.to(place).eval(),
-            critic=critic.to(place).eval(),
-            latent_dim=latent_dim(generator, description.config),
+            critic=critic,
+            latent_dim=latent_dim(generator, config),
             device=place,
             skipped=checkpoint.skipped,
         )
 
     def sample(self, n: int, *, seed: int = 0) -> Tensor:
         """Generate ``n`` samples ``[n, *sample_shape]`` on the CPU; the same for the same seed."""
-        noise = draw_noise(n, self.latent_dim, seed)
+        return torch.cat(list(self.pieces(n, seed=seed)))
+
+    def pieces(self, n: int, *, seed: int = 0) -> Iterator[Tensor]:
+        """Generate the samples of ``sample`` piece by piece, for more of them than fit in memory.
+
+        Until the last piece is taken, the default generators are those of the samples.
+
+        Raises:
+            InputError: n is below 1, or the seed is out of range.
+        """
+        if n < 1:
+            raise InputError(f"n must be at least 1, got {n}")
+        rng = noise_generator(seed)
+        sizes = (min(PIECE, n - begin) for begin in range(0, n, PIECE))
+        return self._generate((torch.randn(size, self.latent_dim, generator=rng) for size in sizes), seed)
+
+    def walk(self, stations: int, steps: int, *, seed: int = 0) -> Tensor:
+        """Generate samples along a walk between random latents that ends where it begins.
+
+        Gaussian noise of many dimensions lies near a sphere, and what lies within it a generator has seldom seen: the
+        walk goes along great circles (White 2016, arXiv:1609.04468).
+
+        Args:
+            stations: Latents to walk between, at least 2.
+            steps: Samples from each of them on, itself included, to before the next one.
+            seed: Of the latents.
+
+        Returns:
+            ``[stations * steps, *sample_shape]`` on the CPU.
+        """
+        latents = great_circles(draw_noise(stations, self.latent_dim, seed), steps)
+        return torch.cat(list(self._generate(torch.split(latents, PIECE), seed)))
+
+    def _generate(self, noise: Iterable[Tensor], seed: int) -> Iterator[Tensor]:
         with undisturbed(self.device, seed):
-            return generate(self.generator, noise.to(self.device)).cpu()
+            for piece in noise:
+                yield generate(self.generator, piece.to(self.device)).cpu()
 
     def score(self, samples: Tensor) -> Tensor:
         """Rate samples ``[N, *sample_shape]`` with the critic; returns ``[N]`` float32 on the CPU."""
-        return generate(self.critic, samples.to(self.device)).reshape(-1).float().cpu()
+        return generate(self._needed_critic(), samples.to(self.device)).reshape(-1).float().cpu()
 
     def evaluate(self, *, samples: int = 2000, seed: int = 0) -> dict[str, Any]:
         """Measure the run against data that it did not train on.
@@ -181,6 +243,7 @@ class Run:
         Raises:
             InputError: The run's data cannot be loaded any more.
         """
+        critic = self._needed_critic()
         data = load_run_data(self.description.config)
         self.description.check_data(data)
         if not len(data.held_out):
@@ -191,8 +254,8 @@ class Run:
         report: dict[str, Any] = {
             "step": self.step,
             "samples": held_out.shape[0],
-            "wasserstein_held_out": metrics.wasserstein_estimate(self.critic, held_out, fake),
-            "wasserstein_train": metrics.wasserstein_estimate(self.critic, train, fake),
+            "wasserstein_held_out": metrics.wasserstein_estimate(critic, held_out, fake),
+            "wasserstein_train": metrics.wasserstein_estimate(critic, train, fake),
             "sliced_wasserstein": metrics.sliced_wasserstein(fake, held_out, seed=seed),
             "sliced_wasserstein_floor": metrics.sliced_wasserstein(train, held_out, seed=seed),
         }
@@ -210,6 +273,11 @@ class Run:
         if judge is not None:
             report |= judge.rate(fake)
         return report
+
+    def _needed_critic(self) -> nn.Module:
+        if self.critic is None:
+            raise InputError("this run was loaded without its critic: give Run.load the critic beside the generator")
+        return self.critic
 
 
 def check_unchanged(before: TrainConfig, after: TrainConfig) -> None:
@@ -249,8 +317,9 @@ def check_rebuildable(config: TrainConfig) -> None:
     """Raise for a run whose networks were given as objects."""
     if config.model == OWN_MODEL:
         raise InputError(
-            "this run's networks were given as objects and cannot be rebuilt from its folder: build its Trainer again "
-            "and call fit(resume=True), or train with --model module:function"
+            "this run's networks were given as objects and cannot be rebuilt from its folder: from Python, "
+            "Run.load(folder, generator=..., critic=...) loads them into yours, and its Trainer, built again, goes on "
+            "with fit(resume=True); the command line needs a run of --model module:function"
         )
 
 
@@ -282,13 +351,44 @@ def draw_noise(n: int, length: int, seed: int) -> Tensor:
     Raises:
         InputError: The seed is out of range.
     """
+    return torch.randn(n, length, generator=noise_generator(seed))
+
+
+def noise_generator(seed: int) -> torch.Generator:
+    """Return the CPU generator that a seed's noise is drawn from.
+
+    Raises:
+        InputError: The seed is out of range.
+    """
     if not 0 <= seed <= MAX_SEED:
         raise InputError(f"seed must be in [0, {MAX_SEED}], got {seed}")
-    return torch.randn(n, length, generator=torch.Generator().manual_seed(stream_seed(seed, NOISE)))
+    return torch.Generator().manual_seed(stream_seed(seed, NOISE))
+
+
+def great_circles(latents: Tensor, steps: int) -> Tensor:
+    """Walk from each latent to the next, and from the last to the first, by spherical interpolation.
+
+    Where Ω is the angle between z and z', the walk is at (sin((1 − t)Ω) z + sin(tΩ) z') / sin(Ω) after the share t of
+    the way (White 2016, arXiv:1609.04468, after Shoemake 1985).
+
+    Args:
+        latents: ``[K, L]``.
+        steps: Points from each latent on, itself included, to before the next one.
+
+    Returns:
+        ``[K * steps, L]``.
+    """
+    start, end = latents[:, None], latents.roll(-1, 0)[:, None]
+    share = torch.arange(steps, dtype=latents.dtype)[:, None] / steps
+    angle = nn.functional.cosine_similarity(start, end, dim=2)[..., None].clamp(-1, 1).acos()
+    # Along one line, as all latents of a single number are, there is no circle: the walk is straight.
+    straight = angle.sin() < 1e-4
+    before, after = (torch.where(straight, part, (part * angle).sin() / angle.sin()) for part in (1 - share, share))
+    return (before * start + after * end).flatten(0, 1)
 
 
 @torch.no_grad()
-def generate(network: nn.Module, inputs: Tensor, batch_size: int = 256) -> Tensor:
+def generate(network: nn.Module, inputs: Tensor, batch_size: int = PIECE) -> Tensor:
     """Run a network in eval mode over ``inputs`` ``[N, *D]`` in pieces, and leave its mode as it was."""
     training = network.training
     network.eval()

@@ -28,7 +28,7 @@ from .config import TrainConfig
 from .data import SOURCES, Data, Labels, Split, batches, load_data, load_labels
 from .distributed import Replicas
 from .divergence import DivergedError, LossWatch
-from .files import write_atomically
+from .files import as_path, write_atomically
 from .folder import held, make_folder, make_new_folder, new_folder
 from .iteration import Iteration, IterationResult
 from .log import MetricsLog, ProgressLine
@@ -152,7 +152,7 @@ class Trainer:
         return trainer
 
     @classmethod
-    def from_run(cls, folder: Path, **changes: Any) -> Self:
+    def from_run(cls, folder: str | os.PathLike[str], **changes: Any) -> Self:
         """Rebuild the trainer of an earlier run, ready to ``fit(resume=True)``.
 
         Args:
@@ -164,7 +164,7 @@ class Trainer:
                 be rebuilt.
         """
         before = Description.read(folder).config
-        config = dataclasses.replace(before, **{**changes, "out": folder})
+        config = dataclasses.replace(before, **{**changes, "out": as_path(folder)})
         check_unchanged(before, config)
         return cls.from_config(config)
 
