@@ -61,14 +61,17 @@ def test_no_path_is_one_machines_own(name: str) -> None:
     [
         ("README.md", {"train", "sample", "evaluate", "export", "info"}),
         ("docs/samples.md", {"sample", "export"}),
+        ("docs/tables.md", {"train", "sample", "evaluate"}),
         ("Makefile", {"train", "sample", "evaluate"}),
     ],
 )
 def test_documented_commands_are_taken(name: str, subcommands: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    for command in (cli.Train, cli.Sample, cli.Evaluate, cli.Export, cli.Info):
+    on_tables = (cli.TrainTable, cli.SampleTable, cli.EvaluateTable)
+    for command in (cli.Train, cli.Sample, cli.Evaluate, cli.Export, cli.Info, *on_tables):
         monkeypatch.setattr(command, "run", lambda self: taken.append(self))
-    # The run that an example resumes need not be there.
+    # The run that an example resumes or samples need not be there.
+    monkeypatch.setattr(cli, "is_run", lambda folder: folder.name.endswith("-ctgan"))
     monkeypatch.setattr(Description, "read", lambda folder: SimpleNamespace(config=TrainConfig()))
     commands = documented_commands(name)
     assert {arguments[0] for arguments in commands} == subcommands
