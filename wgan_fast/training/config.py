@@ -37,15 +37,17 @@ class TrainConfig:
     Attributes:
         data: Name of a data set (mnist5k, digits, 8gaussians, 25gaussians, swissroll) or a path: IDX files, a folder
             of images, .npy or .npz.
-        image_size: Height and width that the images of a folder are resized and cropped to.
+        image_size: Height and width that images are resized and cropped to.
         channels: Colour channels that the images of a folder are converted to: 1 or 3.
         holdout: Share of the data kept from training, for evaluation.
         method: What is trained: loss, penalty and the settings of the paper behind it.
-        model: Name of a network pair (toy-mlp, mlp, mnist-dcgan, cifar-dcgan, cifar-resnet, dcgan64, article), "auto"
-            to choose by the shape of the data, or module:function of your own.
+        model: Name of a network pair (toy-mlp, mlp, mnist-dcgan, cifar-dcgan, cifar-resnet, dcgan64, dcgan, article),
+            "auto" to choose by the shape of the data, or module:function of your own. For images "auto" is a DCGAN of
+            28 pixels or of a power of two from 16 to 256.
         width: Channels (or units) of the networks' narrowest hidden layer; the model's own default.
         latent_dim: Length of the noise vector; the model's own default.
-        init: How weights are initialised: pytorch (layer defaults), he, dcgan (normal 0.02), orthogonal.
+        init: How weights are initialised: pytorch (layer defaults), he, dcgan (normal 0.02), orthogonal; the model's
+            own way by default.
         spectral_norm: Whether the critic's layers are spectrally normalised.
         steps: Generator steps.
         batch_size: Samples per step, over all processes together; the method's by default.
@@ -105,7 +107,7 @@ class TrainConfig:
     model: str = "auto"
     width: int | None = None
     latent_dim: int | None = None
-    init: Initialisation = "pytorch"
+    init: Initialisation | None = None
     spectral_norm: bool | None = None
     steps: int = 2000
     batch_size: int | None = None

@@ -144,8 +144,11 @@ class Trainer:
             config = dataclasses.replace(config, data=str(path.resolve()))
         data = load_run_data(config)
         config = config.resolved(data.sample_shape)
+        if config.model == "auto":
+            # Named in config.json, so that another version's choice changes no run.
+            config = dataclasses.replace(config, model=models.default_model(data.sample_shape))
         seed_everything(config.seed, NETWORKS)
-        generator, critic = build_networks(config, data.sample_shape)
+        generator, critic = build_networks(config, data.sample_shape, data.kind)
         trainer = cls.__new__(cls)
         labels = load_labels(config.data, holdout=config.holdout, seed=config.seed) if config.track else None
         trainer._set_up(generator, critic, data, labels, config)
