@@ -206,9 +206,7 @@ def _features(width: int, stage: int) -> int:
     return width * 2 ** min(stage, 3)
 
 
-def dcgan_generator(
-    sample_shape: Sequence[int], latent_dim: int, width: int, *, batch_norm: bool = True
-) -> Generator:
+def dcgan_generator(sample_shape: Sequence[int], latent_dim: int, width: int, *, batch_norm: bool = True) -> Generator:
     """Build a linear layer to 4x4 and transposed 5x5 convolutions of stride 2, ReLU between them, tanh at the end.
 
     Each convolution doubles height and width (less one where the target is odd): 3 of them make 28x28 and 32x32

@@ -180,6 +180,9 @@ class Trainer:
             if self._replicas.world > 1:
                 raise InputError("out must be given where several processes train together")
             config = dataclasses.replace(config, out=new_folder(data.name, config.method))
+        for setting in ("flip", "augment"):
+            if getattr(config, setting) and data.kind != "images":
+                raise InputError(f"{setting} is for images, and {data.name} holds vectors of {list(data.sample_shape)}")
         batch_size = config.batch_size or 0
         if batch_size > len(data.train):
             n = len(data.train)
