@@ -701,7 +701,8 @@ def test_value_out_of_range_is_refused(refused, name, value):
     [
         ("steps", "3"), ("steps", 3.0), ("steps", True), ("steps", None), ("learning_rate", "0.1"), ("seed", None),
         ("out", 3), ("data", Path("folder")), ("spectral_norm", 1), ("ema", None), ("clip", True),
-        ("augment", ("other",)), ("batch_size", 0.5), ("method", None), ("model", None), ("device", torch.device("cpu")),
+        ("batch_size", 0.5), ("method", None), ("model", None), ("device", torch.device("cpu")),
+        ("augment", ("other",)),
     ],
 )  # fmt: skip
 def test_setting_of_another_type_is_refused(name, value):

@@ -1,9 +1,9 @@
 """Augmentation of what the critic is shown.
 
 Differentiable augmentation (DiffAugment, Zhao et al. 2020, arXiv:2006.10738) changes real and generated images alike
-before the critic rates them, in the critic's steps and in the generator's. The critic cannot learn few images by heart,
-and the generator, whose gradient flows back through the change, still learns images as they were before it. A flip of the
-real images alone is the usual augmentation: the generator learns flipped images, too.
+before the critic rates them, in the critic's steps and in the generator's. The critic cannot learn few images by
+heart, and the generator, whose gradient flows back through the change, still learns images as they were before it. A
+flip of the real images alone is the usual augmentation: the generator learns flipped images, too.
 
 The critic's step gets changed images, so the penalty is on points between changed real and changed generated images: on
 what the critic is compared on, and without a derivative through the change. The paper's code has the penalty there

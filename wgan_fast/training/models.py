@@ -203,7 +203,7 @@ def _stages(size: Sequence[int]) -> int:
 
 def _features(width: int, stage: int) -> int:
     """Channels at a stage of a DCGAN: they double away from the image, up to 8 times the width."""
-    return width * 2 ** min(stage, 3)
+    return width * min(1 << stage, 8)
 
 
 def dcgan_generator(sample_shape: Sequence[int], latent_dim: int, width: int, *, batch_norm: bool = True) -> Generator:

@@ -115,6 +115,7 @@ class Trainer:
     def __init__(self, generator: nn.Module, critic: nn.Module, data: Any, config: TrainConfig) -> None:
         labels = None
         if not isinstance(data, Data):
+            _check_apart(config.out, data)
             if config.track and isinstance(data, str | os.PathLike):
                 labels = load_labels(data, holdout=config.holdout, seed=config.seed)
             data = load_data(
@@ -142,6 +143,7 @@ class Trainer:
         if config.data not in SOURCES and path.exists():
             # A run is resumed and evaluated from wherever one happens to be.
             config = dataclasses.replace(config, data=str(path.resolve()))
+        _check_apart(config.out, config.data)
         data = load_run_data(config)
         config = config.resolved(data.sample_shape)
         if config.model == "auto":
@@ -485,6 +487,12 @@ class Trainer:
             make_folder(self.out)
         with held(self.out, new=not resume):
             yield
+
+
+def _check_apart(out: Path | None, data: Any) -> None:
+    """Raise where a run would be written between its data; in a folder below, its pictures are not read as data."""
+    if out is not None and isinstance(data, str | os.PathLike) and out.resolve() == Path(data).expanduser().resolve():
+        raise InputError(f"out must be another folder than data, got {out} for both")
 
 
 def _some(split: Split, n: int, seed: int) -> Tensor | None:
