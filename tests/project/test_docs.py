@@ -14,7 +14,8 @@ from wgan_fast.training.run import Description
 
 CHECKOUT = Path(__file__).parents[2]
 PAGES = [
-    f"docs/{name}.md" for name in ("benchmarks", "distributed", "forms", "kernels", "quality", "recipes", "scaling")
+    f"docs/{name}.md"
+    for name in ("benchmarks", "distributed", "forms", "images", "kernels", "quality", "recipes", "scaling")
 ]
 DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -59,6 +60,7 @@ def test_no_path_is_one_machines_own(name: str) -> None:
     ("name", "subcommands"),
     [
         ("README.md", {"train", "sample", "evaluate", "info"}),
+        ("docs/images.md", {"train"}),
         ("Makefile", {"train", "sample", "evaluate"}),
     ],
 )
