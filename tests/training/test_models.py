@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wgan_fast.errors import InputError
-from wgan_fast.training import models
+from wgan_fast.training import models, weights
 
 SHAPES = {
     "toy-mlp": (3,),
@@ -465,7 +465,7 @@ def weighted_layers(scheme: str) -> nn.ModuleList:
             nn.GroupNorm(1, 30),
         ]
     )
-    models.initialise(layers, scheme)
+    weights.initialise(layers, scheme)
     return layers
 
 
@@ -488,7 +488,7 @@ def test_he_scales_by_the_inputs_that_reach_one_output():
 def test_he_keeps_the_variance_of_relu_features_through_a_transposed_convolution():
     torch.manual_seed(0)
     layer = nn.ConvTranspose2d(200, 200, 5, stride=2, padding=2, output_padding=1)
-    models.initialise(layer, "he")
+    weights.initialise(layer, "he")
     x = torch.randn(8, 200, 12, 12)
     inside = layer(x.relu())[..., 4:-4, 4:-4]
     assert inside.var().item() == pytest.approx(1, rel=0.05)
@@ -523,11 +523,11 @@ def test_pytorch_initialisation_changes_nothing():
     torch.manual_seed(0)
     layer = nn.Linear(3, 5)
     before = [p.clone() for p in layer.parameters()]
-    models.initialise(layer, "pytorch")
+    weights.initialise(layer, "pytorch")
     assert all(torch.equal(p, q) for p, q in zip(layer.parameters(), before))
 
 
-@pytest.mark.parametrize("scheme", models.INITIALISATIONS)
+@pytest.mark.parametrize("scheme", weights.INITIALISATIONS)
 def test_the_seed_decides_the_networks(scheme):
     networks = [small("cifar-dcgan", init=scheme) for _ in range(2)]
     for first, second in zip(*networks):
@@ -537,7 +537,7 @@ def test_the_seed_decides_the_networks(scheme):
 @pytest.mark.parametrize("name", ["mnist-dcgan", "cifar-resnet"])
 def test_spectral_norm_bounds_every_weight_by_one(name):
     _, critic = small(name, init="he")
-    assert models.spectral_norm(critic) is critic
+    assert weights.spectral_norm(critic) is critic
     for _ in range(100):  # power iteration: one step per forward in training mode
         critic(torch.randn(1, *SHAPES[name]))
     weighted = [m for m in critic.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -548,12 +548,12 @@ def test_spectral_norm_bounds_every_weight_by_one(name):
 
 def test_spectral_norm_twice_is_spectral_norm_once():
     _, critic = small("mnist-dcgan")
-    models.spectral_norm(critic)
+    weights.spectral_norm(critic)
     names = list(critic.state_dict())
-    assert list(models.spectral_norm(critic).state_dict()) == names
+    assert list(weights.spectral_norm(critic).state_dict()) == names
 
 
 def test_initialising_a_parametrised_weight_is_refused_rather_than_ignored():
     _, critic = small("mnist-dcgan")
     with pytest.raises(ValueError, match=r"module\.0\.weight is parametrised"):
-        models.initialise(models.spectral_norm(critic), "he")
+        weights.initialise(weights.spectral_norm(critic), "he")

@@ -47,8 +47,8 @@ class TrainConfig:
             translation (by up to an eighth) and cutout (of a quarter of the area). The penalty is on changed images.
         method: What is trained: loss, penalty and the settings of the paper behind it.
         model: Name of a network pair (toy-mlp, mlp, mnist-dcgan, cifar-dcgan, cifar-resnet, dcgan64, dcgan, article),
-            "auto" to choose by the shape of the data, or module:function of your own. For images "auto" is a DCGAN of
-            28 pixels or of a power of two from 16 to 256.
+            or module:function of your own, or "auto" to choose by the shape of the data: for square images of 28 pixels
+            or of a power of two from 16 to 256 a DCGAN.
         width: Channels (or units) of the networks' narrowest hidden layer; the model's own default.
         latent_dim: Length of the noise vector; the model's own default.
         init: How weights are initialised: pytorch (layer defaults), he, dcgan (normal 0.02), orthogonal; the model's

@@ -16,6 +16,7 @@ from .config import MAX_SEED, TrainConfig
 from .data import Data, load_data, load_labels
 from .files import write_atomically
 from .randomness import NOISE, stream_seed, undisturbed
+from .weights import spectral_norm
 
 CONFIG_FILE = "config.json"
 FORMAT = 2
@@ -300,7 +301,7 @@ def build_networks(
         bounded=kind == "images",
     )
     if config.spectral_norm:
-        models.spectral_norm(critic)
+        spectral_norm(critic)
     return generator, critic
 
 

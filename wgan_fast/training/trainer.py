@@ -48,6 +48,7 @@ from .run import (
 )
 from .stopping import InterruptedTraining, StopRequests
 from .trial import check_networks, try_step
+from .weights import spectral_norm
 
 GRID = {"images": 64, "vectors": 2048}
 """Samples in the pictures written during training."""
@@ -127,7 +128,7 @@ class Trainer:
             )
         config = dataclasses.replace(config, data=data.name, model=OWN_MODEL).resolved(data.sample_shape)
         if config.spectral_norm:
-            models.spectral_norm(critic)
+            spectral_norm(critic)
         self._set_up(generator, critic, data, labels, config)
 
     @classmethod
