@@ -15,7 +15,7 @@ from wgan_fast.training.run import Description
 CHECKOUT = Path(__file__).parents[2]
 PAGES = [
     f"docs/{name}.md"
-    for name in ("benchmarks", "distributed", "forms", "kernels", "quality", "recipes", "samples", "scaling")
+    for name in ("benchmarks", "distributed", "forms", "images", "kernels", "quality", "recipes", "samples", "scaling")
 ]
 DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -60,6 +60,7 @@ def test_no_path_is_one_machines_own(name: str) -> None:
     ("name", "subcommands"),
     [
         ("README.md", {"train", "sample", "evaluate", "export", "info"}),
+        ("docs/images.md", {"train"}),
         ("docs/samples.md", {"sample", "export"}),
         ("docs/tables.md", {"train", "sample", "evaluate"}),
         ("Makefile", {"train", "sample", "evaluate"}),

@@ -675,7 +675,7 @@ def test_evaluation_of_data_that_is_gone_is_refused(workplace, refused):
         ("seed", 1, 0), ("method", "gan", "'wgan-gp'"), ("model", "mlp", "'article'"), ("width", 2, 1),
         ("batch-size", 6, 5), ("n-critic", 1, 2), ("learning-rate", 0.5, 0.0001), ("schedule", "linear", "'constant'"),
         ("ema", 0, 0.999), ("data", "mnist5k", "'digits'"), ("precision", "bf16", "'fp32'"), ("holdout", 0.2, 0.1),
-        ("engine", "autograd", "'auto'"),
+        ("engine", "autograd", "'auto'"), ("augment", "cutout", "()"),
     ],
 )  # fmt: skip
 def test_resuming_with_another_setting_is_refused(run, refused, flag, value, before):
@@ -713,14 +713,14 @@ OUT_OF_RANGE = [
     *((name, value) for name in ("beta1", "beta2", "ema", "holdout") for value in (-0.1, 1.0, math.nan)),
     *(("penalty_weight", value) for value in (-1.0, math.nan, math.inf)),
     *(("seed", value) for value in (-1, 2**32)), ("workers", -1), ("max_rewinds", -1), ("track", -1),
-    ("channels", 2),
+    ("channels", 2), ("augment", "other"),
     *((name, "other") for name in ("method", "init", "optimizer", "schedule", "engine", "precision", "on_divergence")),
 ]  # fmt: skip
 
 
 def test_every_setting_with_a_range_is_tried():
     others = {"data", "model", "device", "out", "spectral_norm"}
-    others |= {"compile", "cuda_graph", "fused", "generate_ahead", "channels_last"}
+    others |= {"compile", "cuda_graph", "fused", "generate_ahead", "channels_last", "flip"}
     assert {name for name, _ in OUT_OF_RANGE} | others == {field.name for field in dataclasses.fields(TrainConfig)}
 
 
@@ -740,6 +740,7 @@ def test_value_out_of_range_is_refused(refused, name, value):
         ("steps", "3"), ("steps", 3.0), ("steps", True), ("steps", None), ("learning_rate", "0.1"), ("seed", None),
         ("out", 3), ("data", Path("folder")), ("spectral_norm", 1), ("ema", None), ("clip", True),
         ("batch_size", 0.5), ("method", None), ("model", None), ("device", torch.device("cpu")),
+        ("augment", ("other",)),
     ],
 )  # fmt: skip
 def test_setting_of_another_type_is_refused(name, value):
@@ -752,6 +753,7 @@ def test_setting_of_another_type_is_refused(name, value):
     [
         (["--method", "gan", "--penalty-weight", "1"], ["penalty_weight", "gan"]),
         (["--method", "wgan-gp", "--clip", "0.1"], ["clip", "wgan-gp", "wgan-clip"]),
+        (["--augment", "cutout", "color", "cutout"], ["augment must name every change once, got cutout color cutout"]),
         (["--steps", "many"], ["--steps", "many"]),
         (["--steps"], ["--steps"]),
         (["--no-such-flag", "1"], ["--no-such-flag"]),
@@ -760,6 +762,12 @@ def test_setting_of_another_type_is_refused(name, value):
 )
 def test_arguments_that_do_not_go_together_are_refused(refused, arguments, fragments):
     mentions(refused("train", *TINY, "--out", "run", *arguments), *fragments)
+
+
+@pytest.mark.parametrize("arguments", [["--flip"], ["--augment", "cutout"]])
+def test_augmentation_of_what_is_no_image_is_refused(refused, arguments):
+    message = refused("train", "--data", "8gaussians", "--out", "run", *arguments)
+    assert message == f"{arguments[0].removeprefix('--')} is for images, and 8gaussians holds vectors of [2]"
 
 
 @pytest.mark.parametrize(("arguments", "fragment"), [([], "train"), (["bogus"], "bogus"), (["sample"], "RUN")])

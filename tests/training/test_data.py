@@ -269,6 +269,7 @@ def test_float_images_outside_both_ranges_are_refused_with_their_range():
         load_data(numbered(9, 3, 4, 4).astype(np.float32) * 0 + np.linspace(0, 255, 4, dtype=np.float32))
 
 
+@pytest.mark.filterwarnings("ignore:array. column")  # of their scale
 @pytest.mark.parametrize("shape", [(11, 1), (11, 63), (11, 4, 5), (11, 2, 6, 7)])
 def test_other_float_arrays_are_vectors_as_they_come(shape):
     values = np.random.default_rng(0).normal(0, 100, shape)
@@ -539,6 +540,7 @@ def test_pickled_and_damaged_numpy_files_are_refused_unread(tmp_path, ending):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:folder .* left out. 1 .txt")
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".PPM", ".tif", ".webp"])
 def test_a_folder_gives_the_pixels_of_its_images_in_every_depth(tmp_path, suffix):
     pixels = numbered(9, 6, 5, 3)

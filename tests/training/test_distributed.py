@@ -42,11 +42,12 @@ from wgan_fast.training import TrainConfig, Trainer
 from wgan_fast.training.distributed import Replicas, processes
 
 
-def networks():
+def networks(shape=(5,)):
     torch.manual_seed(3)
-    generator = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 5))
+    units = int(np.prod(shape))
+    generator = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, units), nn.Unflatten(1, shape))
     generator.latent_dim = 3
-    hidden = [nn.Linear(5, 9), nn.Softplus(), nn.Linear(9, 6), nn.LeakyReLU(0.2)]
+    hidden = [nn.Flatten(), nn.Linear(units, 9), nn.Softplus(), nn.Linear(9, 6), nn.LeakyReLU(0.2)]
     critic = nn.Sequential(*hidden, nn.Linear(6, 1, bias=False))
     return generator.double(), critic.double()
 
@@ -58,7 +59,10 @@ def points(n=60):
 def train(out, steps, batch_size, options, resume=False):
     options = {"log_every": 1, **options}
     config = TrainConfig(out=out, steps=steps, batch_size=batch_size, learning_rate=2**-7, **options)
-    trainer = Trainer(*networks(), points(), config)
+    data = points()
+    if config.flip:
+        data = np.random.default_rng(1).uniform(-1, 1, size=(60, 3, 8, 8))
+    trainer = Trainer(*networks(data.shape[1:]), data, config)
     trainer.fit(resume=resume)
     return trainer
 
@@ -220,6 +224,7 @@ CASES = {
         "penalty_samples": 4,
         "track": 20,
     },
+    "augmented images": {"flip": True, "augment": ["color", "translation", "cutout"], "n_critic": 2},
     "r1": {"method": "r1"},
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The networks are those of the papers they are named after."""
 
 import math
+import re
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wgan_fast.errors import InputError
-from wgan_fast.training import models
+from wgan_fast.training import models, weights
 
 SHAPES = {
     "toy-mlp": (3,),
@@ -18,6 +19,7 @@ SHAPES = {
     "cifar-dcgan": (3, 32, 32),
     "cifar-resnet": (3, 32, 32),
     "dcgan64": (3, 64, 64),
+    "dcgan": (3, 16, 16),
     "article": (1, 28, 28),
 }
 IMAGES = [name for name, shape in SHAPES.items() if len(shape) == 3]
@@ -97,6 +99,11 @@ PAPER_LAYERS = {
             *(2 * 64, conv(5, 64, 3)),
         ],
         [conv(5, 3, 64), conv(5, 64, 128), conv(5, 128, 256), conv(5, 256, 512), linear(4 * 4 * 512, 1)],
+    ),
+    # as dcgan64, from 4x4 in two convolutions
+    "dcgan": (
+        [linear(128, 4 * 4 * 128), *(2 * 128, 25 * 128 * 64), *(2 * 64, conv(5, 64, 3))],
+        [conv(5, 3, 64), conv(5, 64, 128), linear(4 * 4 * 128, 1)],
     ),
     "article": (
         [
@@ -281,14 +288,74 @@ def test_layer_norm_of_the_resnet_critic_can_be_left_out():
         ((1, 28, 28), "mnist-dcgan"),
         ((3, 32, 32), "cifar-dcgan"),
         ((3, 64, 64), "dcgan64"),
+        ((1, 16, 16), "dcgan"),
+        ((3, 128, 128), "dcgan"),
+        ((1, 256, 256), "dcgan"),
         ((1, 8, 8), "mlp"),
-        ((3, 64, 63), "mlp"),
+        ((3, 18, 18), "mlp"),
         ((28, 28), "mlp"),
     ],
 )
 def test_default_model_suits_the_sample_shape(shape, name):
     assert models.default_model(shape) == name
     models.build(name, shape, width=2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "advice"),
+    [
+        ((3, 64, 63), "16, 32, 64, 128 or 256 pixels (--image-size 32), or give --model mlp"),
+        ((3, 100, 100), "(--image-size 64)"),
+        ((1, 512, 768), "(--image-size 256)"),
+        ((100, 3, 8), "(--image-size 16)"),
+        ((100, 12), "samples of shape [100, 12]: give --model mlp, or networks of your own (--model module:function)"),
+    ],
+)
+def test_no_model_is_chosen_for_other_large_samples_but_what_fits_is_named(shape, advice):
+    with pytest.raises(InputError, match=re.escape(advice)):
+        models.default_model(shape)
+
+
+@pytest.mark.parametrize("side", models.SIDES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_dcgan_of_any_size_goes_down_to_4x4_and_begins_where_the_penalty_wants_it(side, channels):
+    torch.manual_seed(0)
+    generator, critic = models.build("dcgan", (channels, side, side), width=16)
+    convolutions = [layer for layer in critic if isinstance(layer, nn.Conv2d)]
+    assert len(convolutions) == math.log2(side) - 2
+    widths = [layer.out_channels for layer in convolutions]
+    assert widths == [16, 32, 64, 128, 128, 128][: len(convolutions)]
+    ups = [layer for layer in generator if isinstance(layer, nn.ConvTranspose2d)]
+    assert [layer.in_channels for layer in ups] == widths[::-1]
+    assert critic[-1].in_features == widths[-1] * 4 * 4
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in critic)
+
+    samples = generator(torch.randn(16, 128)).detach().requires_grad_()
+    assert samples.shape == (16, channels, side, side)
+    assert 0.3 < samples.std() < 0.8
+    (gradient,) = torch.autograd.grad(critic(samples).sum(), samples)
+    # Layer defaults would leave 0.04 at 16 pixels and 0.002 at 256.
+    assert 0.5 < gradient.flatten(1).norm(dim=1).mean() < 2
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_a_dcgan_is_the_named_model_of_its_size(side):
+    name, width = {32: ("cifar-dcgan", 128), 64: ("dcgan64", 64)}[side]
+    with torch.device("meta"):
+        named = models.build(name, (3, side, side))
+        sized = models.build("dcgan", (3, side, side), width=width)
+    assert [str(network) for network in named] == [str(network) for network in sized]
+
+
+@pytest.mark.parametrize(("name", "shape"), [("mlp", (2, 8, 8)), ("article", (2, 8, 8)), ("dcgan", (2, 16, 16))])
+def test_fields_that_are_no_images_are_not_bounded(name, shape):
+    generator, _ = models.build(name, shape, width=4, bounded=False)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.mul_(3)
+        assert generator(torch.randn(20, generator.latent_dim)).abs().max() > 1
+    bounded, _ = models.build(name, shape, width=4)
+    assert generator.state_dict().keys() == bounded.state_dict().keys()
 
 
 def test_latent_dimension_and_width_can_be_chosen():
@@ -398,7 +465,7 @@ def weighted_layers(scheme: str) -> nn.ModuleList:
             nn.GroupNorm(1, 30),
         ]
     )
-    models.initialise(layers, scheme)
+    weights.initialise(layers, scheme)
     return layers
 
 
@@ -421,7 +488,7 @@ def test_he_scales_by_the_inputs_that_reach_one_output():
 def test_he_keeps_the_variance_of_relu_features_through_a_transposed_convolution():
     torch.manual_seed(0)
     layer = nn.ConvTranspose2d(200, 200, 5, stride=2, padding=2, output_padding=1)
-    models.initialise(layer, "he")
+    weights.initialise(layer, "he")
     x = torch.randn(8, 200, 12, 12)
     inside = layer(x.relu())[..., 4:-4, 4:-4]
     assert inside.var().item() == pytest.approx(1, rel=0.05)
@@ -456,11 +523,11 @@ def test_pytorch_initialisation_changes_nothing():
     torch.manual_seed(0)
     layer = nn.Linear(3, 5)
     before = [p.clone() for p in layer.parameters()]
-    models.initialise(layer, "pytorch")
+    weights.initialise(layer, "pytorch")
     assert all(torch.equal(p, q) for p, q in zip(layer.parameters(), before))
 
 
-@pytest.mark.parametrize("scheme", models.INITIALISATIONS)
+@pytest.mark.parametrize("scheme", weights.INITIALISATIONS)
 def test_the_seed_decides_the_networks(scheme):
     networks = [small("cifar-dcgan", init=scheme) for _ in range(2)]
     for first, second in zip(*networks):
@@ -470,7 +537,7 @@ def test_the_seed_decides_the_networks(scheme):
 @pytest.mark.parametrize("name", ["mnist-dcgan", "cifar-resnet"])
 def test_spectral_norm_bounds_every_weight_by_one(name):
     _, critic = small(name, init="he")
-    assert models.spectral_norm(critic) is critic
+    assert weights.spectral_norm(critic) is critic
     for _ in range(100):  # power iteration: one step per forward in training mode
         critic(torch.randn(1, *SHAPES[name]))
     weighted = [m for m in critic.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -481,12 +548,12 @@ def test_spectral_norm_bounds_every_weight_by_one(name):
 
 def test_spectral_norm_twice_is_spectral_norm_once():
     _, critic = small("mnist-dcgan")
-    models.spectral_norm(critic)
+    weights.spectral_norm(critic)
     names = list(critic.state_dict())
-    assert list(models.spectral_norm(critic).state_dict()) == names
+    assert list(weights.spectral_norm(critic).state_dict()) == names
 
 
 def test_initialising_a_parametrised_weight_is_refused_rather_than_ignored():
     _, critic = small("mnist-dcgan")
     with pytest.raises(ValueError, match=r"module\.0\.weight is parametrised"):
-        models.initialise(models.spectral_norm(critic), "he")
+        weights.initialise(weights.spectral_norm(critic), "he")

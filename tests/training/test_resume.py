@@ -441,6 +441,7 @@ VARIANTS = {
     "hinge with spectral norm": [*TINY, "--method", "hinge"],
     "lazy penalty": [*TINY, "--penalty-every", "3"],
     "penalty on a part": [*TINY, "--batch-size", "6", "--penalty-samples", "2", "--penalty-every", "3"],
+    "augmentation": [*TINY, "--flip", "--augment", "translation", "cutout", "color"],
     "static buffers": [*TINY, "--cuda-graph", "--schedule", "cosine"],
     "plain options": [*TINY, "--no-fused", "--no-generate-ahead"],
     "bfloat16": [*TINY, "--precision", "bf16"],

@@ -103,6 +103,7 @@ TRAININGS = {
     "dragan": {"method": "dragan", "n_critic": 2},
     "wgan-clip": {"method": "wgan-clip"},
     "no average": {"ema": 0.0},
+    "augmentation": {"flip": True, "augment": ("color", "translation", "cutout")},
 }
 
 
@@ -141,7 +142,7 @@ def test_compiled_step_trains_the_same_networks(plain, tmp_path, training):
     assert (parameters(trainer) - plain(training)).abs().max() <= ROUNDING
 
 
-@pytest.mark.parametrize("training", ["constant rate", "penalty on a part", "r1"])
+@pytest.mark.parametrize("training", ["constant rate", "penalty on a part", "r1", "augmentation"])
 def test_options_in_bfloat16_err_no_more_than_the_plain_loop_does_in_it(tmp_path, training):
     """Against float32, which draws the same numbers and rounds 65,536 times as finely."""
 

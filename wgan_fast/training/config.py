@@ -20,6 +20,7 @@ Method = Literal["wgan-gp", "wgan-lp", "wgan-clip", "r1", "dragan", "gan", "lsga
 Optimizer = Literal["adam", "rmsprop"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 Initialisation = Literal["pytorch", "he", "dcgan", "orthogonal"]
+Change = Literal["color", "translation", "cutout"]
 
 
 MAX_SEED = 2**32 - 1
@@ -39,15 +40,21 @@ class TrainConfig:
     Attributes:
         data: Name of a data set (mnist5k, digits, 8gaussians, 25gaussians, swissroll) or a path: IDX files, a folder
             of images, .npy or .npz.
-        image_size: Height and width that the images of a folder are resized and cropped to.
+        image_size: Height and width that images are resized and cropped to.
         channels: Colour channels that the images of a folder are converted to: 1 or 3.
         holdout: Share of the data kept from training, for evaluation.
+        flip: Whether a random half of the real images is mirrored left to right, anew in every step.
+        augment: Differentiable augmentation for few images (Zhao et al. 2020, arXiv:2006.10738): changes of real and
+            generated images before the critic, in this order, among color (brightness, saturation, contrast),
+            translation (by up to an eighth) and cutout (of a quarter of the area). The penalty is on changed images.
         method: What is trained: loss, penalty and the settings of the paper behind it.
-        model: Name of a network pair (toy-mlp, mlp, mnist-dcgan, cifar-dcgan, cifar-resnet, dcgan64, article), "auto"
-            to choose by the shape of the data, or module:function of your own.
+        model: Name of a network pair (toy-mlp, mlp, mnist-dcgan, cifar-dcgan, cifar-resnet, dcgan64, dcgan, article),
+            or module:function of your own, or "auto" to choose by the shape of the data: for square images of 28 pixels
+            or of a power of two from 16 to 256 a DCGAN.
         width: Channels (or units) of the networks' narrowest hidden layer; the model's own default.
         latent_dim: Length of the noise vector; the model's own default.
-        init: How weights are initialised: pytorch (layer defaults), he, dcgan (normal 0.02), orthogonal.
+        init: How weights are initialised: pytorch (layer defaults), he, dcgan (normal 0.02), orthogonal; the model's
+            own way by default.
         spectral_norm: Whether the critic's layers are spectrally normalised.
         steps: Generator steps.
         batch_size: Samples per step, over all processes together; the method's by default.
@@ -103,11 +110,13 @@ class TrainConfig:
     image_size: int | None = None
     channels: Literal[1, 3] | None = None
     holdout: float = 0.1
+    flip: bool = False
+    augment: tuple[Change, ...] = ()
     method: Method = "wgan-gp"
     model: str = "auto"
     width: int | None = None
     latent_dim: int | None = None
-    init: Initialisation = "pytorch"
+    init: Initialisation | None = None
     spectral_norm: bool | None = None
     steps: int = 2000
     batch_size: int | None = None
@@ -145,6 +154,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.out, str | os.PathLike):
             object.__setattr__(self, "out", as_path(self.out))
+        if isinstance(self.augment, list):  # JSON has no tuples
+            object.__setattr__(self, "augment", tuple(self.augment))
         for name, hint in typing.get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
         at_least = {
@@ -164,6 +175,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise InputError(f"{name} must be in [0, 1), got {value}")
+        if len(set(self.augment)) < len(self.augment):
+            raise InputError(f"augment must name every change once, got {' '.join(self.augment)}")
         if self.seed > MAX_SEED:
             raise InputError(f"seed must be at most {MAX_SEED}, got {self.seed}")
         if self.compile and self.engine == "autograd":
@@ -251,6 +264,12 @@ class TrainConfig:
 
 def _check_type(name: str, value: object, hint: Any) -> None:
     """Raise unless ``value`` is of the annotated type: the command line parses, Python callers must be told."""
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, tuple):
+            raise InputError(f"{name} must be a tuple, got {value!r}")
+        for part in value:
+            _check_type(name, part, typing.get_args(hint)[0])
+        return
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     choices = [choice for option in options for choice in typing.get_args(option)]
     allowed = [option for option in options if isinstance(option, type)]

@@ -18,6 +18,7 @@ from ..losses import get_loss
 from ..optim import ClippedRMSprop
 from ..precision import accumulation_dtype
 from . import models
+from .augment import augment, numbers
 from .config import TrainConfig
 from .distributed import Replicas
 from .graphed import GraphedCalls
@@ -91,6 +92,7 @@ class Iteration:
         self.ema = _averaged(generator) if config.ema else None
         self.critic_step = make_critic_step(critic, config, replicas.world)
         self._generator_loss = get_loss(config.recipe.loss).generator
+        self._changes = {"real": ("flip",) * config.flip + config.augment, "fake": config.augment}
         self.optimizers = {
             "critic": make_optimizer(self._trained["critic"], config, config.learning_rate, config.clip),
             "generator": make_optimizer(
@@ -145,8 +147,10 @@ class Iteration:
     def _run(self, reals: Sequence[Tensor], stop: bool = False) -> IterationResult:
         critic, generator = self._trained["critic"], self._trained["generator"]
         penalised = None
+        # Before anything else is drawn, so that the order stays what it is where samples are generated ahead.
+        reals = [self._changed(self.laid_out(real), "real", self._change_draws("real")) for real in reals]
         for k, (real, (fake, alpha)) in enumerate(zip(reals, self._fakes(len(reals)))):
-            result = self.critic_step(self.laid_out(real), fake, alpha)
+            result = self.critic_step(real, fake, alpha)
             result = CriticStepResult(*self.replicas.average_gradients("critic", critic, result))
             if self._penalises(k):
                 penalised = result
@@ -157,7 +161,8 @@ class Iteration:
             result = result._replace(penalty=penalised.penalty, gradient_norm=penalised.gradient_norm)
 
         with self._autocast():
-            loss = self._generator_loss(self.critic(self.generator(self._noise()).to(self.dtype)))
+            fake = self.generator(self._noise()).to(self.dtype)
+            loss = self._generator_loss(self.critic(self._changed(fake, "fake", self._change_draws("fake"))))
         self.optimizers["generator"].zero_grad(set_to_none=True)
         # Names its parameters, so that the critic's own gradients are neither computed nor touched.
         loss.backward(inputs=generator)  # type: ignore[no-untyped-call]
@@ -170,15 +175,16 @@ class Iteration:
         return IterationResult(result, loss, stopping)
 
     def _fakes(self, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Draw generated samples and α for every critic step, in the same order one by one and all at once."""
+        """Draw generated samples, changed, and α for every critic step, in one order one by one and all at once."""
         if not self._ahead:
             for k in range(count):
                 fake = self._generate(self._noise())
-                yield fake, self._alpha(k)
+                yield self._changed(fake, "fake", self._change_draws("fake")), self._alpha(k)
             return
-        drawn = [(self._noise(), self._alpha(k)) for k in range(count)]
-        fakes = self._generate(torch.cat([noise for noise, _ in drawn])).chunk(count)
-        yield from zip(fakes, (alpha for _, alpha in drawn))
+        drawn = [(self._noise(), self._change_draws("fake"), self._alpha(k)) for k in range(count)]
+        fakes = self._generate(torch.cat([noise for noise, _, _ in drawn])).chunk(count)
+        for fake, (_, draws, alpha) in zip(fakes, drawn):
+            yield self._changed(fake, "fake", draws), alpha
 
     @torch.no_grad()
     def _generate(self, noise: Tensor) -> Tensor:
@@ -189,6 +195,18 @@ class Iteration:
         """Return samples as the critic takes them: of its dtype, and channels last where that is asked for."""
         samples = samples.to(self.dtype)
         return channels_last(samples) if self.config.channels_last else samples
+
+    def _change_draws(self, which: str) -> Tensor | None:
+        """Numbers ``[N, k]`` that decide how "real" or "fake" samples are changed; None where they are not."""
+        count = numbers(self._changes[which])
+        if not count:
+            return None
+        draws = torch.rand(self.batch_size, count, device=self.device, generator=self.rng)
+        return draws[self.replicas.rows(self.batch_size)]
+
+    def _changed(self, samples: Tensor, which: str, draws: Tensor | None) -> Tensor:
+        """Return samples as the critic is shown them, differentiably."""
+        return samples if draws is None else self.laid_out(augment(samples, self._changes[which], draws))
 
     def _move(self, name: str) -> None:
         for parameter in self._trained[name]:

@@ -21,19 +21,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
 
 from ..errors import InputError
-
-INITIALISATIONS = ("pytorch", "he", "dcgan", "orthogonal")
+from .weights import initialise
 
 _Shape = tuple[int, ...]
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_WEIGHTED = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED_CONVOLUTIONS)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Generator(nn.Sequential):
@@ -196,30 +189,42 @@ def dense_generator(sample_shape: Sequence[int], latent_dim: int, width: int) ->
     )
 
 
-def dcgan_generator(
-    sample_shape: Sequence[int], latent_dim: int, width: int, *, stages: int = 3, batch_norm: bool = True
-) -> Generator:
-    """Build a linear layer and `stages` transposed 5x5 convolutions of stride 2, ReLU between them, tanh at the end.
+def _stages(size: Sequence[int]) -> int:
+    """Count the halvings that bring the longer side of an image to 4 or less."""
+    return max(1, math.ceil(math.log2(max(size))) - 2)
+
+
+def _features(width: int, stage: int) -> int:
+    """Channels at a stage of a DCGAN: they double away from the image, up to 8 times the width."""
+    return width * min(1 << stage, 8)
+
+
+def dcgan_generator(sample_shape: Sequence[int], latent_dim: int, width: int, *, batch_norm: bool = True) -> Generator:
+    """Build a linear layer to 4x4 and transposed 5x5 convolutions of stride 2, ReLU between them, tanh at the end.
+
+    Each convolution doubles height and width (less one where the target is odd): 3 of them make 28x28 and 32x32
+    images, 4 make 64x64, 6 make 256x256.
 
     Args:
         sample_shape: Shape of one image, `(C, H, W)`, any size.
         latent_dim: Length of the latent vector.
-        width: Channels before the last convolution (the paper's DIM); they double with every earlier one.
-        stages: Number of convolutions; each doubles height and width (less one where the target is odd).
+        width: Channels before the last convolution (the paper's DIM); they double with every earlier one, up to 8
+            times the width.
         batch_norm: Normalise the input of every convolution; the paper leaves this out on MNIST.
     """
     channels, *size = sample_shape
+    stages = _stages(size)
     sizes = [size]  # of the feature maps, from the image back to the linear layer
     for _ in range(stages):
         sizes.append([(side + 1) // 2 for side in sizes[-1]])
     norm = "batch" if batch_norm else None
-    features = width * 2 ** (stages - 1)
+    features = _features(width, stages - 1)
     layers: list[nn.Module] = [
         nn.Linear(latent_dim, features * math.prod(sizes[-1])),
         nn.Unflatten(1, (features, *sizes[-1])),
     ]
     for stage in reversed(range(stages)):
-        out = channels if stage == 0 else features // 2
+        out = channels if stage == 0 else _features(width, stage - 1)
         # An odd side is one less than double: what the paper's code reaches by cropping 8x8 to 7x7.
         odd_height, odd_width = sizes[stage][0] % 2, sizes[stage][1] % 2
         layers += [
@@ -240,22 +245,29 @@ def dcgan_generator(
 
 
 def dcgan_critic(
-    sample_shape: Sequence[int], width: int, *, stages: int = 3, layer_norm: bool = False, dropout: float = 0.0
+    sample_shape: Sequence[int],
+    width: int,
+    *,
+    stages: int | None = None,
+    layer_norm: bool = False,
+    dropout: float = 0.0,
 ) -> Critic:
     """`stages` 5x5 convolutions of stride 2, each followed by LeakyReLU(0.2), and a linear layer.
 
     Args:
         sample_shape: Shape of one image, `(C, H, W)`, any size.
-        width: Channels of the first convolution (the paper's DIM); they double with every later one.
-        stages: Number of convolutions; each halves height and width, rounding up.
+        width: Channels of the first convolution (the paper's DIM); they double with every later one, up to 8 times
+            the width.
+        stages: Number of convolutions; each halves height and width, rounding up. None means as many as bring the
+            image to 4x4.
         layer_norm: Normalise the output of every convolution but the first over each sample, as the paper's code
             does at 64x64. Off by default: without it the critic is piecewise linear, which is fastest.
         dropout: Probability of dropping an activation after each LeakyReLU; 0 adds no dropout layer.
     """
     features, *size = sample_shape
     layers: list[nn.Module] = []
-    for stage in range(stages):
-        out = width * 2**stage
+    for stage in range(stages or _stages(size)):
+        out = _features(width, stage)
         layers.append(nn.Conv2d(features, out, kernel_size=5, stride=2, padding=2))
         if layer_norm and stage > 0:
             layers += _norm("layer", out)
@@ -362,14 +374,26 @@ class ModelSpec:
         width: Default width.
         generator: Called with (sample shape, latent_dim, width).
         critic: Called with (sample shape, width).
+        init: Default initialisation of both. PyTorch's own halves a signal with every layer that no norm follows: the
+            gradients of a critic begin at 0.04 for 16x16 images and at 0.002 for 256x256. With "he" they begin at 1.1
+            to 1.2, where the penalty wants 1.
     """
 
     shapes: str
     makes: Callable[[_Shape], bool]
     latent_dim: int | None
     width: int
-    generator: Callable[[_Shape, int, int], nn.Module]
+    generator: Callable[[_Shape, int, int], Generator]
     critic: Callable[[_Shape, int], nn.Module]
+    init: str = "pytorch"
+
+
+SIDES = (16, 32, 64, 128, 256)
+_SIDES = ", ".join(map(str, SIDES[:-1])) + f" or {SIDES[-1]}"
+"""Image sizes that a DCGAN is made for."""
+
+SMALL = 1024
+"""Values in the largest samples, of more dimensions than one, that an MLP is chosen for."""
 
 
 def _square_image(side: int) -> Callable[[_Shape], bool]:
@@ -422,8 +446,17 @@ MODELS: dict[str, ModelSpec] = {
         makes=_square_image(64),
         latent_dim=128,
         width=64,
-        generator=partial(dcgan_generator, stages=4),
-        critic=partial(dcgan_critic, stages=4),
+        generator=dcgan_generator,
+        critic=dcgan_critic,
+    ),
+    "dcgan": ModelSpec(
+        shapes=f"square images of {_SIDES} pixels",
+        makes=lambda shape: any(_square_image(side)(shape) for side in SIDES),
+        latent_dim=128,
+        width=64,
+        generator=dcgan_generator,
+        critic=dcgan_critic,
+        init="he",
     ),
     "article": ModelSpec(
         shapes="images [C, H, W]",
@@ -443,13 +476,26 @@ def default_model(sample_shape: Sequence[int]) -> str:
         sample_shape: Shape of one sample, without the batch dimension.
 
     Returns:
-        "toy-mlp" for vectors, the DCGAN of the size for 28x28, 32x32 and 64x64 images, "mlp" for the rest.
+        "toy-mlp" for vectors, the DCGAN of the size for square images of 28 pixels or a power of two from 16 to 256,
+        "mlp" for other samples of at most `SMALL` values.
+
+    Raises:
+        InputError: Nothing suits such samples.
     """
     shape = tuple(sample_shape)
-    for name in ("toy-mlp", "mnist-dcgan", "cifar-dcgan", "dcgan64"):
+    for name in ("toy-mlp", "mnist-dcgan", "cifar-dcgan", "dcgan64", "dcgan"):
         if MODELS[name].makes(shape):
             return name
-    return "mlp"
+    if math.prod(shape) <= SMALL:
+        return "mlp"
+    resized = ""
+    if len(shape) == 3:
+        side = max((side for side in SIDES if side <= min(shape[1:])), default=SIDES[0])
+        resized = f"bring images to {_SIDES} pixels (--image-size {side}), or "
+    raise InputError(
+        f"model auto has no networks for samples of shape {list(shape)}: {resized}give --model mlp, "
+        "or networks of your own (--model module:function)"
+    )
 
 
 def build(
@@ -458,7 +504,8 @@ def build(
     *,
     latent_dim: int | None = None,
     width: int | None = None,
-    init: str = "pytorch",
+    init: str | None = None,
+    bounded: bool = True,
 ) -> tuple[nn.Module, nn.Module]:
     """Make a generator and a critic for samples of one shape.
 
@@ -471,7 +518,9 @@ def build(
             its attribute `latent_dim`; where it does not, the value given here becomes that attribute.
         width: The paper's DIM: units of the hidden layers, or channels at the largest image size; None means the
             model's default. Only for names in `MODELS`.
-        init: One of `INITIALISATIONS`; see `initialise`.
+        init: One of `weights.INITIALISATIONS`; see `weights.initialise`. None means the model's default.
+        bounded: Whether samples lie in [-1, 1], as images do. For others a model of `MODELS` leaves out the tanh that
+            it would end in.
 
     Returns:
         The generator, which takes `[N, latent_dim]`, and the critic, which takes `[N, *sample_shape]`.
@@ -489,6 +538,7 @@ def build(
         if width is not None:
             raise InputError(f"width is for built-in models; {name!r} decides its own")
         generator, critic = _build_own(name, shape, latent_dim)
+        init = init or "pytorch"
     else:
         spec = MODELS.get(name)
         if spec is None:
@@ -498,6 +548,9 @@ def build(
         latent_dim = latent_dim or spec.latent_dim or math.prod(shape)
         width = width or spec.width
         generator, critic = spec.generator(shape, latent_dim, width), spec.critic(shape, width)
+        init = init or spec.init
+        if not bounded and isinstance(generator[-1], nn.Tanh):
+            del generator[-1]
     initialise(generator, init)
     initialise(critic, init)
     return generator, critic
@@ -528,79 +581,3 @@ def _build_own(name: str, shape: _Shape, latent_dim: int | None) -> tuple[nn.Mod
         raise InputError(f"latent_dim is {latent_dim}, but the generator of model {name!r} has {own}")
     generator.latent_dim = own
     return generator, critic
-
-
-@torch.no_grad()
-def initialise(module: nn.Module, scheme: str) -> None:
-    """Draw the weights of every linear, convolution and batch norm layer anew, in place, from the default generator.
-
-    Call it before `spectral_norm`: a parametrised weight is computed, not stored.
-
-    Args:
-        module: The network.
-        scheme: "pytorch" leaves the module as it is. "he": normal with variance 2 / fan-in (He et al. 2015,
-            arXiv:1502.01852), where the fan-in of a transposed convolution counts the inputs that reach one output.
-            "dcgan": normal with standard deviation 0.02, batch norm scales normal around 1 with the same deviation
-            (Radford et al. 2016, arXiv:1511.06434). "orthogonal" (Saxe et al. 2014, arXiv:1312.6120). The last three
-            set the biases of these layers to zero.
-
-    Raises:
-        InputError: The scheme is unknown.
-        ValueError: A weight is parametrised.
-    """
-    if scheme not in INITIALISATIONS:
-        raise InputError(f"init must be one of {', '.join(INITIALISATIONS)}, got {scheme!r}")
-    if scheme == "pytorch":
-        return
-    for name, layer in module.named_modules():
-        if isinstance(layer, _WEIGHTED):
-            if parametrize.is_parametrized(layer, "weight"):
-                raise ValueError(f"module.{name}.weight is parametrised: initialise before parametrising")
-            if scheme == "he":
-                nn.init.normal_(layer.weight, std=math.sqrt(2 / _fan_in(layer)))
-            elif scheme == "dcgan":
-                nn.init.normal_(layer.weight, std=0.02)
-            else:
-                nn.init.orthogonal_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-        elif isinstance(layer, _BATCH_NORMS) and layer.affine:
-            if scheme == "dcgan":
-                nn.init.normal_(layer.weight, mean=1.0, std=0.02)
-            nn.init.zeros_(layer.bias)
-
-
-def _fan_in(layer: nn.Module) -> float:
-    """Count the inputs that reach one output: torch.nn.init counts a transposed convolution's outputs instead."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    if isinstance(layer, _TRANSPOSED_CONVOLUTIONS):
-        kernel = math.prod(layer.kernel_size) / math.prod(layer.stride)
-        return layer.in_channels / layer.groups * kernel
-    return weight[0].numel()
-
-
-def spectral_norm(critic: nn.Module) -> nn.Module:
-    """Divide every linear and convolution weight by its largest singular value, in place.
-
-    The value is estimated by power iteration (Miyato et al. 2018, arXiv:1802.05957), one step per forward in
-    training mode, with `torch.nn.utils.parametrizations.spectral_norm`; a weight that is computed already, by a
-    parametrisation or by the hook of `torch.nn.utils.spectral_norm` or `weight_norm`, is left alone.
-
-    Args:
-        critic: The network to change.
-
-    Returns:
-        The same network.
-
-    Raises:
-        InputError: A layer is of TorchScript, which takes no parametrisation.
-    """
-    for layer in list(critic.modules()):
-        if isinstance(layer, torch.jit.ScriptModule):
-            raise InputError(
-                "spectral_norm must be False for a critic in TorchScript: norm its layers before scripting it"
-            )
-        if isinstance(layer, _WEIGHTED) and "weight" in layer._parameters:
-            parametrizations.spectral_norm(layer)
-    return critic

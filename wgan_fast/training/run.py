@@ -1,5 +1,6 @@
 """A run's folder: what it records about itself, and its networks brought back for sampling and evaluation."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -17,9 +18,10 @@ from .config import MAX_SEED, TrainConfig
 from .data import Data, load_data, load_labels
 from .files import as_path, write_atomically
 from .randomness import NOISE, stream_seed, undisturbed
+from .weights import spectral_norm
 
 CONFIG_FILE = "config.json"
-FORMAT = 1
+FORMAT = 2
 OWN_MODEL = "custom"
 """What a run records as its model when its networks were given as objects."""
 PIECE = 256
@@ -99,14 +101,35 @@ class Description:
             raise InputError(f"{path.parent} holds no run: it has no {CONFIG_FILE}")
         try:
             values = json.loads(path.read_bytes())
-            if values["format"] != FORMAT:
-                raise ValueError(f"its format is {values['format']}, this version reads {FORMAT}")
+            if values["format"] not in (1, FORMAT):
+                raise ValueError(f"its format is {values['format']}, this version reads {FORMAT} and 1")
             if values["kind"] == "table":
                 raise ValueError("the run is on a table, which wgan_fast.tables.TableSynthesizer.load reads")
-            config = TrainConfig.from_json(values["config"])
-            return cls(config, tuple(values["sample_shape"]), values["kind"], tuple(values["samples"]))
+            config, shape = TrainConfig.from_json(values["config"]), tuple(values["sample_shape"])
+            if values["format"] == 1:
+                config = _of_format_1(config, shape, values["kind"])
+            return cls(config, shape, values["kind"], tuple(values["samples"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def _of_format_1(config: TrainConfig, sample_shape: tuple[int, ...], kind: str) -> TrainConfig:
+    """Return a configuration of the first format as this version means it.
+
+    It left "auto" as it was given, which meant an MLP wherever the four models below do not fit, and every MLP for
+    samples of three dimensions ended in tanh.
+
+    Raises:
+        ValueError: Nothing that this version builds computes what that generator did.
+    """
+    if kind == "vectors" and len(sample_shape) == 3 and config.model in ("auto", *models.MODELS):
+        raise ValueError("its generator is bounded to [-1, 1], and its data was not: train anew")
+    if config.model != "auto":
+        return config
+    named = ("toy-mlp", "mnist-dcgan", "cifar-dcgan", "dcgan64")
+    return dataclasses.replace(
+        config, model=next((name for name in named if models.MODELS[name].makes(sample_shape)), "mlp")
+    )
 
 
 @dataclass(frozen=True)
@@ -163,13 +186,13 @@ class Run:
         place = resolve_device(device)
         config, state = description.config, checkpoint.state
         if generator is None or (critic is None and config.model != OWN_MODEL):
-            named = build_networks(config, description.sample_shape)
+            named = build_networks(config, description.sample_shape, description.kind)
             generator = named[0] if generator is None else generator
             critic = named[1] if critic is None else critic
         load_module(generator, state["ema"] or state["generator"], "generator", checkpoint.path)
         if critic is not None:
             if config.spectral_norm:
-                models.spectral_norm(critic)
+                spectral_norm(critic)
             load_module(critic, state["critic"], "critic", checkpoint.path)
             critic.to(place).eval()
         return cls(
@@ -323,8 +346,15 @@ def check_rebuildable(config: TrainConfig) -> None:
         )
 
 
-def build_networks(config: TrainConfig, sample_shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
+def build_networks(
+    config: TrainConfig, sample_shape: tuple[int, ...], kind: str = "images"
+) -> tuple[nn.Module, nn.Module]:
     """Build the generator and the critic that a configuration names.
+
+    Args:
+        config: The configuration.
+        sample_shape: Shape of one sample.
+        kind: "images", which lie in [-1, 1], or "vectors", which need not.
 
     Raises:
         InputError: The model is unknown, does not make such samples, or was given as objects.
@@ -332,10 +362,15 @@ def build_networks(config: TrainConfig, sample_shape: tuple[int, ...]) -> tuple[
     check_rebuildable(config)
     name = models.default_model(sample_shape) if config.model == "auto" else config.model
     generator, critic = models.build(
-        name, sample_shape, latent_dim=config.latent_dim, width=config.width, init=config.init
+        name,
+        sample_shape,
+        latent_dim=config.latent_dim,
+        width=config.width,
+        init=config.init,
+        bounded=kind == "images",
     )
     if config.spectral_norm:
-        models.spectral_norm(critic)
+        spectral_norm(critic)
     return generator, critic
 
 

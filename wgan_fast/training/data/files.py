@@ -3,6 +3,7 @@
 import gzip
 import math
 import os
+import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...errors import InputError
+from ...errors import InputError, users_level
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,8 +27,6 @@ from . import splits
 from .named import SOURCES
 from .samples import BYTES, Form, Items, Options, fit, from_numpy, items_data, tensor_data
 from .splits import Array, Data
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 
 
 def path_data(path: Path, options: Options) -> Data:
@@ -57,6 +56,8 @@ def _read_numpy_file(path: Path) -> Tensor:
             return from_numpy(loaded, str(path))
         with loaded:
             keys = loaded.files
+            if "mask" in keys:
+                raise InputError(f"{path} has a mask beside its values: save the values that count, without a mask")
             chosen = keys if len(keys) == 1 else [key for key in ("images", "data", "x") if key in keys]
             if not chosen:
                 raise InputError(f"{path} must name one of its arrays images, data or x, it has {', '.join(keys)}")
@@ -135,18 +136,43 @@ class _ImageFolder(Dataset[Tensor]):
         with _opened_image(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise InputError(f"image {path} has more than 8 bits a channel; convert it to 8")
-            pixels = np.array(image.convert("L" if self.options.channels == 1 else "RGB"))
+            pixels = np.array(_on_white(image).convert("L" if self.options.channels == 1 else "RGB"))
         sample = torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
         form = Form(tuple(sample.shape), "images", BYTES)
         return fit(sample[None], form, str(path), self.options)[0]
 
 
-@contextmanager
-def _opened_image(path: Path) -> "Iterator[Image.Image]":
+def _on_white(image: "Image.Image") -> "Image.Image":
+    """Lay an image with transparency on white: the colours below it are whatever a program left there."""
+    if image.mode[-1] not in "Aa" and "transparency" not in image.info:
+        return image
+    from PIL import Image
+
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def _readable_suffixes() -> set[str]:
+    """Return the endings of the formats that Pillow decodes by itself."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageFile
     except ImportError as error:
         raise InputError("reading image files needs pillow: pip install 'wgan_fast[train]'") from error
+
+    def decodes(name: str) -> bool:
+        if name in ("EPS", "IPTC", "MPEG"):  # needs Ghostscript; a letter about an image; a film
+            return False
+        factory = Image.OPEN.get(name, (None,))[0]
+        stub = isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
+        return name == "MPO" or (factory is not None and not stub)  # MPO is opened as JPEG
+
+    return {suffix for suffix, name in Image.registered_extensions().items() if decodes(name)}
+
+
+@contextmanager
+def _opened_image(path: Path) -> "Iterator[Image.Image]":
+    from PIL import Image, ImageOps
+
     try:
         with Image.open(path) as image:
             # A PNG may keep its EXIF behind the pixels: a search for it would decode the image for its size.
@@ -173,15 +199,58 @@ def _common_size(files: list[Path]) -> tuple[int, int]:
     return next(iter(sizes))
 
 
-def _folder_data(path: Path, options: Options) -> Data:
-    files = sorted(
-        Path(folder, file)
-        for folder, _, names in os.walk(path)
-        for file in names
-        if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
-    )
+def _is_run(folder: str) -> bool:
+    from ..folder import LOCK_FILE  # which needs this package
+    from ..run import CONFIG_FILE
+
+    return all(os.path.exists(os.path.join(folder, name)) for name in (CONFIG_FILE, LOCK_FILE))
+
+
+def _image_files(path: Path) -> list[Path]:
+    """Find the images below a folder, and warn of what else lies there.
+
+    Links are followed, each folder once. Hidden files and folders are left out, and so are runs of training, whose
+    pictures of samples would become data.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise InputError(f"folder {error.filename} cannot be read: {error.strerror}") from error
+
+    readable = _readable_suffixes()
+    files: list[Path] = []
+    others: Counter[str] = Counter()
+    passed: list[str] = []
+    been = {os.path.realpath(path)}
+    for folder, folders, names in os.walk(path, followlinks=True, onerror=unreadable):
+        below = []
+        for name in sorted(folders):
+            whole = os.path.join(folder, name)
+            if name.startswith(".") or _is_run(whole):
+                passed.append(os.path.relpath(whole, path))
+            elif (place := os.path.realpath(whole)) not in been:
+                been.add(place)
+                below.append(name)
+        folders[:] = below
+        for name in names:
+            if not name.startswith("."):
+                suffix = os.path.splitext(name)[1].lower()
+                if suffix in readable:
+                    files.append(Path(folder, name))
+                else:
+                    others[suffix or "without an ending"] += 1
+    left_out = [f"{count} {suffix}" for suffix, count in sorted(others.items(), key=lambda item: (-item[1], item[0]))]
+    left_out += sorted(passed)
+    said = ", ".join(left_out[:8]) + ", ..." * (len(left_out) > 8)
     if not files:
-        raise InputError(f"folder {path} holds no images ({' '.join(IMAGE_SUFFIXES)}) and no IDX files")
+        raise InputError(f"folder {path} holds no images and no IDX files" + f" (but {said})" * bool(said))
+    if left_out:
+        message = f"folder {path}: {len(files)} images; left out: {said}"
+        warnings.warn(message, RuntimeWarning, stacklevel=users_level())
+    return sorted(files)
+
+
+def _folder_data(path: Path, options: Options) -> Data:
+    files = _image_files(path)
     size = options.image_size
     height, width = (size, size) if size else _common_size(files)
     shape = (options.channels or 3, height, width)

@@ -1,6 +1,8 @@
 """Tensors and Datasets of whatever form, told apart and brought to the form that training takes."""
 
+import math
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...errors import InputError
+from ...errors import InputError, users_level
 from . import splits
 from .splits import HOLDOUT, Array, Data, DatasetSplit, Kind, TensorSplit, permutation
 
@@ -25,6 +27,9 @@ BYTES, _UNIT = 127.5, 0.5  # divisors that bring 0..255 and [0, 1] to [0, 2], be
 
 
 _PROBED_ITEMS = 64  # of a Dataset, to tell [0, 1] from [-1, 1]
+
+
+_PROBED_VALUES = 1 << 22  # of vectors, to see their scales
 
 
 _SCANNED_VALUES = 1 << 24  # at a time, so that a file larger than memory can be checked
@@ -158,6 +163,28 @@ def tensor_data(name: str, data: Tensor, options: Options, held_out: int | None 
     return Data(name, tuple(data.shape[1:]), form.kind, train, held)
 
 
+def warn_of_scales(data: Data) -> None:
+    """Warn where columns of vectors are far from values around 1, which is what networks make and critics can tell."""
+    if data.kind == "images" or not isinstance(data.train, TensorSplit):
+        return
+    rows = data.train.take(min(len(data.train), max(2, _PROBED_VALUES // math.prod(data.sample_shape)))).double()
+    mean = rows.mean(0)
+    size, reach = rows.square().mean(0).sqrt(), (rows - mean).abs().amax(0)
+    odd = ((size > 10) | ((reach > 0) & (reach < 0.1))).nonzero().tolist()
+    if odd:
+        worst = max(odd, key=lambda place: abs(math.log(size[tuple(place)])))
+        where, std = tuple(worst), rows[(slice(None), *worst)].std(correction=0).item()
+        more = f", and so on in {len(odd)} columns" * (len(odd) > 1)
+        table = ", or learn the table with wgan_fast.tables.TableSynthesizer, which does both" * (len(worst) == 1)
+        warnings.warn(
+            f"{data.name}: column {', '.join(map(str, worst))} has mean {mean[where]:.3g} and standard deviation "
+            f"{std:.3g}{more}; networks learn values around 1: standardise the columns first, (x - mean) / std, and "
+            f"undo it on samples{table}",
+            RuntimeWarning,
+            stacklevel=users_level(),
+        )
+
+
 class Items(Dataset[Tensor | InputError]):
     """The items of a Dataset, checked to be samples of one form, read a batch at a time."""
 
@@ -214,6 +241,8 @@ def items_data(items: Items, options: Options) -> Data:
 
 def dense(data: Tensor, what: str) -> Tensor:
     """Return a tensor that holds a value for every index, apart from any graph; refuse the others."""
+    if isinstance(data, torch.masked.MaskedTensor):
+        raise InputError(f"{what} is a masked tensor, it must be a dense tensor that holds its values")
     form = "meta" if data.is_meta else "nested" if data.is_nested else str(data.layout).removeprefix("torch.")
     if form != "strided":
         raise InputError(f"{what} is {form}, it must be a dense tensor that holds its values")
