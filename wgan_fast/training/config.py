@@ -64,8 +64,8 @@ class TrainConfig:
         generator_learning_rate: Learning rate of the generator where it differs from the critic's.
         beta1: Adam's first decay rate; the method's by default.
         beta2: Adam's second decay rate; RMSprop's smoothing constant; the method's by default.
-        schedule: Course of the learning rates: constant, or falling to 0 linearly or as a cosine, from the first step of
-            the run to its last. Changed on resuming, it goes on as if it had been so from the first step.
+        schedule: Course of the learning rates: constant, or falling to 0 linearly or as a cosine, from the run's first
+            step to its last. Changed on resuming, it goes on as if it had been so from the first step.
         penalty_weight: Weight of the gradient penalty, the method's by default; 0 switches it off.
         penalty_every: Apply the penalty at every k-th critic step only, with k times the weight (StyleGAN2's lazy
             regularisation, Karras et al. 2020, arXiv:1912.04958). Faster, and another objective: the critic is

@@ -283,8 +283,8 @@ def check_unchanged(before: TrainConfig, after: TrainConfig) -> None:
         if name == "model" and ":" in was and ":" in value:
             continue  # a module of one's own that was moved; the checkpoint says whether the networks are the same
         raise InputError(
-            f"a resumed run keeps its {name}: it was {was!r}, got {value!r} (what may change: "
-            f"{', '.join(sorted(CHANGEABLE - {'out'}))}; a new run starts with its networks by --init-from)"
+            f"a resumed run keeps its settings: {name} was {was!r}, got {value!r} (what may change: "
+            f"{', '.join(sorted(CHANGEABLE - {'out'}))}); a new run begins with its networks by --init-from"
         )
 
 
