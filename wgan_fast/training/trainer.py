@@ -176,6 +176,7 @@ class Trainer:
                 changes = {other: None, **changes}
         config = dataclasses.replace(description.config, **{**changes, "out": folder})
         check_unchanged(description.config, config)
+        check_rebuildable(config)
         check_found(config)
         return cls.from_config(config)
 
