@@ -285,6 +285,12 @@ def _commands(arguments: list[str]) -> Any:
     )
 
 
+def _on_table(arguments: list[str]) -> bool:
+    folder = _option(arguments, "--resume") if arguments[:1] == ["train"] else None
+    given = [*arguments[1:], folder or ""]
+    return any(is_run(Path(argument)) for argument in given) or is_table(_option(arguments, "--data") or "")
+
+
 def _defaults(arguments: list[str]) -> Train:
     """Return what ``train`` starts from where an argument does not say otherwise."""
     folder, file = _option(arguments, "--resume"), _option(arguments, "--config")
@@ -347,7 +353,8 @@ def _hint(text: str, arguments: list[str]) -> str:
     suggestions = re.findall(r"(--[\w-]+)(?:(?!--)[\s\S])*?in wgan-fast (\w+) --help", text)
     flags = [flag for flag, command in suggestions if command in arguments[:1]]
     if arguments[:1] == ["train"] and (unknown := re.search(r"Unrecognized options: --([\w-]+)", text)):
-        flags = [f"--{name.replace('_', '-')}" for name in close_settings(unknown[1])] or flags
+        settings = [field.name for field in dataclasses.fields(TrainTable if _on_table(arguments) else Train)]
+        flags = [f"--{name.replace('_', '-')}" for name in close_settings(unknown[1], settings)] or flags
     return f"; did you mean {' or '.join(flags)}?" if flags else ""
 
 

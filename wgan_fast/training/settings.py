@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import json
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,13 @@ _OTHER_NAMES = {
 """What settings are called in the code that people come from."""
 
 
-def close_settings(name: str) -> list[str]:
-    """Return the settings that an unknown name may have meant, the likeliest first; empty where it is like none."""
+def close_settings(name: str, settings: Collection[str]) -> list[str]:
+    """Return the one of ``settings`` that an unknown name may have meant; empty where it is like none."""
     name = name.replace("-", "_")
     for setting, others in _OTHER_NAMES.items():
-        if name in others.split():
+        if name in others.split() and setting in settings:
             return [setting]
-    return difflib.get_close_matches(name, [*_names(), "resume", "config"], n=1, cutoff=0.7)
+    return difflib.get_close_matches(name, settings, n=1, cutoff=0.7)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise InputError(f"config {path} must hold settings by their names, such as steps: 2000")
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
     for name in values.keys() - _names():
-        close = "".join(f"; did you mean {setting}?" for setting in close_settings(name))
+        close = "".join(f"; did you mean {setting}?" for setting in close_settings(name, _names()))
         raise InputError(f"config {path} has an unknown setting {name}{close}")
     values = {name: _typed(name, value) for name, value in values.items()}
     try:
