@@ -673,9 +673,8 @@ def test_evaluation_of_data_that_is_gone_is_refused(workplace, refused):
     ("flag", "value", "before"),
     [
         ("seed", 1, 0), ("method", "gan", "'wgan-gp'"), ("model", "mlp", "'article'"), ("width", 2, 1),
-        ("batch-size", 6, 5), ("n-critic", 1, 2), ("learning-rate", 0.5, 0.0001), ("schedule", "linear", "'constant'"),
-        ("ema", 0, 0.999), ("data", "mnist5k", "'digits'"), ("precision", "bf16", "'fp32'"), ("holdout", 0.2, 0.1),
-        ("engine", "autograd", "'auto'"), ("augment", "cutout", "()"),
+        ("latent-dim", 4, 3), ("init", "he", "'pytorch'"), ("optimizer", "rmsprop", "'adam'"), ("ema", 0, 0.999),
+        ("holdout", 0.2, 0.1), ("init-from", "elsewhere", None), ("augment", "cutout", "()"),
     ],
 )  # fmt: skip
 def test_resuming_with_another_setting_is_refused(run, refused, flag, value, before):
@@ -705,8 +704,8 @@ def test_refused_resume_through_python_leaves_the_run_as_it_was(run):
 # Values out of range
 
 OUT_OF_RANGE = [
-    *((name, value) for name in ("steps", "batch_size", "n_critic", "log_every", "sample_every", "checkpoint_every",
-                                 "keep", "penalty_every", "penalty_samples", "image_size", "width",
+    *((name, value) for name in ("steps", "epochs", "batch_size", "n_critic", "log_every", "sample_every",
+                                 "checkpoint_every", "keep", "penalty_every", "penalty_samples", "image_size", "width",
                                  "latent_dim") for value in (0, -1)),
     *((name, value) for name in ("learning_rate", "generator_learning_rate", "clip")
       for value in (0.0, -1.0, math.nan, math.inf)),
@@ -719,7 +718,7 @@ OUT_OF_RANGE = [
 
 
 def test_every_setting_with_a_range_is_tried():
-    others = {"data", "model", "device", "out", "spectral_norm"}
+    others = {"data", "model", "device", "out", "init_from", "spectral_norm"}
     others |= {"compile", "cuda_graph", "fused", "generate_ahead", "channels_last", "flip"}
     assert {name for name, _ in OUT_OF_RANGE} | others == {field.name for field in dataclasses.fields(TrainConfig)}
 
@@ -737,7 +736,8 @@ def test_value_out_of_range_is_refused(refused, name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("steps", "3"), ("steps", 3.0), ("steps", True), ("steps", None), ("learning_rate", "0.1"), ("seed", None),
+        ("steps", "3"), ("steps", 3.0), ("steps", True), ("epochs", "3"), ("log_every", 1.5),
+        ("learning_rate", "0.1"), ("seed", None),
         ("out", 3), ("data", Path("folder")), ("spectral_norm", 1), ("ema", None), ("clip", True),
         ("batch_size", 0.5), ("method", None), ("model", None), ("device", torch.device("cpu")),
         ("augment", ("other",)),

@@ -492,14 +492,6 @@ def test_extended_run_equals_one_that_was_planned_longer(cli, workplace, tmp_pat
     assert_same_checkpoint(tmp_path / "extended" / last, tmp_path / "planned" / last)
 
 
-def test_steps_may_not_change_where_the_learning_rate_depends_on_them(cli, tmp_path):
-    command = ["train", *TINY, "--schedule", "linear", "--steps", "2"]
-    assert cli(*command, "--out", tmp_path / "run", cwd=tmp_path).status == 0
-    ended = cli("train", "--resume", tmp_path / "run", "--steps", "4", cwd=tmp_path)
-    assert ended.status == 2
-    assert "steps where the learning rate depends on them (schedule linear): steps was 2, got 4" in ended.output
-
-
 def test_data_that_has_changed_is_not_trained_on(cli, tmp_path):
     values = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
     np.save(tmp_path / "x.npy", values)

@@ -80,6 +80,11 @@ def save_checkpoint(run: Path, step: int, state: Tree, *, keep: int) -> Path:
     return path
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run has written a checkpoint, whole or damaged since."""
+    return any((run / CHECKPOINTS).glob("step-*.json"))
+
+
 def load_checkpoint(run: Path) -> Checkpoint | None:
     """Read the newest checkpoint of a run that is whole.
 

@@ -20,6 +20,7 @@ from .. import __version__
 from ..errors import DivergenceError, InputError
 from .config import TrainConfig
 from .files import as_path, write_atomically
+from .settings import close_settings, read_settings
 
 try:
     import tyro
@@ -41,9 +42,11 @@ class Train(TrainConfig):
 
     Attributes:
         resume: Folder of a run to go on with, from its newest whole checkpoint; its own settings are the defaults.
+        config: File of settings by their names, YAML or JSON, such as a run's own config.json; they are the defaults.
     """
 
     resume: Path | None = None
+    config: Path | None = None
 
     def run(self) -> None:
         """Train and print the summary."""
@@ -52,6 +55,8 @@ class Train(TrainConfig):
 
         if self.resume is not None and self.out != as_path(self.resume):
             raise InputError(f"out is the resumed folder {self.resume}, got {self.out}: give --resume alone")
+        if self.resume is not None and self.config is not None:
+            raise InputError(f"config is for a new run, and --resume {self.resume} has its own settings: give options")
         with processes(resolve_device(self.device)):
             summary = self._train()
             if Replicas().leads:
@@ -66,8 +71,8 @@ class Train(TrainConfig):
         if self.resume is not None:
             return Trainer.from_run(self.resume, **settings).fit(resume=True)
         if restarted() and self.out is not None and (self.out / CONFIG_FILE).exists():
-            # torchrun repeats the command that began the run.
-            changes = {name: settings[name] for name in CHANGEABLE}
+            # torchrun repeats the command that began the run; what it does not give is the method's default again.
+            changes = {name: settings[name] for name in CHANGEABLE if settings[name] is not None}
             return Trainer.from_run(self.out, **changes).fit(resume=True)
         return Trainer.from_config(TrainConfig(**settings)).fit()
 
@@ -205,12 +210,14 @@ class Evaluate:
         folder: The run's folder.
         samples: Samples on each side of a comparison; fewer where less data was held out.
         seed: Seed of the noise and of the projections.
+        data: Where the run's data lies now, if it was moved.
         device: "cpu", "cuda", "cuda:1", or "auto".
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     samples: int = 2000
     seed: int = 0
+    data: str | None = None
     device: str = "auto"
 
     def run(self) -> None:
@@ -218,7 +225,7 @@ class Evaluate:
         if self.samples < 2:
             raise InputError(f"samples must be at least 2, got {self.samples}")
         run = _load(self.folder, self.device)
-        report = run.evaluate(samples=self.samples, seed=self.seed)
+        report = run.evaluate(samples=self.samples, seed=self.seed, data=self.data)
         path = run.folder / "evaluation.json"
         write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
         _print_table({name.replace("_", " "): value for name, value in report.items()})
@@ -336,22 +343,17 @@ class Bench:
 
 
 def _commands(arguments: list[str]) -> Any:
-    """Return the subcommands; where a run is resumed, its own settings are the defaults of ``train``.
+    """Return the subcommands; the settings of a resumed run, or of a file, are the defaults of ``train``.
 
     Tables have commands of their own: those of the data that is given, or of the run.
     """
-    folder = _option(arguments, "--resume") if arguments[:1] == ["train"] else None
-    data = _option(arguments, "--data") or ""
-    on_table = any(is_run(Path(given)) for given in [*arguments[1:], folder or ""]) or is_table(data)
-    train: Any = TrainTable(data) if on_table else Train()
-    if folder is not None and on_table:
-        train = TrainTable.of(Path(folder))
-    elif folder is not None:
-        from .run import Description
-
-        config = Description.read(Path(folder)).config
-        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
-        train = Train(**{**values, "out": Path(folder), "resume": Path(folder)})
+    on_table = _on_table(arguments)
+    train: Any = Train()
+    if on_table:
+        folder = _option(arguments, "--resume") if arguments[:1] == ["train"] else None
+        train = TrainTable(_option(arguments, "--data") or "") if folder is None else TrainTable.of(Path(folder))
+    elif arguments[:1] == ["train"]:
+        train = _defaults(arguments)
     # Where a run is resumed, its settings are switched on and off; elsewhere a flag is off until it is given.
     one_way = tyro.conf.FlagCreatePairsOff
     return (
@@ -364,7 +366,34 @@ def _commands(arguments: list[str]) -> Any:
     )
 
 
+def _on_table(arguments: list[str]) -> bool:
+    folder = _option(arguments, "--resume") if arguments[:1] == ["train"] else None
+    given = [*arguments[1:], folder or ""]
+    return any(is_run(Path(argument)) for argument in given) or is_table(_option(arguments, "--data") or "")
+
+
+def _defaults(arguments: list[str]) -> Train:
+    """Return what ``train`` starts from where an argument does not say otherwise."""
+    folder, file = _option(arguments, "--resume"), _option(arguments, "--config")
+    values: dict[str, Any] = {}
+    if folder is not None:
+        from .run import Description
+
+        config = Description.read(Path(folder)).config
+        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
+        values |= {"out": Path(folder), "resume": Path(folder)}
+    elif file is not None:
+        values = read_settings(Path(file))
+    # Steps given take the place of epochs, and the other way.
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if _option(arguments, f"--{name}") is not None:
+            values.pop(other, None)
+    return Train(**values)
+
+
 def _parse(arguments: list[str]) -> Any:
+    if arguments[:1] == ["train"]:
+        arguments = [re.sub(r"^--lr(?=$|=)", "--learning-rate", argument) for argument in arguments]
     framed = io.StringIO()
     try:
         with contextlib.redirect_stderr(framed):
@@ -404,6 +433,9 @@ def _hint(text: str, arguments: list[str]) -> str:
         return f"; the commands are {commands[1].strip()}"
     suggestions = re.findall(r"(--[\w-]+)(?:(?!--)[\s\S])*?in wgan-fast (\w+) --help", text)
     flags = [flag for flag, command in suggestions if command in arguments[:1]]
+    if arguments[:1] == ["train"] and (unknown := re.search(r"Unrecognized options: --([\w-]+)", text)):
+        settings = [field.name for field in dataclasses.fields(TrainTable if _on_table(arguments) else Train)]
+        flags = [f"--{name.replace('_', '-')}" for name in close_settings(unknown[1], settings)] or flags
     return f"; did you mean {' or '.join(flags)}?" if flags else ""
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ Optimizer = Literal["adam", "rmsprop"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 Initialisation = Literal["pytorch", "he", "dcgan", "orthogonal"]
 Change = Literal["color", "translation", "cutout"]
+Interval = int | str
+"""Steps, as in 500, or epochs, as in "25ep"."""
+
+STEPS = 2000
+"""Generator steps where neither these nor epochs are given."""
 
 
 MAX_SEED = 2**32 - 1
@@ -56,15 +62,19 @@ class TrainConfig:
         init: How weights are initialised: pytorch (layer defaults), he, dcgan (normal 0.02), orthogonal; the model's
             own way by default.
         spectral_norm: Whether the critic's layers are spectrally normalised.
-        steps: Generator steps.
+        steps: Generator steps; 2000 where no epochs are given.
+        epochs: In place of steps: how often the critic sees every training sample. A generator step takes n_critic
+            batches, as in one pass over a data loader in the articles' code, so 200 epochs of MNIST's 60,000 digits in
+            batches of 128, 5 to a step, are 18,750 steps.
         batch_size: Samples per step, over all processes together; the method's by default.
         n_critic: Critic steps per generator step; the method's by default.
         optimizer: Optimizer of both networks; the method's by default.
-        learning_rate: Learning rate of both networks; the method's by default.
+        learning_rate: Learning rate of both networks, also --lr; the method's by default.
         generator_learning_rate: Learning rate of the generator where it differs from the critic's.
         beta1: Adam's first decay rate; the method's by default.
         beta2: Adam's second decay rate; RMSprop's smoothing constant; the method's by default.
-        schedule: Course of the learning rates: constant, or falling to 0 linearly or as a cosine.
+        schedule: Course of the learning rates: constant, or falling to 0 linearly or as a cosine, from the run's first
+            step to its last. Changed on resuming, it goes on as if it had been so from the first step.
         penalty_weight: Weight of the gradient penalty, the method's by default; 0 switches it off.
         penalty_every: Apply the penalty at every k-th critic step only, with k times the weight (StyleGAN2's lazy
             regularisation, Karras et al. 2020, arXiv:1912.04958). Faster, and another objective: the critic is
@@ -93,13 +103,16 @@ class TrainConfig:
             that are named here, where a GPU convolves in tensor cores, that is in bf16 and tf32.
         workers: Processes that decode streamed data.
         out: Folder of the run; a new one under runs/ by default.
-        log_every: Steps between lines of metrics.
-        sample_every: Steps between sample grids.
-        track: Steps between ratings of the generator against held-out data, which go into the metrics and the curves; 0
-            rates nothing. Images with classes (mnist5k, digits, IDX files with labels) get a Fréchet distance,
-            coverage and the classes covered, toy mixtures the modes covered, other data the sliced Wasserstein
-            distance.
-        checkpoint_every: Steps between checkpoints.
+        init_from: Folder of a run whose networks training starts with, from its newest checkpoint: the generator, its
+            moving average and the critic, with fresh optimizers, on whatever data of samples as large. The model,
+            width, latent_dim and spectral_norm are that run's where not given.
+        log_every: Steps between lines of metrics, or epochs: 100, or 1ep.
+        sample_every: Steps between sample grids, or epochs.
+        track: Steps, or epochs, between ratings of the generator against held-out data, which go into the metrics and
+            the curves; 0 rates nothing. Images with classes (mnist5k, digits, IDX files with labels) get a Fréchet
+            distance, coverage and the classes covered, toy mixtures the modes covered, other data the sliced
+            Wasserstein distance.
+        checkpoint_every: Steps between checkpoints, or epochs: 500, or 25ep.
         keep: Checkpoints kept, the newest ones.
         on_divergence: What to do when a loss or a parameter is not finite: stop, or rewind to the last good checkpoint
             and go on with half the learning rates.
@@ -118,7 +131,8 @@ class TrainConfig:
     latent_dim: int | None = None
     init: Initialisation | None = None
     spectral_norm: bool | None = None
-    steps: int = 2000
+    steps: int | None = None
+    epochs: int | None = None
     batch_size: int | None = None
     n_critic: int | None = None
     optimizer: Optimizer | None = None
@@ -143,30 +157,39 @@ class TrainConfig:
     channels_last: bool | None = None
     workers: int = 0
     out: Path | None = None
-    log_every: int = 10
-    sample_every: int = 500
-    track: int = 0
-    checkpoint_every: int = 500
+    init_from: Path | None = None
+    log_every: Interval = 10
+    sample_every: Interval = 500
+    track: Interval = 0
+    checkpoint_every: Interval = 500
     keep: int = 3
     on_divergence: Literal["stop", "rewind"] = "stop"
     max_rewinds: int = 3
 
     def __post_init__(self) -> None:
-        if isinstance(self.out, str | os.PathLike):
-            object.__setattr__(self, "out", as_path(self.out))
+        for name in ("out", "init_from"):
+            if isinstance(getattr(self, name), str | os.PathLike):
+                object.__setattr__(self, name, as_path(getattr(self, name)))
         if isinstance(self.augment, list):  # JSON has no tuples
             object.__setattr__(self, "augment", tuple(self.augment))
         for name, hint in typing.get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
         at_least = {
-            "image_size": 1, "width": 1, "latent_dim": 1, "steps": 1, "batch_size": 1, "n_critic": 1, "seed": 0,
-            "workers": 0, "log_every": 1, "sample_every": 1, "checkpoint_every": 1, "keep": 1,
-            "penalty_every": 1, "penalty_samples": 1, "max_rewinds": 0, "track": 0,
+            "image_size": 1, "width": 1, "latent_dim": 1, "steps": 1, "epochs": 1, "batch_size": 1, "n_critic": 1,
+            "seed": 0, "workers": 0, "keep": 1, "penalty_every": 1, "penalty_samples": 1, "max_rewinds": 0,
         }  # fmt: skip
         for name, lowest in at_least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise InputError(f"{name} must be at least {lowest}, got {value}")
+        for name, lowest in {"log_every": 1, "sample_every": 1, "checkpoint_every": 1, "track": 0}.items():
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, value := _interval(name, value))
+            if isinstance(value, int) and value < lowest:
+                raise InputError(f"{name} must be at least {lowest}, got {value}")
+        if self.steps is not None and self.epochs is not None:
+            raise InputError(f"steps and epochs exclude each other, got steps {self.steps} and epochs {self.epochs}")
         for name in ("learning_rate", "generator_learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -225,6 +248,7 @@ class TrainConfig:
         if toy and self.method in ("wgan-gp", "wgan-lp"):
             penalty_weight = TOY_PENALTY_WEIGHT
         defaults = {
+            "steps": STEPS if self.epochs is None else None,
             "batch_size": TOY_BATCH_SIZE if toy else recipe.batch_size,
             "n_critic": recipe.n_critic,
             "optimizer": recipe.optimizer,
@@ -258,8 +282,22 @@ class TrainConfig:
         unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise InputError(f"the configuration has unknown settings: {', '.join(sorted(unknown))}")
-        out = values.get("out")
-        return cls(**{**values, "out": None if out is None else Path(out)})
+        return cls(**values)
+
+
+def epochs_of(interval: Interval) -> int | None:
+    """Return the epochs of an interval in epochs; None for one in steps."""
+    return int(interval.removesuffix("ep")) if isinstance(interval, str) else None
+
+
+def _interval(name: str, text: str) -> Interval:
+    """Read what people type, such as "500" or "25 epochs"."""
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    match = re.fullmatch(r"0*([1-9]\d*) ?(ep|epochs?)", text)
+    if match is None:
+        raise InputError(f"{name} must be steps or epochs, such as 500 or 25ep, got {text!r}")
+    return f"{match[1]}ep"
 
 
 def _check_type(name: str, value: object, hint: Any) -> None:

@@ -68,6 +68,7 @@ class Iteration:
     Attributes:
         ema: The generator's moving average; None where the configuration keeps none.
         step: Iterations taken.
+        steps: Iterations that there will be, over which the learning rates take their course.
         rewinds: How often training went back after a divergence; every time halves the learning rates.
         dtype: Of the critic, and so of the samples that it is given.
         noise_dtype: Of the generator.
@@ -101,7 +102,7 @@ class Iteration:
         }
         fused = isinstance(self.optimizers["critic"], ClippedRMSprop)
         self._clip = None if fused else config.clip
-        self.step = 0
+        self.step, self.steps = 0, config.steps or 0
         self.rewinds = 0
         self.rng = torch.Generator(self.device) if replicas.world > 1 else None
         """Source of noise and α where several processes share one stream; None is the default generator."""
@@ -271,7 +272,7 @@ class Iteration:
 
     def learning_rate(self, name: str) -> float:
         """Of the "critic" or the "generator" at this step."""
-        factor = learning_rate_factor(self.config.schedule, max(self.step, 1), self.config.steps)
+        factor = learning_rate_factor(self.config.schedule, max(self.step, 1), self.steps)
         initial: float = self.optimizers[name].param_groups[0]["initial_lr"]
         return initial * factor * 0.5**self.rewinds
 

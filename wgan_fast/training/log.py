@@ -147,8 +147,9 @@ class ProgressLine:
         """Show that ``step`` is done, with the newest figures."""
         text = ""
         if figures:
+            epoch = f"epoch {figures['epoch']:.1f}  " if "epoch" in figures else ""
             speed = figures[f"{self._unit}_per_second"]
-            text = f"{speed:.0f} {self._unit}/s  Wasserstein {_number(figures['wasserstein'])}"
+            text = f"{epoch}{speed:.0f} {self._unit}/s  Wasserstein {_number(figures['wasserstein'])}"
         self._live.update(self._task, completed=step, figures=text)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._printed >= PLAIN_INTERVAL:

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -563,7 +564,10 @@ def _build_own(name: str, shape: _Shape, latent_dim: int | None) -> tuple[nn.Mod
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:  # ValueError: an empty module name
-        raise InputError(f"model {name!r}: cannot import {module_name!r}: {error}") from error
+        where = ""
+        if isinstance(error, ModuleNotFoundError) and error.name and module_name.split(".")[0] == error.name:
+            where = f"; run this where {error.name} lies, or put that folder on PYTHONPATH"
+        raise InputError(f"model {name!r}: cannot import {module_name!r}: {error}{where}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise InputError(f"model {name!r}: module {module_name!r} has no function {function_name!r}")
@@ -581,3 +585,13 @@ def _build_own(name: str, shape: _Shape, latent_dim: int | None) -> tuple[nn.Mod
         raise InputError(f"latent_dim is {latent_dim}, but the generator of model {name!r} has {own}")
     generator.latent_dim = own
     return generator, critic
+
+
+def folder_of(name: str) -> str | None:
+    """Return where Python found the module of ``package.module:function``; None for other names."""
+    module_name, colon, _ = name.partition(":")
+    file = getattr(sys.modules.get(module_name), "__file__", None) if colon else None
+    if file is None:
+        return None
+    path = Path(file).resolve()
+    return str(path.parents[module_name.count(".") + (path.stem == "__init__")])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..errors import InputError
 from . import metrics, models, quality
 from .checkpoint import load_checkpoint, load_module
 from .config import MAX_SEED, TrainConfig
-from .data import Data, load_data, load_labels
+from .data import SOURCES, Data, load_data, load_labels
 from .files import as_path, write_atomically
 from .randomness import NOISE, stream_seed, undisturbed
 from .weights import spectral_norm
@@ -28,10 +29,15 @@ PIECE = 256
 """Samples generated at a time."""
 
 CHANGEABLE = {
-    "out", "steps", "device", "workers", "log_every", "sample_every", "track", "checkpoint_every", "keep",
-    "compile", "cuda_graph", "fused", "generate_ahead", "channels_last", "on_divergence", "max_rewinds",
+    "out", "data", "steps", "epochs", "device", "workers", "log_every", "sample_every", "track", "checkpoint_every",
+    "keep", "compile", "cuda_graph", "fused", "generate_ahead", "channels_last", "on_divergence", "max_rewinds",
+    "batch_size", "n_critic", "learning_rate", "generator_learning_rate", "beta1", "beta2", "schedule",
+    "penalty_weight", "penalty_every", "penalty_samples", "clip", "ema", "engine", "precision",
 }  # fmt: skip
-"""Settings that a resumed run may change: none of them changes what is computed, beyond the rounding."""
+"""Settings that a resumed run may change: those that define neither the networks, nor the data, nor the method."""
+
+MARKS = 8
+"""Samples whose means tell one data set from another."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +49,37 @@ class Description:
         sample_shape: Shape of one sample.
         kind: "images" or "vectors".
         samples: How many there are to train on, and held out.
+        marks: Means of a few training samples, by which data that was moved is known again; empty for objects.
+        model_folder: Where the module of networks of one's own was found.
+        history: For every resumption that changed settings, its step and for each setting what it was and became.
     """
 
     config: TrainConfig
     sample_shape: tuple[int, ...]
     kind: str
     samples: tuple[int, int]
+    marks: tuple[float, ...] = ()
+    model_folder: str | None = None
+    history: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def of(cls, config: TrainConfig, data: Data) -> Self:
         """Describe a run on ``data``."""
-        return cls(config, data.sample_shape, data.kind, (len(data.train), len(data.held_out)))
+        # Given as objects, both are given again on resuming; a Dataset may augment its samples.
+        marks = () if config.model == OWN_MODEL else _marks(data)
+        samples = len(data.train), len(data.held_out)
+        return cls(config, data.sample_shape, data.kind, samples, marks, models.folder_of(config.model))
+
+    def changed(self, config: TrainConfig) -> dict[str, list[Any]]:
+        """Return what each setting was that ``config`` changes, and what it becomes."""
+        before, after = self.config.to_json(), config.to_json()
+        return {name: [before[name], after[name]] for name in after if before[name] != after[name] and name != "out"}
+
+    def resumed(self, config: TrainConfig, data: Data, step: int) -> Self:
+        """Describe what this run becomes after ``step``."""
+        changed = self.changed(config)
+        history = (*self.history, {"step": step, "changed": changed}) if changed else self.history
+        return dataclasses.replace(type(self).of(config, data), history=history)
 
     def check(self, config: TrainConfig, data: Data) -> None:
         """Raise unless a run may go on with this configuration and this data.
@@ -62,21 +88,33 @@ class Description:
             InputError: A setting that must stay was changed, or the data is not what it was.
         """
         check_unchanged(self.config, config)
-        self.check_data(data)
+        self.check_data(data, config.data)
 
-    def check_data(self, data: Data) -> None:
-        """Raise unless ``data`` looks like what the run was trained on.
+    def check_data(self, data: Data, source: str) -> None:
+        """Raise unless ``data``, loaded from ``source``, looks like what the run was trained on.
 
         Raises:
-            InputError: The shape or the number of samples differs.
+            InputError: The shape, the number or the values of samples differ.
         """
         was = [list(self.sample_shape), *self.samples]
         now = [list(data.sample_shape), len(data.train), len(data.held_out)]
         if was != now:
             raise InputError(
-                f"data {self.config.data} is not what the run was trained on: samples of shape {was[0]}, {was[1]} to "
+                f"data {source} is not what the run was trained on: samples of shape {was[0]}, {was[1]} to "
                 f"train on and {was[2]} held out, are now {now[0]}, {now[1]} and {now[2]}"
             )
+        # As near as images are that another library decoded.
+        near = 0.01 * max(map(abs, self.marks), default=0)
+        if self.marks and any(abs(was - now) > near for was, now in zip(self.marks, _marks(data))):
+            raise InputError(
+                f"data {source} is not what the run was trained on: as many samples of the same shape, with other "
+                "values; on other data its networks are trained with --init-from"
+            )
+
+    def find_model(self) -> None:
+        """Let the module of networks of one's own be imported from where it was before, if from nowhere else."""
+        if self.model_folder is not None and self.model_folder not in sys.path:
+            sys.path.append(self.model_folder)
 
     def write(self, folder: Path) -> None:
         """Write ``config.json`` into a run's folder."""
@@ -86,6 +124,9 @@ class Description:
             "sample_shape": list(self.sample_shape),
             "kind": self.kind,
             "samples": list(self.samples),
+            "marks": list(self.marks),
+            "model_folder": self.model_folder,
+            "history": list(self.history),
         }
         write_atomically(folder / CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode())
 
@@ -108,7 +149,15 @@ class Description:
             config, shape = TrainConfig.from_json(values["config"]), tuple(values["sample_shape"])
             if values["format"] == 1:
                 config = _of_format_1(config, shape, values["kind"])
-            return cls(config, shape, values["kind"], tuple(values["samples"]))
+            return cls(
+                config,
+                shape,
+                values["kind"],
+                tuple(values["samples"]),
+                tuple(values.get("marks", ())),
+                values.get("model_folder"),
+                tuple(values.get("history", ())),
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
 
@@ -180,6 +229,7 @@ class Run:
         """
         folder = as_path(folder)
         description = Description.read(folder)
+        description.find_model()
         checkpoint = load_checkpoint(folder)
         if checkpoint is None:
             raise InputError(f"{folder} has no checkpoint yet")
@@ -250,12 +300,13 @@ class Run:
         """Rate samples ``[N, *sample_shape]`` with the critic; returns ``[N]`` float32 on the CPU."""
         return generate(self._needed_critic(), samples.to(self.device)).reshape(-1).float().cpu()
 
-    def evaluate(self, *, samples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    def evaluate(self, *, samples: int = 2000, seed: int = 0, data: str | None = None) -> dict[str, Any]:
         """Measure the run against data that it did not train on.
 
         Args:
             samples: Samples on each side of a comparison; fewer where less data was held out.
             seed: Of the noise and of the projections.
+            data: Where the run's data lies now; None means where it lay.
 
         Returns:
             The critic's Wasserstein estimate on held-out and on training data; the sliced Wasserstein distance of
@@ -267,12 +318,16 @@ class Run:
             InputError: The run's data cannot be loaded any more.
         """
         critic = self._needed_critic()
-        data = load_run_data(self.description.config)
-        self.description.check_data(data)
-        if not len(data.held_out):
+        config = self.description.config
+        if data is not None:
+            config = dataclasses.replace(config, data=data)
+        check_found(config)
+        found = load_run_data(config)
+        self.description.check_data(found, config.data)
+        if not len(found.held_out):
             raise InputError("this run held no data out (holdout 0): there is nothing to evaluate against")
-        held_out = data.held_out.take(min(samples, len(data.held_out), len(data.train)), seed=seed)
-        train = data.train.take(held_out.shape[0], seed=seed)
+        held_out = found.held_out.take(min(samples, len(found.held_out), len(found.train)), seed=seed)
+        train = found.train.take(held_out.shape[0], seed=seed)
         fake = self.sample(held_out.shape[0], seed=seed)
         report: dict[str, Any] = {
             "step": self.step,
@@ -282,17 +337,16 @@ class Run:
             "sliced_wasserstein": metrics.sliced_wasserstein(fake, held_out, seed=seed),
             "sliced_wasserstein_floor": metrics.sliced_wasserstein(train, held_out, seed=seed),
         }
-        if data.modes is not None and data.mode_std is not None:
-            many = self.sample(max(samples, 100 * data.modes.shape[0]), seed=seed)
-            coverage = metrics.mode_coverage(many, data.modes, data.mode_std)
+        if found.modes is not None and found.mode_std is not None:
+            many = self.sample(max(samples, 100 * found.modes.shape[0]), seed=seed)
+            coverage = metrics.mode_coverage(many, found.modes, found.mode_std)
             report |= {
                 "modes_covered": coverage.covered,
                 "modes": coverage.total,
                 "high_quality": coverage.high_quality,
             }
-        config = self.description.config
         labels = load_labels(config.data, holdout=config.holdout, seed=config.seed)
-        judge = None if labels is None else quality.Judge.load(data, labels, samples=samples, seed=seed)
+        judge = None if labels is None else quality.Judge.load(found, labels, samples=samples, seed=seed)
         if judge is not None:
             report |= judge.rate(fake)
         return report
@@ -304,25 +358,39 @@ class Run:
 
 
 def check_unchanged(before: TrainConfig, after: TrainConfig) -> None:
-    """Raise where a resumed run would change a setting that decides its course.
+    """Raise where a resumed run would change what its networks, its data or its method are.
 
     Raises:
         InputError: Naming the setting, what it was and what may change.
     """
     settings = before.to_json()
     for name, value in after.to_json().items():
-        if value == settings[name] or (name in CHANGEABLE and name != "steps"):
+        was = settings[name]
+        if value == was or (name in CHANGEABLE and name != "ema"):
             continue
-        if name != "steps":
-            raise InputError(
-                f"a resumed run keeps its settings: {name} was {settings[name]!r}, got {value!r} "
-                f"(what may change: {', '.join(sorted(CHANGEABLE - {'out'}))})"
-            )
-        if before.schedule != "constant":
-            raise InputError(
-                f"a resumed run keeps its steps where the learning rate depends on them (schedule "
-                f"{before.schedule}): steps was {settings[name]}, got {value}"
-            )
+        if name == "ema" and was and value:
+            continue
+        if name == "model" and ":" in was and ":" in value:
+            continue  # a module of one's own that was moved; the checkpoint says whether the networks are the same
+        raise InputError(
+            f"a resumed run keeps its settings: {name} was {was!r}, got {value!r} (what may change: "
+            f"{', '.join(sorted(CHANGEABLE - {'out'}))}); a new run begins with its networks by --init-from"
+        )
+
+
+def check_found(config: TrainConfig) -> None:
+    """Raise where the data of an earlier run is not where it was.
+
+    Raises:
+        InputError: Asking where it lies now.
+    """
+    if config.data not in SOURCES and not Path(config.data).expanduser().exists():
+        raise InputError(f"data {config.data} is not there: give --data and where the run's data lies now")
+
+
+def _marks(data: Data) -> tuple[float, ...]:
+    samples = data.train.take(min(MARKS, len(data.train)))
+    return tuple(samples.flatten(1).double().mean(1).tolist())
 
 
 def load_run_data(config: TrainConfig) -> Data:

@@ -18,6 +18,7 @@ from .checkpoint import (
     Checkpoint,
     Tree,
     checkpoint_path,
+    has_checkpoint,
     load_checkpoint,
     load_module,
     load_optimizer,
@@ -25,11 +26,13 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import TrainConfig
+from .course import Course
 from .data import SOURCES, Data, Labels, Split, batches, load_data, load_labels
 from .distributed import Replicas
 from .divergence import DivergedError, LossWatch
 from .files import as_path, write_atomically
 from .folder import held, make_folder, make_new_folder, new_folder
+from .initial import load_networks, with_architecture
 from .iteration import Iteration, IterationResult
 from .log import MetricsLog, ProgressLine
 from .metrics import wasserstein_estimate
@@ -38,6 +41,7 @@ from .run import (
     OWN_MODEL,
     Description,
     build_networks,
+    check_found,
     check_rebuildable,
     check_unchanged,
     draw_noise,
@@ -145,6 +149,8 @@ class Trainer:
             # A run is resumed and evaluated from wherever one happens to be.
             config = dataclasses.replace(config, data=str(path.resolve()))
         _check_apart(config.out, config.data)
+        if config.init_from is not None and not _under_way(config):
+            config = with_architecture(config, config.init_from)
         data = load_run_data(config)
         config = config.resolved(data.sample_shape)
         if config.model == "auto":
@@ -163,15 +169,21 @@ class Trainer:
 
         Args:
             folder: The run's folder.
-            **changes: Settings to change, such as ``steps``.
+            **changes: Settings to change, such as ``steps``, which take the place of ``epochs``, or the other way.
 
         Raises:
             InputError: There is no run, a setting may not change, or the networks were given as objects and cannot
                 be rebuilt.
         """
-        before = Description.read(folder).config
-        config = dataclasses.replace(before, **{**changes, "out": as_path(folder)})
-        check_unchanged(before, config)
+        description = Description.read(folder)
+        description.find_model()
+        for name, other in (("steps", "epochs"), ("epochs", "steps")):
+            if changes.get(name) is not None:
+                changes = {other: None, **changes}
+        config = dataclasses.replace(description.config, **{**changes, "out": as_path(folder)})
+        check_unchanged(description.config, config)
+        check_rebuildable(config)
+        check_found(config)
         return cls.from_config(config)
 
     def _set_up(
@@ -190,6 +202,7 @@ class Trainer:
         if batch_size > len(data.train):
             n = len(data.train)
             raise InputError(f"batch_size must be at most the {n} samples to train on, got {batch_size}")
+        self._course = Course(config, data.train)
         self._replicas.check_shared(batch_size=batch_size, penalty_samples=config.penalty_samples)
         self.config = config
         self.data = data
@@ -202,7 +215,10 @@ class Trainer:
         self.critic = critic.to(self.device)
         check_networks(self.generator, self.critic, data.sample_shape, self.latent_dim, min(2, batch_size))
         self._iteration = Iteration(self.generator, self.critic, config, self.latent_dim, self._replicas)
+        self._iteration.steps = self._course.steps
         self.ema = self._iteration.ema
+        if config.init_from is not None and not _under_way(config):
+            load_networks(config.init_from, data, self.generator, self.ema, self.critic)
         try_step(self._iteration, data.sample_shape, batch_size // self._replicas.world)
         self._fixed_noise = draw_noise(GRID[data.kind], self.latent_dim, config.seed).to(self.device)
         self._held_out = _some(data.held_out, HELD_OUT, config.seed)
@@ -210,6 +226,7 @@ class Trainer:
         if config.track and (self._replicas.leads or not len(data.held_out)):
             self._tracker = quality.tracker(data, labels, seed=config.seed)
         self._watch = LossWatch()
+        self._before = config
         self._checkpoint: tuple[int, Path] | None = None
         self._begun = False
 
@@ -219,7 +236,7 @@ class Trainer:
         return self._iteration.step
 
     def fit(self, *, resume: bool = False) -> Summary:
-        """Train to ``config.steps``. Seeds the default generators of torch, NumPy and Python.
+        """Train to the last of ``config.steps`` or ``epochs``. Seeds the default generators of torch, NumPy and Python.
 
         In the main thread, Ctrl-C and SIGTERM end training after the iteration that is under way, with a checkpoint.
 
@@ -238,17 +255,23 @@ class Trainer:
             OSError: The folder cannot be written; the last checkpoint is kept.
         """
         with self._claimed_folder(resume):
+            before = Description.read(self.out) if resume else None
             self._replicas.wait()
-            return self._fit(load_checkpoint(self.out) if resume else None, resume)
+            return self._fit(load_checkpoint(self.out) if resume else None, before)
 
-    def _fit(self, checkpoint: Checkpoint | None, resume: bool) -> Summary:
+    def _fit(self, checkpoint: Checkpoint | None, before: Description | None) -> Summary:
         if checkpoint is None and self._begun:
             raise InputError(f"{self.out} has no checkpoint to go back to: build the Trainer anew")
         self._iteration.seed()
+        if before is not None:
+            self._before = before.config
         if checkpoint is not None:
             self._restore(checkpoint)
         if self._replicas.leads:
-            Description.of(self.config, self.data).write(self.out)
+            now = (
+                before.resumed(self.config, self.data, self.step) if before else Description.of(self.config, self.data)
+            )
+            now.write(self.out)
         self._begun = True
         self.generator.train()
         self.critic.train()
@@ -256,14 +279,17 @@ class Trainer:
         with (
             self._iteration.arithmetic(),
             StopRequests() as stop,
-            ProgressLine(self.config.steps, first, shown=self._replicas.leads) as progress,
+            ProgressLine(self._course.steps, first, shown=self._replicas.leads) as progress,
         ):
             for skipped in checkpoint.skipped if checkpoint else ():
                 progress.message(f"passed over a damaged checkpoint: {skipped}")
             if checkpoint is not None:
                 progress.message(f"resuming after step {first} from {checkpoint.path}")
-            elif resume:
+            elif before is not None:
                 progress.message("there is no checkpoint yet: beginning again at step 1")
+            if before is not None and (changed := before.changed(self.config)):
+                said = ", ".join(f"{name} {now} (was {was})" for name, (was, now) in changed.items())
+                progress.message(f"from step {first + 1} on: {said}")
             records = self._train_to_the_end(progress, stop)
             seconds = time.perf_counter() - started
         curves = self.out / "curves.png"
@@ -304,28 +330,28 @@ class Trainer:
                 raise OSError(error.errno, f"{why}; {self._kept()}") from error
 
     def _train(self, progress: ProgressLine, log: MetricsLog, stop: StopRequests) -> None:
-        config, iteration = self.config, self._iteration
+        config, iteration, course = self.config, self._iteration, self._course
         reals = batches(
             self.data.train,
             iteration.batch_size,
             seed=config.seed,
-            start=self.step * iteration.n_critic,
+            start=course.next_batch(self.step, iteration.batch_size),
             device=self.device,
             workers=config.workers,
             part=self._replicas.rows(iteration.batch_size),
             ahead=2 * iteration.n_critic,  # those of the next iteration too
         )
         logged, since = self.step, time.perf_counter()
-        while self.step < config.steps:
+        while self.step < course.steps:
             batch = self._read(reals)
             result = iteration(batch, stop=stop.signal is not None)
             stop.nothing_to_save = False
             stopping = self._watch.put(self.step, result)
-            last = self.step == config.steps
-            pictured = self.step % config.sample_every == 0 or last
+            last = self.step == course.steps
+            pictured = course.due(config.sample_every, self.step) or last
             # By the configuration alone: the processes must see a divergence at the same step, whoever rates.
-            due = config.track > 0 and (self.step % config.track == 0 or last)
-            if self.step % config.log_every == 0 or pictured or due:
+            due = bool(config.track) and (course.due(config.track, self.step) or last)
+            if course.due(config.log_every, self.step) or pictured or due:
                 self._watch.flush()
                 now = time.perf_counter()
                 images = (self.step - logged) * iteration.n_critic * iteration.batch_size
@@ -335,7 +361,7 @@ class Trainer:
             progress.advance(self.step, log.last)
             if pictured and self._replicas.leads:
                 self._save_picture()
-            if self.step % config.checkpoint_every == 0 or last:
+            if course.due(config.checkpoint_every, self.step) or last:
                 log.sync()
                 self._save_checkpoint()
             if not last and (stopping or (self._replicas.world == 1 and stop.signal is not None)):
@@ -370,6 +396,8 @@ class Trainer:
         }
         if self.config.penalty is not None:
             figures |= {"penalty": critic.penalty.item(), "gradient_norm": critic.gradient_norm.item()}
+        if self.config.epochs is not None:
+            figures["epoch"] = self._course.epoch(self.step)
         if self._iteration.rewinds:
             figures["rewinds"] = self._iteration.rewinds
         if held_out and self._held_out is not None and self._replicas.leads:
@@ -455,13 +483,21 @@ class Trainer:
             "generator_optimizer": optimizer_state(iteration.optimizers["generator"]),
             "critic_optimizer": optimizer_state(iteration.optimizers["critic"]),
             "rewinds": iteration.rewinds,
+            "seen": self._course.seen(self.step),
             "random": random_state(self.device, iteration.rng),
         }
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state, source, iteration = checkpoint.state, checkpoint.path, self._iteration
-        if checkpoint.step > self.config.steps:
-            raise InputError(f"steps is {self.config.steps}, but {source} is at step {checkpoint.step} already")
+        # Checkpoints did not always say how many samples the critic had seen; settings could not change then.
+        per_step = (self._before.batch_size or 0) * (self._before.n_critic or 0)
+        self._course.begin(checkpoint.step, state.get("seen", checkpoint.step * per_step))
+        if checkpoint.step > self._course.steps:
+            given, at = f"steps is {self.config.steps}", f"step {checkpoint.step}"
+            if self.config.epochs is not None:
+                given, at = f"epochs is {self.config.epochs}", f"epoch {self._course.epoch(checkpoint.step):.1f}"
+            raise InputError(f"{given}, but {source} is at {at} already")
+        iteration.steps = self._course.steps
         load_module(self.generator, state["generator"], "generator", source)
         load_module(self.critic, state["critic"], "critic", source)
         if self.ema is not None:
@@ -494,6 +530,11 @@ def _check_apart(out: Path | None, data: Any) -> None:
     """Raise where a run would be written between its data; in a folder below, its pictures are not read as data."""
     if out is not None and isinstance(data, str | os.PathLike) and out.resolve() == Path(data).expanduser().resolve():
         raise InputError(f"out must be another folder than data, got {out} for both")
+
+
+def _under_way(config: TrainConfig) -> bool:
+    """Whether a run has a checkpoint to go on from, so that what it began with does not matter any more."""
+    return config.out is not None and has_checkpoint(config.out)
 
 
 def _some(split: Split, n: int, seed: int) -> Tensor | None:
