@@ -673,7 +673,7 @@ def test_evaluation_of_data_that_is_gone_is_refused(workplace, refused):
     ("flag", "value", "before"),
     [
         ("seed", 1, 0), ("method", "gan", "'wgan-gp'"), ("model", "mlp", "'article'"), ("width", 2, 1),
-        ("latent-dim", 4, 3), ("init", "he", "'pytorch'"), ("optimizer", "rmsprop", "'adam'"), ("ema", 0, 0.999),
+        ("latent-dim", 4, 3), ("init", "he", None), ("optimizer", "rmsprop", "'adam'"), ("ema", 0, 0.999),
         ("holdout", 0.2, 0.1), ("init-from", "elsewhere", None), ("augment", "cutout", "()"),
     ],
 )  # fmt: skip
