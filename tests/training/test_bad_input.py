@@ -51,9 +51,11 @@ def refused(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
         if unchanged:
             assert {name: c for name, c in tree(workplace).items() if "__pycache__" not in name} == before
         lines = captured.err.splitlines()
-        assert len(lines) == 1, captured.err
-        assert lines[0].startswith("wgan-fast: error: ")
-        return lines[0].removeprefix("wgan-fast: error: ")
+        # A run that began has said what it is.
+        assert len(lines) == 1 or not unchanged, captured.err
+        assert lines[-1].startswith("wgan-fast: error: ")
+        assert captured.err.count("wgan-fast: ") == 1
+        return lines[-1].removeprefix("wgan-fast: error: ")
 
     return run
 
@@ -561,7 +563,8 @@ def test_learning_rate_that_explodes_is_reported_as_divergence(refused, method):
 @pytest.mark.usefixtures("networks")
 def test_diverged_run_goes_on_from_its_last_good_checkpoint(workplace, refused):
     arguments = [*FEW, "--model", "bad_networks:diverges_in_its_own_step", "--checkpoint-every", "2", "--out", "run"]
-    refused("train", *arguments, unchanged=False)
+    message = refused("train", *arguments, unchanged=False)
+    mentions(message, "go on with: wgan-fast train --resume run --on-divergence rewind")
     (workplace / "bad_networks.py").write_text(NETWORKS.replace("broken_call = 8", "broken_call = None"))
     sys.modules.pop("bad_networks")
     shutil.rmtree(workplace / "__pycache__", ignore_errors=True)
@@ -707,7 +710,7 @@ OUT_OF_RANGE = [
     *((name, value) for name in ("steps", "epochs", "batch_size", "n_critic", "log_every", "sample_every",
                                  "checkpoint_every", "keep", "penalty_every", "penalty_samples", "image_size", "width",
                                  "latent_dim") for value in (0, -1)),
-    *((name, value) for name in ("learning_rate", "generator_learning_rate", "clip")
+    *((name, value) for name in ("learning_rate", "generator_learning_rate", "clip", "clip_gradients")
       for value in (0.0, -1.0, math.nan, math.inf)),
     *((name, value) for name in ("beta1", "beta2", "ema", "holdout") for value in (-0.1, 1.0, math.nan)),
     *(("penalty_weight", value) for value in (-1.0, math.nan, math.inf)),
@@ -718,7 +721,7 @@ OUT_OF_RANGE = [
 
 
 def test_every_setting_with_a_range_is_tried():
-    others = {"data", "model", "device", "out", "init_from", "spectral_norm"}
+    others = {"data", "model", "loss", "device", "out", "init_from", "spectral_norm"}
     others |= {"compile", "cuda_graph", "fused", "generate_ahead", "channels_last", "flip"}
     assert {name for name, _ in OUT_OF_RANGE} | others == {field.name for field in dataclasses.fields(TrainConfig)}
 

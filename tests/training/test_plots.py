@@ -136,7 +136,7 @@ def test_points_make_a_scatter_plot_coloured_by_score(tmp_path, drawn):
     assert drawn[1].axes[1].get_ylabel() == "critic score"
 
 
-@pytest.mark.parametrize("shape", [(3,), (5, 7), (2, 3, 2, 5), (1,)])
+@pytest.mark.parametrize("shape", [(3,), (5, 7), (2, 3, 2, 5, 1), (1,)])
 def test_other_samples_make_the_rows_of_a_heat_map(tmp_path, drawn, shape):
     samples, scores = torch.randn(63, *shape), torch.arange(63.0)
     plots.save_grid(samples, tmp_path / "map.png", columns=4, scores=scores)
@@ -144,6 +144,55 @@ def test_other_samples_make_the_rows_of_a_heat_map(tmp_path, drawn, shape):
     np.testing.assert_array_equal(axes.images[0].get_array(), samples.flip(0).reshape(63, -1).numpy())
     labels = {round(row): label.get_text() for row, label in zip(axes.get_yticks(), axes.get_yticklabels())}
     assert (labels[0], labels[62]) == ("62.0", "0.0")
+
+
+def test_waveforms_are_drawn_row_by_row_at_one_scale(tmp_path, drawn):
+    waves = torch.stack([torch.full((2, 50), float(k)) for k in range(6)])  # levels
+    waves[1, 0, 7] = math.inf
+    plots.save_grid(waves, tmp_path / "waves.png", columns=3, scores=torch.arange(6.0))
+    axes = drawn[0].axes[0]
+    first, second = (collection.get_segments() for collection in axes.collections)
+    assert len(first) == len(second) == 6  # channels
+    # The highest score comes first; levels 5, 4, 3 in the upper row, 2, 1, 0 in the lower.
+    across = [(line[:, 0].min() > index % 3, line[:, 0].max() < index % 3 + 1) for index, line in enumerate(second)]
+    assert across == [(True, True)] * 6
+    levels = [line[0, 1] + index // 3 for index, line in enumerate(second)]
+    np.testing.assert_allclose(np.diff(levels), -0.8 / 5, atol=1e-6)
+    assert [len(line) for line in first] == [50, 50, 50, 50, 49, 50]  # infinity leaves a gap
+    assert [text.get_text() for text in axes.texts] == ["5.00", "4.00", "3.00", "2.00", "1.00", "0.00"]
+    assert axes.get_title(loc="left") == "6 generated samples of length 50; values 0 to 5"
+
+
+def test_volumes_show_three_slices_each_of_every_channel(tmp_path):
+    volume = torch.full((1, 2, 9, 64, 64), -1.0)
+    volume[0, 0, 4] = 1.0  # the middle slice of the first channel
+    plots.save_grid(volume, tmp_path / "volumes.png", columns=1)
+    picture = pixels(tmp_path / "volumes.png")[4:-4, 4:-4, 0]
+    assert picture.shape == (128, 3 * 64 + 2)
+    middles = [[int(picture[row, 32 + 65 * column]) for column in range(3)] for row in (32, 96)]
+    assert middles == [[0, 255, 0], [0, 0, 0]]
+    assert picture[32, 64] == picture[96, 129] == 192  # between slices
+
+
+def test_volumes_of_any_scale_are_brought_into_the_greys(tmp_path):
+    volume = torch.linspace(0, 1000, 3).reshape(3, 1, 1, 1, 1).expand(3, 1, 1, 192, 192)
+    plots.save_grid(volume, tmp_path / "volumes.png", columns=1)
+    assert [int(pixels(tmp_path / "volumes.png")[4 + 96 + 196 * k, 100, 0]) for k in range(3)] == [0, 128, 255]
+
+
+def test_single_numbers_make_a_histogram(tmp_path, drawn):
+    plots.save_grid(torch.arange(100.0)[:, None], tmp_path / "numbers.png", columns=4)
+    bars = drawn[0].axes[0].patches
+    assert sum(bar.get_height() for bar in bars) == 100
+
+
+def test_samples_that_cannot_be_drawn_are_counted(tmp_path, drawn):
+    points = torch.zeros(5, 2)
+    points[1, 0], points[3, 1] = math.nan, math.inf
+    plots.save_grid(points, tmp_path / "points.png", columns=4)
+    plots.save_grid(points[:1], tmp_path / "point.png", columns=4)
+    titles = [figure.axes[0].get_title(loc="left") for figure in drawn]
+    assert titles == ["5 generated samples, 2 with values that are not finite", "1 generated sample"]
 
 
 @pytest.mark.parametrize(
@@ -255,6 +304,45 @@ def test_a_spike_of_the_first_steps_does_not_flatten_the_curve(tmp_path, drawn):
     low, high = drawn[0].axes[0].get_ylim()
     assert -2 < low < -1
     assert 1 < high < 2
+
+
+def test_early_points_beyond_the_frame_are_marked_with_their_extreme(tmp_path, drawn):
+    """Also where there are few values: two of sixty."""
+    values = [1000.0, 900.0] + [math.sin(step) for step in range(58)]
+    records = [{"step": s, "critic_loss": v, "generator_loss": -20 * v} for s, v in enumerate(values)]
+    plots.save_curves(records, tmp_path / "curves.png")
+    axes = drawn[0].axes[0]
+    assert max(abs(limit) for limit in axes.get_ylim()) < 60
+    assert {text.get_text(): text.xy[0] for text in axes.texts} == {"1,000": 0, "−20,000": 0}
+    edges = {line.get_marker(): line.get_ydata()[0] for line in axes.lines if line.get_marker() in "^v"}
+    assert (edges["v"], edges["^"]) == axes.get_ylim()
+
+
+def test_nothing_is_marked_where_everything_is_in_the_frame(tmp_path, drawn):
+    plots.save_curves([{"step": s, "critic_loss": math.sin(s)} for s in range(60)], tmp_path / "curves.png")
+    assert list(drawn[0].axes[0].texts) == []
+
+
+def test_a_learning_rate_that_stays_the_same_is_said_in_the_title(tmp_path, drawn):
+    records = [{"step": s, "critic_loss": 1.0, "learning_rate": 0.5} for s in (1, 2)]
+    plots.save_curves(records, tmp_path / "curves.png", title="a run")
+    plots.save_curves([*records, {"step": 3, "learning_rate": 0.25}], tmp_path / "curves.png", title="a run")
+    assert [panel_titles(figure) for figure in drawn] == [["Losses"], ["Losses", "Learning rate"]]
+    assert [figure.get_suptitle() for figure in drawn] == ["a run, learning rate 0.5", "a run"]
+
+
+def test_a_long_title_fits_the_figure(tmp_path, drawn):
+    plots.save_curves([{"step": 1, "critic_loss": 1.0}], tmp_path / "curves.png", title="wgan-gp on " + "long/" * 90)
+    (figure,) = drawn
+    assert figure._suptitle.get_window_extent().x1 < figure.bbox.x1
+    assert figure.get_suptitle().startswith("wgan-gp on long")
+
+
+def test_no_legend_lies_over_a_line(tmp_path, drawn):
+    records = [{"step": s, "wasserstein": s, "held_out_wasserstein": s, "frechet_distance": s} for s in range(1, 9)]
+    plots.save_curves(records, tmp_path / "curves.png")
+    axes = drawn[0].axes[0]
+    assert axes.get_legend().get_window_extent().y0 >= axes.bbox.y1
 
 
 def test_an_outlying_curve_with_few_points_stays_in_the_frame(tmp_path, drawn):

@@ -340,6 +340,8 @@ def test_lazy_penalty_is_applied_at_every_kth_critic_step_with_k_times_the_weigh
     step = trainer._iteration.critic_step
 
     class Watched:
+        code = ""
+
         def __call__(self, real: Tensor, fake: Tensor, alpha: Tensor | None) -> Any:
             truth = copy.deepcopy(step.critic)
             taken, result = step.steps_taken, step(real, fake, alpha)

@@ -1,5 +1,6 @@
 """A run on a table, in a folder: training with checkpoints, going on, and what its rows are worth."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,11 +17,11 @@ from ..errors import DivergenceError, InputError
 from ..training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ..training.files import write_atomically
 from ..training.folder import held, make_folder, make_new_folder
-from ..training.log import MetricsLog, ProgressLine
+from ..training.log import Board, MetricsLog, ProgressLine
 from ..training.plots import save_curves
 from ..training.randomness import TRAINING, seed_everything, undisturbed
 from ..training.run import CONFIG_FILE, resolve_device
-from ..training.stopping import InterruptedTraining, StopRequests
+from ..training.stopping import InterruptedTraining, StopRequests, way_on
 from . import judgement, pictures
 from .columns import LEAST_ROWS, Column, columns_of, read_table
 from .config import TableConfig, pairs
@@ -128,6 +129,7 @@ class TableRun:
             StopRequests() as stop,
             ProgressLine(self.steps, first, unit="rows") as progress,
             MetricsLog(self.out, first) as log,
+            contextlib.closing(Board(self.out, first)) as board,
         ):
             if self.resume:
                 for skipped in checkpoint.skipped if checkpoint else ():
@@ -148,13 +150,15 @@ class TableRun:
                     figures = self._figures(result, speed)
                     rated = {"column_distance": self._rate()} if saving else {}
                     log.write(figures | rated)
+                    board.write(log.last)
                     since, logged = time.perf_counter(), training.step
                 progress.advance(training.step, log.last)
                 if saving:
                     log.sync()
                     self._save()
                 if asked and not last:
-                    raise InterruptedTraining(f"stopped after step {training.step}; {self._kept()}", stop.number)
+                    way = way_on(self.out)
+                    raise InterruptedTraining(f"stopped after step {training.step} of {self.steps}; {way}", stop.number)
             seconds = time.perf_counter() - started
         if log.records:
             save_curves(

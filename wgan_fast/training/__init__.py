@@ -4,16 +4,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .callbacks import Callback
     from .config import TrainConfig
     from .recipes import RECIPES
     from .run import Run
     from .stopping import InterruptedTraining
     from .trainer import Summary, Trainer
 
-__all__ = ["RECIPES", "InterruptedTraining", "Run", "Summary", "TrainConfig", "Trainer"]
+__all__ = ["RECIPES", "Callback", "InterruptedTraining", "Run", "Summary", "TrainConfig", "Trainer"]
 
 _HOME = {
     "RECIPES": "recipes",
+    "Callback": "callbacks",
     "InterruptedTraining": "stopping",
     "Run": "run",
     "Summary": "trainer",

@@ -188,10 +188,15 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> Tree:
     return {**state, "state": {str(index): values for index, values in state["state"].items()}}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Tree) -> None:
-    """Load the moments that ``optimizer_state`` returned; settings stay those that the optimizer was built with."""
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Tree, *, own: bool = False) -> None:
+    """Load the moments that ``optimizer_state`` returned.
+
+    Settings stay those that the optimizer was built with, except for one of the user's ``own``, which may keep what
+    changes among them.
+    """
     moments = {int(index): values for index, values in state["state"].items()}
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = state["param_groups"] if own else optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             # Fused optimizers go through memory side by side, whatever the strides say.

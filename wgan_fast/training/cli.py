@@ -471,8 +471,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_fail(error, 2))
     except KeyboardInterrupt as stop:
         number = getattr(stop, "signal", signal.SIGINT)  # of an InterruptedTraining
-        goes_on = "; train goes on with --resume and the run's folder" if arguments[:1] == ["train"] else ""
-        sys.exit(_fail(f"interrupted{goes_on}", 128 + number))
+        sys.exit(_fail(stop if str(stop) else "interrupted", 128 + number))
 
 
 def _run(command: Any) -> None:

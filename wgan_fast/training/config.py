@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .recipes import Recipe
 
 Method = Literal["wgan-gp", "wgan-lp", "wgan-clip", "r1", "dragan", "gan", "lsgan", "hinge"]
-Optimizer = Literal["adam", "rmsprop"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 Initialisation = Literal["pytorch", "he", "dcgan", "orthogonal"]
 Change = Literal["color", "translation", "cutout"]
@@ -28,6 +27,9 @@ Interval = int | str
 STEPS = 2000
 """Generator steps where neither these nor epochs are given."""
 
+
+OWN = "custom"
+"""What a run records for networks or an optimizer that were given as objects."""
 
 MAX_SEED = 2**32 - 1
 """NumPy's global generator takes no larger one."""
@@ -54,6 +56,7 @@ class TrainConfig:
             generated images before the critic, in this order, among color (brightness, saturation, contrast),
             translation (by up to an eighth) and cutout (of a quarter of the area). The penalty is on changed images.
         method: What is trained: loss, penalty and the settings of the paper behind it.
+        loss: Adversarial loss: wasserstein, non_saturating, least_squares or hinge; the method's by default.
         model: Name of a network pair (toy-mlp, mlp, mnist-dcgan, cifar-dcgan, cifar-resnet, dcgan64, dcgan, article),
             or module:function of your own, or "auto" to choose by the shape of the data: for square images of 28 pixels
             or of a power of two from 16 to 256 a DCGAN.
@@ -68,11 +71,12 @@ class TrainConfig:
             batches of 128, 5 to a step, are 18,750 steps.
         batch_size: Samples per step, over all processes together; the method's by default.
         n_critic: Critic steps per generator step; the method's by default.
-        optimizer: Optimizer of both networks; the method's by default.
+        optimizer: Optimizer of both networks; the method's by default. Any of torch.optim by its name, with settings of
+            its own after commas: adamw,weight_decay=0.01 or sgd,momentum=0.9,nesterov=true.
         learning_rate: Learning rate of both networks, also --lr; the method's by default.
         generator_learning_rate: Learning rate of the generator where it differs from the critic's.
-        beta1: Adam's first decay rate; the method's by default.
-        beta2: Adam's second decay rate; RMSprop's smoothing constant; the method's by default.
+        beta1: First decay rate of Adam and its relatives; the method's by default.
+        beta2: Their second decay rate; RMSprop's smoothing constant; the method's by default.
         schedule: Course of the learning rates: constant, or falling to 0 linearly or as a cosine, from the run's first
             step to its last. Changed on resuming, it goes on as if it had been so from the first step.
         penalty_weight: Weight of the gradient penalty, the method's by default; 0 switches it off.
@@ -85,6 +89,8 @@ class TrainConfig:
             batch_size / penalty_samples. In four passes spectral norm makes two power iterations a step in place of
             one; batch norm takes the penalty's statistics from the part.
         clip: Bound c that keeps every critic weight in [-c, c] (wgan-clip).
+        clip_gradients: Norm to which a network's gradients, taken together, are scaled down where they exceed it,
+            before every step of its optimizer; by default they are left as they are.
         ema: Decay of the generator's moving average, which is what is sampled; 0 keeps none. After k steps it is at
             most k/(k+10), so that a young average forgets the first networks.
         seed: Seed of initialisation, data order and noise.
@@ -114,8 +120,8 @@ class TrainConfig:
             Wasserstein distance.
         checkpoint_every: Steps between checkpoints, or epochs: 500, or 25ep.
         keep: Checkpoints kept, the newest ones.
-        on_divergence: What to do when a loss or a parameter is not finite: stop, or rewind to the last good checkpoint
-            and go on with half the learning rates.
+        on_divergence: What to do when a loss or a parameter is not finite, or explodes: stop, or rewind to the last
+            good checkpoint and go on with half the learning rates.
         max_rewinds: How often to go back before stopping after all.
     """
 
@@ -126,6 +132,7 @@ class TrainConfig:
     flip: bool = False
     augment: tuple[Change, ...] = ()
     method: Method = "wgan-gp"
+    loss: str | None = None
     model: str = "auto"
     width: int | None = None
     latent_dim: int | None = None
@@ -135,7 +142,7 @@ class TrainConfig:
     epochs: int | None = None
     batch_size: int | None = None
     n_critic: int | None = None
-    optimizer: Optimizer | None = None
+    optimizer: str | None = None
     learning_rate: float | None = None
     generator_learning_rate: float | None = None
     beta1: float | None = None
@@ -145,6 +152,7 @@ class TrainConfig:
     penalty_every: int = 1
     penalty_samples: int | None = None
     clip: float | None = None
+    clip_gradients: float | None = None
     ema: float = 0.999
     seed: int = 0
     device: str = "auto"
@@ -190,7 +198,7 @@ class TrainConfig:
                 raise InputError(f"{name} must be at least {lowest}, got {value}")
         if self.steps is not None and self.epochs is not None:
             raise InputError(f"steps and epochs exclude each other, got steps {self.steps} and epochs {self.epochs}")
-        for name in ("learning_rate", "generator_learning_rate", "clip"):
+        for name in ("learning_rate", "generator_learning_rate", "clip", "clip_gradients"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} must be finite and above 0, got {value}")
@@ -202,6 +210,10 @@ class TrainConfig:
             raise InputError(f"augment must name every change once, got {' '.join(self.augment)}")
         if self.seed > MAX_SEED:
             raise InputError(f"seed must be at most {MAX_SEED}, got {self.seed}")
+        if self.optimizer not in (None, "adam", "rmsprop", OWN):
+            from .optimizers import parse
+
+            parse(self.optimizer)
         if self.compile and self.engine == "autograd":
             raise InputError("compile needs the four-pass engine, got engine autograd")
         if self.penalty_weight is not None and not (math.isfinite(self.penalty_weight) and self.penalty_weight >= 0):
@@ -232,6 +244,8 @@ class TrainConfig:
         Raises:
             InputError: A setting does not go with the method.
         """
+        from .optimizers import takes_beta
+
         recipe = self.recipe
         if self.penalty_weight is not None and recipe.penalty is None:
             raise InputError(f"penalty_weight was given, but method {self.method} has no gradient penalty")
@@ -241,8 +255,14 @@ class TrainConfig:
             raise InputError(f"penalty_samples was given, but method {self.method} has no gradient penalty")
         if self.clip is not None and recipe.clip is None:
             raise InputError(f"clip was given, but method {self.method} does not clip weights: use wgan-clip")
-        if self.beta1 is not None and (self.optimizer or recipe.optimizer) == "rmsprop":
-            raise InputError("beta1 was given, but RMSprop has none: use optimizer adam")
+        optimizer = self.optimizer or recipe.optimizer
+        rates = {"learning_rate": recipe.learning_rate, "beta1": recipe.betas[0], "beta2": recipe.betas[1]}
+        takes = (False,) * 3 if optimizer == OWN else (True, *takes_beta(optimizer))
+        for name, taken in zip(rates, takes):
+            if getattr(self, name) is not None and not taken:
+                raise InputError(f"{name} was given, but optimizer {optimizer} takes none: use adam, or set it there")
+        if optimizer == OWN and self.generator_learning_rate is not None:
+            raise InputError(f"generator_learning_rate was given, but optimizer {OWN} brings its own")
         toy = sample_shape == (2,)
         penalty_weight = recipe.penalty.weight if recipe.penalty else None
         if toy and self.method in ("wgan-gp", "wgan-lp"):
@@ -251,10 +271,9 @@ class TrainConfig:
             "steps": STEPS if self.epochs is None else None,
             "batch_size": TOY_BATCH_SIZE if toy else recipe.batch_size,
             "n_critic": recipe.n_critic,
+            "loss": recipe.loss,
             "optimizer": recipe.optimizer,
-            "learning_rate": recipe.learning_rate,
-            "beta1": recipe.betas[0] if (self.optimizer or recipe.optimizer) == "adam" else None,
-            "beta2": recipe.betas[1],
+            **{name: rate for (name, rate), taken in zip(rates.items(), takes) if taken},
             "penalty_weight": penalty_weight,
             "clip": recipe.clip,
             "spectral_norm": recipe.spectral_norm,

@@ -8,9 +8,9 @@ from torch import nn
 
 from ..errors import InputError
 from .checkpoint import load_checkpoint, load_module
-from .config import TrainConfig
+from .config import OWN, TrainConfig
 from .data import Data
-from .run import OWN_MODEL, Description
+from .run import Description
 
 ARCHITECTURE = ("width", "latent_dim", "spectral_norm")
 """What describes the networks of a model besides its name."""
@@ -26,7 +26,7 @@ def with_architecture(config: TrainConfig, run: Path) -> TrainConfig:
     description.find_model()
     source = description.config
     taken: dict[str, Any] = {"init_from": run.resolve()}
-    if config.model == "auto" and source.model != OWN_MODEL:
+    if config.model == "auto" and source.model != OWN:
         taken["model"] = source.model
     if taken.get("model", config.model) == source.model:
         taken |= {name: getattr(source, name) for name in ARCHITECTURE if getattr(config, name) is None}

@@ -14,7 +14,7 @@ from ..clipping import clip_weights_
 from ..critic_step import CriticStep, CriticStepResult
 from ..engine.checked import asked_for
 from ..errors import InputError
-from ..losses import get_loss
+from ..losses import AdversarialLoss, get_loss
 from ..optim import ClippedRMSprop
 from ..precision import accumulation_dtype
 from . import models
@@ -23,6 +23,7 @@ from .config import TrainConfig
 from .distributed import Replicas
 from .graphed import GraphedCalls
 from .networks import channels_last, copy_of, to_channels_last
+from .optimizers import OptimizerFactory, capturable, make_optimizer, set_learning_rates
 from .randomness import PROCESS, TRAINING, seed_everything, stream_seed
 
 AHEAD_BYTES = 4 * 2**20
@@ -64,6 +65,8 @@ class Iteration:
         config: The resolved configuration.
         latent_dim: Length of the generator's noise.
         replicas: The processes that train together.
+        loss: An adversarial loss of one's own; None for the configuration's.
+        optimizer: What makes a network's optimizer; None for the configuration's.
 
     Attributes:
         ema: The generator's moving average; None where the configuration keeps none.
@@ -76,7 +79,15 @@ class Iteration:
     """
 
     def __init__(
-        self, generator: nn.Module, critic: nn.Module, config: TrainConfig, latent_dim: int, replicas: Replicas
+        self,
+        generator: nn.Module,
+        critic: nn.Module,
+        config: TrainConfig,
+        latent_dim: int,
+        replicas: Replicas,
+        *,
+        loss: AdversarialLoss | None = None,
+        optimizer: OptimizerFactory | None = None,
     ) -> None:
         self._trained = {"critic": trainable("critic", critic), "generator": trainable("generator", generator)}
         first = self._trained["critic"][0]
@@ -91,14 +102,16 @@ class Iteration:
         self.batch_size, self.n_critic = config.batch_size or 0, config.n_critic or 0
         self.noise_dtype = self._trained["generator"][0].dtype
         self.ema = _averaged(generator) if config.ema else None
-        self.critic_step = make_critic_step(critic, config, replicas.world)
-        self._generator_loss = get_loss(config.recipe.loss).generator
+        loss = loss or get_loss(config.loss or config.recipe.loss)
+        self.critic_step = make_critic_step(critic, config, replicas.world, loss)
+        self._generator_loss = loss.generator
+        rates = {"critic": config.learning_rate, "generator": config.generator_learning_rate or config.learning_rate}
         self._changes = {"real": ("flip",) * config.flip + config.augment, "fake": config.augment}
         self.optimizers = {
-            "critic": make_optimizer(self._trained["critic"], config, config.learning_rate, config.clip),
-            "generator": make_optimizer(
-                self._trained["generator"], config, config.generator_learning_rate or config.learning_rate
-            ),
+            name: make_optimizer(
+                self._trained[name], config, rate, config.clip if name == "critic" else None, optimizer
+            )
+            for name, rate in rates.items()
         }
         fused = isinstance(self.optimizers["critic"], ClippedRMSprop)
         self._clip = None if fused else config.clip
@@ -215,6 +228,8 @@ class Iteration:
             # Fused optimizers go through memory side by side, whatever the strides say.
             if gradient is not None and gradient.stride() != parameter.stride():
                 parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+        if self.config.clip_gradients is not None:
+            nn.utils.clip_grad_norm_(self._trained[name], self.config.clip_gradients)
         self.optimizers[name].step()
 
     def _noise(self) -> Tensor:
@@ -272,18 +287,15 @@ class Iteration:
 
     def learning_rate(self, name: str) -> float:
         """Of the "critic" or the "generator" at this step."""
-        factor = learning_rate_factor(self.config.schedule, max(self.step, 1), self.steps)
         initial: float = self.optimizers[name].param_groups[0]["initial_lr"]
-        return initial * factor * 0.5**self.rewinds
+        return initial * self._learning_rate_factor()
+
+    def _learning_rate_factor(self) -> float:
+        return learning_rate_factor(self.config.schedule, max(self.step, 1), self.steps) * 0.5**self.rewinds
 
     def _set_learning_rates(self) -> None:
-        for name, optimizer in self.optimizers.items():
-            rate = self.learning_rate(name)
-            for group in optimizer.param_groups:
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(rate)
-                else:
-                    group["lr"] = rate
+        for optimizer in self.optimizers.values():
+            set_learning_rates(optimizer, self._learning_rate_factor())
 
     def forget_graphs(self) -> None:
         """Capture anew: the tensors of the optimizers were replaced."""
@@ -305,8 +317,11 @@ def for_device(config: TrainConfig, device: torch.device, *, alone: bool) -> Tra
     named = config.model in ("auto", *models.MODELS)
     # A comparison with autograd waits for the device.
     compared = config.engine == "checked" or asked_for()
+    replayed = capturable(config.optimizer or "adam")
+    if config.cuda_graph and not replayed:
+        raise InputError(f"cuda_graph needs an optimizer that can be captured: {config.optimizer} cannot")
     left = {
-        "cuda_graph": device.type == "cuda" and alone and named and not compared,
+        "cuda_graph": device.type == "cuda" and alone and named and not compared and replayed,
         "channels_last": named and config.precision != "fp32" and _in_tensor_cores(config, device),
     }
     return dataclasses.replace(config, **{k: v for k, v in left.items() if getattr(config, k) is None})  # type: ignore[arg-type]
@@ -336,43 +351,19 @@ def trainable(name: str, network: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
-def make_critic_step(critic: nn.Module, config: TrainConfig, world: int) -> CriticStep:
+def make_critic_step(critic: nn.Module, config: TrainConfig, world: int, loss: AdversarialLoss) -> CriticStep:
     """Build the critic's step as the resolved configuration says, for one of ``world`` processes."""
     penalty = config.penalty
     if penalty and penalty.samples:
         penalty = dataclasses.replace(penalty, samples=penalty.samples // world)
     return CriticStep(
         critic,
-        loss=config.recipe.loss,
+        loss=loss,
         penalty=penalty,
         engine=config.engine,
         compile=config.compile,
         precision=config.precision,
     )
-
-
-def make_optimizer(
-    parameters: list[nn.Parameter], config: TrainConfig, learning_rate: float | None, clip: float | None = None
-) -> torch.optim.Optimizer:
-    """Build a network's optimizer as the configuration says, its learning rate a tensor under a CUDA graph.
-
-    RMSprop with a ``clip`` is the fused one, which also clips.
-    """
-    rate, beta1, beta2 = learning_rate or 0.0, config.beta1 or 0.0, config.beta2 or 0.0
-    graph = bool(config.cuda_graph) and parameters[0].device.type == "cuda"
-    lr: float | Tensor = torch.tensor(rate, device=parameters[0].device) if config.cuda_graph else rate
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "adam":
-        # None leaves the choice to PyTorch.
-        fused = config.fused or None
-        optimizer = torch.optim.Adam(parameters, lr=lr, betas=(beta1, beta2), fused=fused, capturable=graph)
-    elif clip is not None:
-        optimizer = ClippedRMSprop(parameters, lr=lr, alpha=beta2, clip=clip, capturable=graph)
-    else:
-        optimizer = torch.optim.RMSprop(parameters, lr=lr, alpha=beta2, capturable=graph)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = rate
-    return optimizer
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int) -> float:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -18,6 +20,9 @@ from .files import write_atomically
 METRICS_FILE = "metrics.jsonl"
 PLAIN_INTERVAL = 10.0
 """Seconds between lines where the output is no terminal."""
+
+ESTIMATE_AFTER = 3.0
+"""Seconds of steps from which the rest is estimated."""
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -33,7 +38,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends metrics to ``metrics.jsonl``, and to TensorBoard where it is installed.
+    """Appends metrics to ``metrics.jsonl``.
 
     Args:
         run: The run's folder; None keeps the records in memory, for a process that does not write.
@@ -43,14 +48,12 @@ class MetricsLog:
     def __init__(self, run: Path | None, step: int) -> None:
         self.records: list[dict[str, Any]] = []
         self._file: TextIO | None = None
-        self._board: Any = None
         if run is None:
             return
         self.records = [record for record in read_metrics(run) if record["step"] <= step]
         path = run / METRICS_FILE
         write_atomically(path, "".join(_line(record) for record in self.records).encode())
         self._file = path.open("a")
-        self._board = _summary_writer(run / "tensorboard", step)
 
     @property
     def last(self) -> dict[str, Any]:
@@ -70,10 +73,6 @@ class MetricsLog:
         if self._file is not None:
             self._file.write(_line(record))
             self._file.flush()
-        if self._board is not None:
-            for key, value in record.items():
-                if key != "step" and value is not None:
-                    self._board.add_scalar(key, value, record["step"])
 
     def sync(self) -> None:
         """Bring every record to the disk: after a power cut no checkpoint may be newer than its metrics."""
@@ -88,9 +87,8 @@ class MetricsLog:
     ) -> None:
         # Where the disk is full, closing fails as writing did: the first error is the one to tell.
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():
-            for open_file in (self._file, self._board):
-                if open_file is not None:
-                    open_file.close()
+            if self._file is not None:
+                self._file.close()
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -101,15 +99,41 @@ def _not_finite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _summary_writer(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    try:
-        return SummaryWriter(str(folder), purge_step=step + 1)
-    except UnicodeEncodeError:  # TensorBoard takes no path that is not UTF-8
-        return None
+class Board:
+    """TensorBoard's events of a run, in its folder ``tensorboard``; nothing where TensorBoard is not installed.
+
+    Args:
+        run: The run's folder.
+        step: The step to continue after; later events of an interrupted run are dropped.
+    """
+
+    def __init__(self, run: Path, step: int) -> None:
+        self._writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        with contextlib.suppress(UnicodeEncodeError):  # TensorBoard takes no path that is not UTF-8
+            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write one record of the metrics."""
+        if self._writer is not None:
+            for key, value in record.items():
+                if key != "step" and value is not None:
+                    self._writer.add_scalar(key, value, record["step"])
+
+    def show(self, name: str, picture: Path, step: int) -> None:
+        """Write a picture that lies in a file."""
+        if self._writer is not None:
+            with Image.open(picture) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Bring everything to the disk."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 class ProgressLine:
@@ -137,7 +161,8 @@ class ProgressLine:
         )
         self._task = self._live.add_task("train", total=steps, completed=step, figures="")
         self._printed = time.monotonic()
-        self._start = (step, time.monotonic())
+        self._start: tuple[int, float] | None = None
+        self._estimated = False
 
     def message(self, text: str) -> None:
         """Print a line above the bar."""
@@ -152,11 +177,18 @@ class ProgressLine:
             text = f"{epoch}{speed:.0f} {self._unit}/s  Wasserstein {_number(figures['wasserstein'])}"
         self._live.update(self._task, completed=step, figures=text)
         now = time.monotonic()
+        if self._start is None:  # The first step plans and compiles, and tells nothing of those after it.
+            self._start = step, now
+            return
+        first, started = self._start
+        left = (now - started) / (step - first) * (self.steps - step)
+        if not self._estimated and now - started >= ESTIMATE_AFTER and step < self.steps:
+            self._estimated = True
+            pace = (now - started) / (step - first)
+            self.message(f"{pace:.3g} s a step: about {duration(left)} for the {self.steps - step:,} steps to come")
         if not self._console.is_terminal and now - self._printed >= PLAIN_INTERVAL:
             self._printed = now
-            first, started = self._start
-            left = (now - started) / (step - first) * (self.steps - step)
-            self.message(f"step {step}/{self.steps}  {text}  {left:.0f} s left")
+            self.message(f"step {step}/{self.steps}  {text}  {duration(left)} left")
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -171,3 +203,11 @@ class ProgressLine:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """Say a time as people do: 40 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

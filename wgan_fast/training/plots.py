@@ -26,6 +26,8 @@ try:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
     from PIL import Image, ImageDraw, ImageFont
+
+    from .signals import SLICES, are_waveforms, draw_waveforms, slices
 except ImportError as error:
     raise ImportError("wgan_fast.training.plots needs Matplotlib and Pillow: pip install 'wgan_fast[train]'") from error
 
@@ -33,10 +35,12 @@ _Samples = Tensor | ArrayLike
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+_SCORES = matplotlib.colormaps["viridis"].with_extremes(bad=_GREY)  # which NaN would leave out
 _CELL = 64  # pixels that a small image is enlarged towards
 _FRAME = 192  # pixels that a small image of an animation is enlarged towards
 _SHOWN = 80  # milliseconds that each is shown
 _GAP = 4  # pixels between the images of a grid
+_GAP_GREY = 192  # between volumes, whose slices are often white at their edges
 _CAPTION = 11  # pixels of a score's letters
 _MANY = 200  # values from which a curve is drawn smoothed
 
@@ -69,12 +73,14 @@ def save_grid(
 ) -> None:
     """Draw samples of any shape into one PNG file.
 
-    Images make a grid, row by row, small ones enlarged by a whole factor; points in the plane make a scatter plot;
-    other samples are flattened and make the rows of a heat map.
+    Images make a grid, row by row, small ones enlarged by a whole factor, and so do volumes, by three slices each;
+    waveforms are drawn as such, row by row; points in the plane make a scatter plot, numbers a histogram; other samples
+    are flattened and make the rows of a heat map.
 
     Args:
         samples: Images `[N, C, H, W]` with values in [-1, 1] (three channels are colours, the channels of any other
-            number are drawn side by side in grey), points `[N, 2]`, or any other `[N, *D]`.
+            number are drawn side by side in grey), volumes `[N, C, D, H, W]`, waveforms `[N, C, L]` of up to four
+            channels, points `[N, 2]`, numbers `[N, 1]`, or any other `[N, *D]`.
         path: The file to write; its folder exists.
         columns: Images per row of the grid.
         scores: One critic score per sample, `[N]`: images and rows are sorted by it, highest first, and captioned
@@ -97,8 +103,14 @@ def save_grid(
         values, marks = values[order], marks[order]
     if values.ndim == 4:
         _save_images(values, path, columns, marks)
+    elif values.ndim == 5:
+        _save_images(slices(values, _GAP_GREY), path, columns, marks, SLICES * _CELL, _GAP_GREY)
+    elif are_waveforms(values.shape[1:]):
+        _save_waveforms(values, path, columns, marks)
     elif values.shape[1:] == (2,):
         _save_points(values, path, marks)
+    elif values.shape[1:] == (1,) and marks is None:
+        _save_histogram(values[:, 0], path)
     else:
         _save_heat_map(values.reshape(len(values), -1), path, marks)
 
@@ -108,7 +120,7 @@ def _captions(scores: NDArray[np.float32]) -> list[str]:
     finite = scores[np.isfinite(scores)]
     spread = float(np.ptp(finite)) if len(finite) else 0.0
     decimals = min(max(2 - math.floor(math.log10(spread)), 0), 4) if spread > 0 else 2
-    return [f"{score:.{decimals}f}".replace("-", "−") for score in scores.tolist()]
+    return [f"{score:z.{decimals}f}".replace("-", "−") for score in scores.tolist()]
 
 
 def _save_images(
@@ -116,10 +128,12 @@ def _save_images(
     path: str | os.PathLike[str],
     columns: int,
     scores: NDArray[np.float32] | None,
+    cell: int = _CELL,
+    gap: int = 255,
 ) -> None:
     if images.shape[1] != 3:
         images = np.concatenate(np.split(images, images.shape[1], axis=1), axis=3)
-    pixels = _enlarged(to_pixels(images), _CELL)
+    pixels = _enlarged(to_pixels(images), cell)
     height, width = pixels.shape[1:3]
     captions = None if scores is None else _captions(scores)
     pitch_x, pitch_y = width + _GAP, height + _GAP
@@ -130,12 +144,12 @@ def _save_images(
         pitch_y += _CAPTION + _GAP
     columns = min(columns, len(pixels))
     rows = math.ceil(len(pixels) / columns)
-    canvas = Image.new("RGB", (_GAP + columns * pitch_x, _GAP + rows * pitch_y), "white")
+    canvas = Image.new("RGB", (_GAP + columns * pitch_x, _GAP + rows * pitch_y), (gap, gap, gap))
     draw = ImageDraw.Draw(canvas)
-    for index, cell in enumerate(pixels):
+    for index, picture in enumerate(pixels):
         centre = _GAP + index % columns * pitch_x + (pitch_x - _GAP) // 2
         top = _GAP + index // columns * pitch_y
-        canvas.paste(Image.fromarray(cell), (centre - width // 2, top))
+        canvas.paste(Image.fromarray(picture), (centre - width // 2, top))
         if captions is not None:
             draw.text((centre, top + height + 1), captions[index], fill="black", font=font, anchor="ma")
     buffer = io.BytesIO()
@@ -178,15 +192,46 @@ def save_animation(images: _Samples, path: str | os.PathLike[str]) -> None:
     write_atomically(Path(path), buffer.getvalue())
 
 
+def _save_waveforms(
+    waves: NDArray[np.float32], path: str | os.PathLike[str], columns: int, scores: NDArray[np.float32] | None
+) -> None:
+    columns = min(columns, len(waves))
+    rows = math.ceil(len(waves) / columns)
+    figure = _figure(min(max(1.5 * columns, 6), 18), min(max(0.5 + 0.8 * rows, 1.5), 18))
+    draw_waveforms(figure.add_subplot(), waves, columns, None if scores is None else _captions(scores))
+    _save(figure, path)
+
+
+def _save_histogram(numbers: NDArray[np.float32], path: str | os.PathLike[str]) -> None:
+    figure = _figure(6.2, 4)
+    axes = figure.add_subplot()
+    axes.hist(numbers[np.isfinite(numbers)], bins=min(60, 10 + len(numbers) // 40), color=_BLUE, alpha=0.8)
+    axes.set_title(_heading(numbers[:, None]), loc="left")
+    axes.set_xlabel("value")
+    axes.set_ylabel("samples")
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _heading(samples: NDArray[np.float32]) -> str:
+    """Count samples ``[N, *D]``, and those of them that cannot be drawn."""
+    count, broken = len(samples), int((~np.isfinite(samples.reshape(len(samples), -1)).all(axis=1)).sum())
+    lost = f", {broken:,} with values that are not finite" if broken else ""
+    return f"{count:,} generated sample{'s' * (count != 1)}{lost}"
+
+
 def _save_points(points: NDArray[np.float32], path: str | os.PathLike[str], scores: NDArray[np.float32] | None) -> None:
     figure = _figure(6.2 if scores is None else 7.2, 6)
     axes = figure.add_subplot()
+    size = 8 if len(points) > 50 else 30
     if scores is None:
-        axes.scatter(points[:, 0], points[:, 1], s=8, color=_BLUE, alpha=0.6, linewidths=0)
+        axes.scatter(points[:, 0], points[:, 1], s=size, color=_BLUE, alpha=0.6, linewidths=0)
     else:
-        marks = axes.scatter(points[:, 0], points[:, 1], s=8, c=scores, cmap="viridis", linewidths=0)
+        marks = axes.scatter(
+            points[:, 0], points[:, 1], s=size, c=scores, cmap=_SCORES, plotnonfinite=True, linewidths=0
+        )
         figure.colorbar(marks, ax=axes, label="critic score", shrink=0.8)
-    _dress_plane(axes, f"{len(points):,} generated samples")
+    _dress_plane(axes, _heading(points))
     _save(figure, path)
 
 
@@ -201,8 +246,11 @@ def _dress_plane(axes: Axes, title: str) -> None:
 def _save_heat_map(rows: NDArray[np.float32], path: str | os.PathLike[str], scores: NDArray[np.float32] | None) -> None:
     figure = _figure(8, min(max(2.5, 1.2 + 0.16 * len(rows)), 14))
     axes = figure.add_subplot()
-    picture = axes.imshow(rows, aspect="auto", interpolation="nearest", cmap="viridis")
-    figure.colorbar(picture, ax=axes, label="value")
+    finite = rows[np.isfinite(rows)]
+    # One value a thousand times the others would leave them a single colour.
+    low, high = np.quantile(finite, [0.005, 0.995]) if finite.size else (-1.0, 1.0)
+    picture = axes.imshow(rows, aspect="auto", interpolation="nearest", cmap="viridis", vmin=low, vmax=high)
+    figure.colorbar(picture, ax=axes, label="value", extend="both")
     axes.set_xlabel("component of the flattened sample")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if scores is None:
@@ -212,7 +260,7 @@ def _save_heat_map(rows: NDArray[np.float32], path: str | os.PathLike[str], scor
         labelled = np.unique(np.linspace(0, len(rows) - 1, 40).round().astype(int))
         axes.set_yticks(labelled, _captions(scores[labelled]), fontsize=7)
         axes.set_ylabel("critic score of the sample")
-    axes.set_title(f"{len(rows):,} generated samples", loc="left")
+    axes.set_title(_heading(rows), loc="left")
     _save(figure, path)
 
 
@@ -237,8 +285,9 @@ def save_scatter(fake: _Samples, real: _Samples, path: str | os.PathLike[str], m
         if points.ndim != 2 or points.shape[1] != 2 or len(points) == 0:
             raise InputError(f"{name} must be points of the plane, [N, 2], got shape {list(points.shape)}")
     low, high = sets["real"].min(axis=0), sets["real"].max(axis=0)
-    reach = 0.65 * max(float((high - low).max()), 1e-6)  # half of the widest side, and a margin
     centre = (low + high) / 2
+    side = float((high - low).max()) or 0.1 * float(np.abs(centre).max()) or 1.0
+    reach = 0.65 * side  # half of the widest side, and a margin
     outside = int((~(np.abs(sets["fake"] - centre) <= reach).all(axis=1)).sum())
 
     figure = _figure(6.2, 6.6)
@@ -252,7 +301,7 @@ def save_scatter(fake: _Samples, real: _Samples, path: str | os.PathLike[str], m
         if name in sets:
             axes.scatter(sets[name][:, 0], sets[name][:, 1], **style)
     beyond = f", {outside:,} of them outside the frame" if outside else ""
-    _dress_plane(axes, f"{len(sets['fake']):,} generated samples{beyond}")
+    _dress_plane(axes, f"{len(sets['fake']):,} generated sample{'s' * (len(sets['fake']) != 1)}{beyond}")
     axes.set_aspect("equal", adjustable="box")
     axes.set_xlim(centre[0] - reach, centre[0] + reach)
     axes.set_ylim(centre[1] - reach, centre[1] + reach)
@@ -292,8 +341,6 @@ _PANELS = (
     _Panel("Gradient norm of the critic", "mean norm", (_Curve("gradient_norm", "norm", _GREEN),)),
     _Panel("Gradient penalty", "penalty, weight included", (_Curve("penalty", "penalty", _GREEN),), from_zero=True),
     _Panel("Learning rate", "learning rate", (_Curve("learning_rate", "learning rate", _GREY),), from_zero=True),
-    _Panel("Speed", "images per second", (_Curve("images_per_second", "speed", _GREY),), from_zero=True),
-    _Panel("Speed", "rows per second", (_Curve("rows_per_second", "speed", _GREY),), from_zero=True),
 )
 
 
@@ -317,10 +364,11 @@ def save_curves(
     Args:
         records: The lines of metrics.jsonl as mappings: `step` (generator steps) and any of `wasserstein`,
             `held_out_wasserstein`, `critic_loss`, `generator_loss`, `real_score`, `fake_score`, `gradient_norm`,
-            `penalty`, `learning_rate` and `images_per_second`. A panel is drawn for what occurs; missing and
-            non-finite values are left out. Where `frechet_distance` or `sliced_wasserstein` was tracked, it shares the
-            panel of the Wasserstein estimate, with Spearman's rank correlation of the two in the title: an estimate
-            that means something falls as the distance does (Arjovsky et al. 2017, arXiv:1701.07875, figure 3).
+            `penalty` and `learning_rate`. A panel is drawn for what occurs; a learning rate that stays the same is said
+            in the title instead. Missing and non-finite values are left out; the few that lie far beyond the rest are
+            marked at the edge, with the extreme. Where `frechet_distance` or `sliced_wasserstein` was tracked, it
+            shares the panel of the Wasserstein estimate, with Spearman's rank correlation of the two in the title: an
+            estimate that means something falls as the distance does (Arjovsky et al. 2017, arXiv:1701.07875, figure 3).
         path: The file to write; its folder exists.
         title: Title of the whole picture; None for none.
         target: The gradient norm that the penalty asks for, drawn as a line; None draws none.
@@ -336,6 +384,10 @@ def save_curves(
         series = [entry for entry in series if len(entry[1])]
         if series:
             panels.append((panel, series))
+    rates = _series(records, "learning_rate")[1]
+    if len(panels) > 1 and len(rates) and np.ptp(rates) == 0:
+        panels = [entry for entry in panels if entry[0].curves[0].key != "learning_rate"]
+        title = f"{_shortened(title)}, learning rate {rates[0]:g}" if title is not None else None
     if not panels:
         raise InputError("records must hold at least one step with a finite value to draw")
 
@@ -352,14 +404,20 @@ def save_curves(
     for index, (panel, series) in enumerate(panels):
         place = grid[0, :] if wide and index == 0 else grid[divmod(index + wide, 2)]
         axes = figure.add_subplot(place)
-        _draw_panel(axes, panel, series, target if panel.curves[0].key == "gradient_norm" else None)
-        axes.set_xlim(*frame)
+        _draw_panel(axes, panel, series, target if panel.curves[0].key == "gradient_norm" else None, frame)
         if quality is not None and panel is _PANELS[0]:
             label, distances = quality
             _draw_quality(axes, *series[0][1:], label, *distances)
     if title is not None:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13)
+        figure.suptitle(_shortened(title), x=0.01, ha="left", fontsize=13)
     _save(figure, path)
+
+
+def _shortened(title: str, length: int = 100) -> str:
+    """Return a title that fits the figure: of a long one the middle is left out."""
+    if len(title) <= length:
+        return title
+    return f"{title[: length // 3]} … {title[-(2 * length // 3 - 30) :]}"
 
 
 def _draw_quality(
@@ -388,7 +446,7 @@ def _draw_quality(
     axes.legend(
         [*axes.get_legend_handles_labels()[0], line],
         [*axes.get_legend_handles_labels()[1], label],
-        loc="upper right", ncols=3, frameon=False, fontsize=9,
+        loc="lower right", bbox_to_anchor=(1, 0.98), ncols=3, frameon=False, fontsize=9,
     )  # fmt: skip
     # The estimate of one batch is noisy: take the mean of what was logged since the distance before.
     ends = np.searchsorted(steps, tracked_steps, side="right")
@@ -437,10 +495,41 @@ def _smooth(steps: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[ND
 
 
 def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Frame the values, cutting off the few of the first steps that may be a thousand times the rest."""
-    low, high = np.quantile(values, [0.02, 0.98])
-    reach = 0.25 * (high - low)
-    return max(float(values.min()), low - reach), min(float(values.max()), high + reach)
+    """Frame the values, cutting off the few that are far beyond the rest, as those of the first steps may be."""
+    low, high = np.quantile(values, [0.06, 0.94])
+    if low == high:
+        low, high = np.quantile(values, [0.02, 0.98])
+    reach = 0.4 * (high - low)
+    low, high = low - reach, high + reach
+    least, most = float(values.min()), float(values.max())
+    # What lies little beyond is no reason to cut.
+    little = (high - low) / 2
+    return least if low - least < little else low, most if most - high < little else high
+
+
+def _short(value: float) -> str:
+    digits = ",.0f" if 100 <= abs(value) < 1e6 else ".3g"
+    return f"{value:{digits}}".replace("-", "−", 1)
+
+
+def _mark_beyond(axes: Axes, series: list[tuple[_Curve, NDArray[np.float64], NDArray[np.float64]]]) -> None:
+    """Mark at the upper and lower edge the extremes that lie beyond them."""
+    bottom, top = axes.get_ylim()
+    first, last = axes.get_xlim()
+    marks = {"^": 0, "v": 0}
+    for curve, steps, values in series:
+        for marker, edge, at in (("^", top, values.argmax()), ("v", bottom, values.argmin())):
+            if bottom <= values[at] <= top:
+                continue
+            right = (steps[at] - first) < 0.6 * (last - first)
+            axes.plot([steps[at]], [edge], marker, color=curve.colour, markersize=6, clip_on=False)
+            axes.annotate(
+                _short(values[at]), (steps[at], edge), textcoords="offset points", color=curve.colour, fontsize=7,
+                xytext=(7 if right else -7, (-1 if marker == "^" else 1) * (5 + 10 * marks[marker])),
+                ha="left" if right else "right", va="center", zorder=5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+            )  # fmt: skip
+            marks[marker] += 1
 
 
 def _draw_panel(
@@ -448,10 +537,12 @@ def _draw_panel(
     panel: _Panel,
     series: list[tuple[_Curve, NDArray[np.float64], NDArray[np.float64]]],
     target: float | None,
+    frame: tuple[float, float],
 ) -> None:
     for curve, steps, values in series:
         if len(values) < _MANY:
-            axes.plot(steps, values, color=curve.colour, linewidth=1.3, marker=".", markersize=4, label=curve.label)
+            size = 4 if len(values) > 1 else 9
+            axes.plot(steps, values, color=curve.colour, linewidth=1.3, marker=".", markersize=size, label=curve.label)
         else:
             axes.plot(steps, values, color=curve.colour, linewidth=0.6, alpha=0.3)
             axes.plot(*_smooth(steps, values), color=curve.colour, linewidth=1.6, label=curve.label)
@@ -464,6 +555,8 @@ def _draw_panel(
     low, high = min(limits), max(limits)
     margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
     axes.set_ylim(low if panel.from_zero else low - margin, high + margin)
+    axes.set_xlim(*frame)
+    _mark_beyond(axes, series)
     axes.set_title(panel.title, loc="left", fontsize=11)
     axes.set_ylabel(panel.unit, fontsize=9)
     axes.set_xlabel("generator step", fontsize=9)

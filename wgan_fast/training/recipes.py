@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..points import PenaltyConfig
-from .config import Method, Optimizer
+from .config import Method
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Recipe:
     source: str
     loss: str
     penalty: PenaltyConfig | None = None
-    optimizer: Optimizer = "adam"
+    optimizer: str = "adam"
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.5, 0.9)
     n_critic: int = 1

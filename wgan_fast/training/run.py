@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from . import metrics, models, quality
 from .checkpoint import load_checkpoint, load_module
-from .config import MAX_SEED, TrainConfig
+from .config import MAX_SEED, OWN, TrainConfig
 from .data import SOURCES, Data, load_data, load_labels
 from .files import as_path, write_atomically
 from .randomness import NOISE, stream_seed, undisturbed
@@ -23,8 +23,6 @@ from .weights import spectral_norm
 
 CONFIG_FILE = "config.json"
 FORMAT = 2
-OWN_MODEL = "custom"
-"""What a run records as its model when its networks were given as objects."""
 PIECE = 256
 """Samples generated at a time."""
 
@@ -32,7 +30,7 @@ CHANGEABLE = {
     "out", "data", "steps", "epochs", "device", "workers", "log_every", "sample_every", "track", "checkpoint_every",
     "keep", "compile", "cuda_graph", "fused", "generate_ahead", "channels_last", "on_divergence", "max_rewinds",
     "batch_size", "n_critic", "learning_rate", "generator_learning_rate", "beta1", "beta2", "schedule",
-    "penalty_weight", "penalty_every", "penalty_samples", "clip", "ema", "engine", "precision",
+    "penalty_weight", "penalty_every", "penalty_samples", "clip", "clip_gradients", "ema", "engine", "precision",
 }  # fmt: skip
 """Settings that a resumed run may change: those that define neither the networks, nor the data, nor the method."""
 
@@ -66,7 +64,7 @@ class Description:
     def of(cls, config: TrainConfig, data: Data) -> Self:
         """Describe a run on ``data``."""
         # Given as objects, both are given again on resuming; a Dataset may augment its samples.
-        marks = () if config.model == OWN_MODEL else _marks(data)
+        marks = () if config.model == OWN else _marks(data)
         samples = len(data.train), len(data.held_out)
         return cls(config, data.sample_shape, data.kind, samples, marks, models.folder_of(config.model))
 
@@ -87,7 +85,8 @@ class Description:
         Raises:
             InputError: A setting that must stay was changed, or the data is not what it was.
         """
-        check_unchanged(self.config, config)
+        # Resolved: a run of before the newest settings left them out.
+        check_unchanged(self.config.resolved(self.sample_shape), config)
         self.check_data(data, config.data)
 
     def check_data(self, data: Data, source: str) -> None:
@@ -235,7 +234,7 @@ class Run:
             raise InputError(f"{folder} has no checkpoint yet")
         place = resolve_device(device)
         config, state = description.config, checkpoint.state
-        if generator is None or (critic is None and config.model != OWN_MODEL):
+        if generator is None or (critic is None and config.model != OWN):
             named = build_networks(config, description.sample_shape, description.kind)
             generator = named[0] if generator is None else generator
             critic = named[1] if critic is None else critic
@@ -406,7 +405,7 @@ def load_run_data(config: TrainConfig) -> Data:
 
 def check_rebuildable(config: TrainConfig) -> None:
     """Raise for a run whose networks were given as objects."""
-    if config.model == OWN_MODEL:
+    if config.model == OWN:
         raise InputError(
             "this run's networks were given as objects and cannot be rebuilt from its folder: from Python, "
             "Run.load(folder, generator=..., critic=...) loads them into yours, and its Trainer, built again, goes on "

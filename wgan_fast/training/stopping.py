@@ -1,9 +1,13 @@
 """Stopping when asked to: Ctrl-C and SIGTERM end training between two iterations, with everything saved."""
 
+import shlex
 import signal
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+from .config import OWN
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -55,3 +59,10 @@ class StopRequests:
         if self.signal is not None or self.nothing_to_save:
             raise InterruptedTraining("stopped before there was anything to save", number)
         self.signal = number
+
+
+def way_on(folder: Path, model: str = "") -> str:
+    """Say how a run that stopped is gone on with."""
+    if model == OWN:
+        return f"go on with fit(resume=True) of a Trainer whose out is {folder}"
+    return f"go on with: wgan-fast train --resume {shlex.quote(str(folder))}"

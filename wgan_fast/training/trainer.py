@@ -5,15 +5,20 @@ import dataclasses
 import itertools
 import math
 import os
+import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
 
-from ..errors import DivergenceError, InputError
+from ..errors import DivergenceError, InputError, users_level
+from ..losses import LOSSES, AdversarialLoss
 from . import models, plots, quality
+from .banner import banner
+from .callbacks import Callback, TensorBoard
 from .checkpoint import (
     Checkpoint,
     Tree,
@@ -25,20 +30,22 @@ from .checkpoint import (
     optimizer_state,
     save_checkpoint,
 )
-from .config import TrainConfig
+from .concerns import concerns
+from .config import OWN, TrainConfig
 from .course import Course
 from .data import SOURCES, Data, Labels, Split, batches, load_data, load_labels
 from .distributed import Replicas
-from .divergence import DivergedError, LossWatch
+from .divergence import DivergedError, LossWatch, advice
 from .files import as_path, write_atomically
 from .folder import held, make_folder, make_new_folder, new_folder
 from .initial import load_networks, with_architecture
 from .iteration import Iteration, IterationResult
 from .log import MetricsLog, ProgressLine
 from .metrics import wasserstein_estimate
+from .networks import copy_of
+from .optimizers import OptimizerFactory
 from .randomness import NETWORKS, random_state, seed_everything, set_random_state, undisturbed
 from .run import (
-    OWN_MODEL,
     Description,
     build_networks,
     check_found,
@@ -50,12 +57,19 @@ from .run import (
     load_run_data,
     resolve_device,
 )
-from .stopping import InterruptedTraining, StopRequests
-from .trial import check_networks, try_step
+from .stopping import InterruptedTraining, StopRequests, way_on
+from .trial import check_loss, check_networks, try_step
 from .weights import spectral_norm
 
-GRID = {"images": 64, "vectors": 2048}
-"""Samples in the pictures written during training."""
+GRID = 64
+POINTS = 2048
+"""Samples in the pictures written during training; points in a plane are many."""
+
+FIRST_LOOK = 30.0
+"""Seconds after which there are a first picture of samples and first curves, however far off the next ones are."""
+
+LOOKING = 0.02
+"""Share of the time after that for which the curves are drawn anew."""
 
 HELD_OUT = 512
 """Held-out samples behind the held-out Wasserstein estimate, taken whenever a picture is written."""
@@ -109,6 +123,13 @@ class Trainer:
         data: What ``load_data`` returns, or anything that it takes: a name, a path, an array, a Dataset.
         config: The run's settings. Its ``model``, ``width`` and ``init`` describe what is given here; with
             ``spectral_norm``, which hinge has by default, the critic is normalised in place.
+        callbacks: Are told what happens, in this order, and may stop training: see ``Callback``.
+        loss: An adversarial loss of your own, ``AdversarialLoss(name, critic, generator)``, in place of the
+            configuration's. Its functions get scores as the critic gives them; the penalty is the method's. A run is
+            resumed with the same one.
+        optimizer: Makes the optimizer of a network from the list of its parameters, such as
+            ``lambda parameters: torch.optim.AdamW(parameters, lr=1e-4)``, once for the critic and once for the
+            generator, in place of the configuration's. A schedule scales its learning rates.
 
     Raises:
         InputError: Something does not fit: the message names it. Nothing has been written then.
@@ -117,7 +138,17 @@ class Trainer:
     >>> print(trainer.fit())  # doctest: +SKIP
     """
 
-    def __init__(self, generator: nn.Module, critic: nn.Module, data: Any, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        generator: nn.Module,
+        critic: nn.Module,
+        data: Any,
+        config: TrainConfig,
+        *,
+        callbacks: Sequence[Callback] = (),
+        loss: AdversarialLoss | None = None,
+        optimizer: OptimizerFactory | None = None,
+    ) -> None:
         labels = None
         if not isinstance(data, Data):
             _check_apart(config.out, data)
@@ -130,14 +161,25 @@ class Trainer:
                 holdout=config.holdout,
                 seed=config.seed,
             )
-        config = dataclasses.replace(config, data=data.name, model=OWN_MODEL).resolved(data.sample_shape)
+        given = {"data": data.name, "model": OWN}
+        if loss is not None:
+            given["loss"] = check_loss(loss, config.loss).name
+        if optimizer is not None:
+            if config.optimizer not in (None, OWN):
+                raise InputError(f"optimizer was given twice: as {config.optimizer} in the configuration, too")
+            given["optimizer"] = OWN
+        config = dataclasses.replace(config, **given).resolved(data.sample_shape)
         if config.spectral_norm:
             spectral_norm(critic)
-        self._set_up(generator, critic, data, labels, config)
+        self._set_up(generator, critic, data, labels, config, callbacks, loss, optimizer)
 
     @classmethod
-    def from_config(cls, config: TrainConfig) -> Self:
+    def from_config(cls, config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Self:
         """Build the networks and load the data that a configuration names.
+
+        Args:
+            config: The run's settings.
+            callbacks: As for the constructor.
 
         Raises:
             InputError: As the constructor.
@@ -160,15 +202,16 @@ class Trainer:
         generator, critic = build_networks(config, data.sample_shape, data.kind)
         trainer = cls.__new__(cls)
         labels = load_labels(config.data, holdout=config.holdout, seed=config.seed) if config.track else None
-        trainer._set_up(generator, critic, data, labels, config)
+        trainer._set_up(generator, critic, data, labels, config, callbacks)
         return trainer
 
     @classmethod
-    def from_run(cls, folder: str | os.PathLike[str], **changes: Any) -> Self:
+    def from_run(cls, folder: str | os.PathLike[str], *, callbacks: Sequence[Callback] = (), **changes: Any) -> Self:
         """Rebuild the trainer of an earlier run, ready to ``fit(resume=True)``.
 
         Args:
             folder: The run's folder.
+            callbacks: As for the constructor.
             **changes: Settings to change, such as ``steps``, which take the place of ``epochs``, or the other way.
 
         Raises:
@@ -184,11 +227,25 @@ class Trainer:
         check_unchanged(description.config, config)
         check_rebuildable(config)
         check_found(config)
-        return cls.from_config(config)
+        return cls.from_config(config, callbacks=callbacks)
 
     def _set_up(
-        self, generator: nn.Module, critic: nn.Module, data: Data, labels: Labels | None, config: TrainConfig
+        self,
+        generator: nn.Module,
+        critic: nn.Module,
+        data: Data,
+        labels: Labels | None,
+        config: TrainConfig,
+        callbacks: Sequence[Callback] = (),
+        loss: AdversarialLoss | None = None,
+        optimizer: OptimizerFactory | None = None,
     ) -> None:
+        for callback in callbacks:
+            if not isinstance(callback, Callback):
+                raise InputError(f"callbacks must be instances of Callback, got {callback!r}")
+        if loss is None and config.loss not in (None, *LOSSES):
+            own = "; one of your own is given to Trainer(..., loss=...)"
+            raise InputError(f"loss must be one of {', '.join(LOSSES)}, got {config.loss!r}{own}")
         self._replicas = Replicas()
         self._named = config.out is None
         if config.out is None:
@@ -214,26 +271,52 @@ class Trainer:
         self.generator = generator.to(self.device)
         self.critic = critic.to(self.device)
         check_networks(self.generator, self.critic, data.sample_shape, self.latent_dim, min(2, batch_size))
-        self._iteration = Iteration(self.generator, self.critic, config, self.latent_dim, self._replicas)
+        self._iteration = Iteration(
+            self.generator, self.critic, config, self.latent_dim, self._replicas, loss=loss, optimizer=optimizer
+        )
         self._iteration.steps = self._course.steps
         self.ema = self._iteration.ema
         if config.init_from is not None and not _under_way(config):
             load_networks(config.init_from, data, self.generator, self.ema, self.critic)
         try_step(self._iteration, data.sample_shape, batch_size // self._replicas.world)
-        self._fixed_noise = draw_noise(GRID[data.kind], self.latent_dim, config.seed).to(self.device)
+        pictured = POINTS if data.kind == "vectors" and data.sample_shape in ((1,), (2,)) else GRID
+        self._fixed_noise = draw_noise(pictured, self.latent_dim, config.seed).to(self.device)
         self._held_out = _some(data.held_out, HELD_OUT, config.seed)
         self._tracker = None
         if config.track and (self._replicas.leads or not len(data.held_out)):
             self._tracker = quality.tracker(data, labels, seed=config.seed)
-        self._watch = LossWatch()
         self._before = config
         self._checkpoint: tuple[int, Path] | None = None
         self._begun = False
+        self._stopped = False
+        self._callbacks = [*callbacks, *([TensorBoard()] if self._replicas.leads else [])]
+        self._look_at_first_samples()
+
+    def _look_at_first_samples(self) -> None:
+        """Measure real and generated samples, by which an explosion is told, and note what is unlikely to train."""
+        real = self._held_out if self._held_out is not None else _some(self.data.train, 64, self.config.seed)
+        assert real is not None
+        with undisturbed(self.device, self.config.seed):
+            noise = self._fixed_noise[:2].to(self._iteration.noise_dtype)
+            fake = generate(copy_of(self.generator), noise).cpu()
+            few = self._iteration.laid_out(real[:2].to(self.device))
+            self._concerns = concerns(self.generator, self.critic, noise, few, real.aminmax(), self.config.loss)
+        size = max(1.0, *(samples.double().flatten(1).norm(dim=1).max().item() for samples in (real, fake)))
+        self._watch = LossWatch(size, self.config.penalty.weight if self.config.penalty else 0.0)
+        self._value = real.double().square().mean().sqrt().item()
 
     @property
     def step(self) -> int:
         """Generator steps taken."""
         return self._iteration.step
+
+    def stop(self) -> None:
+        """End training after the iteration that is under way, as at its end: for callbacks."""
+        self._stopped = True
+
+    def _tell(self, event: str, *what: Any) -> None:
+        for callback in self._callbacks:
+            getattr(callback, event)(self, *what)
 
     def fit(self, *, resume: bool = False) -> Summary:
         """Train to the last of ``config.steps`` or ``epochs``. Seeds the default generators of torch, NumPy and Python.
@@ -249,15 +332,22 @@ class Trainer:
 
         Raises:
             InputError: The folder holds another run, or none to resume; data cannot be read any more.
-            DivergenceError: A loss or a parameter is not finite; the last good checkpoint is kept.
+            DivergenceError: A loss or a parameter is not finite, or exploded; the last good checkpoint is kept.
             InterruptedTraining: A signal asked to stop; a ``KeyboardInterrupt``.
             LostProcessError: Another process of the same training is gone.
             OSError: The folder cannot be written; the last checkpoint is kept.
         """
+        self._stopped = False
         with self._claimed_folder(resume):
             before = Description.read(self.out) if resume else None
             self._replicas.wait()
-            return self._fit(load_checkpoint(self.out) if resume else None, before)
+            try:
+                summary = self._fit(load_checkpoint(self.out) if resume else None, before)
+            except BaseException as error:
+                self._tell("on_end", error)
+                raise
+            self._tell("on_end", None)
+            return summary
 
     def _fit(self, checkpoint: Checkpoint | None, before: Description | None) -> Summary:
         if checkpoint is None and self._begun:
@@ -275,6 +365,10 @@ class Trainer:
         self._begun = True
         self.generator.train()
         self.critic.train()
+        if self._replicas.leads:
+            print(banner(self.config, self.data, self._iteration), file=sys.stderr)
+            for concern in self._concerns:
+                warnings.warn(concern, stacklevel=users_level())
         first, started = self.step, time.perf_counter()
         with (
             self._iteration.arithmetic(),
@@ -306,9 +400,6 @@ class Trainer:
             curves=curves,
         )
         if self._replicas.leads:
-            target = self.config.penalty.target if self.config.penalty else None
-            if records:
-                plots.save_curves(records, curves, title=f"{self.config.method} on {self.data.name}", target=target)
             if not self._grid_path(self.step).exists():
                 self._save_picture()
             if self.step > first or not (self.out / "summary.txt").exists():
@@ -321,7 +412,14 @@ class Trainer:
         while True:
             try:
                 with MetricsLog(self.out if self._replicas.leads else None, self.step) as log:
-                    self._train(progress, log, stop)
+                    self._tell("on_begin")
+                    try:
+                        self._train(progress, log, stop)
+                    except (DivergedError, InterruptedTraining):
+                        with contextlib.suppress(OSError):  # the first error is the one to tell
+                            self._draw_curves(log.records)
+                        raise
+                    self._draw_curves(log.records)
                     return log.records
             except DivergedError as error:
                 self._go_back(error, progress)
@@ -342,11 +440,13 @@ class Trainer:
             ahead=2 * iteration.n_critic,  # those of the next iteration too
         )
         logged, since = self.step, time.perf_counter()
+        look = since + FIRST_LOOK
         while self.step < course.steps:
             batch = self._read(reals)
             result = iteration(batch, stop=stop.signal is not None)
             stop.nothing_to_save = False
             stopping = self._watch.put(self.step, result)
+            self._tell("on_step", result)
             last = self.step == course.steps
             pictured = course.due(config.sample_every, self.step) or last
             # By the configuration alone: the processes must see a divergence at the same step, whoever rates.
@@ -357,6 +457,7 @@ class Trainer:
                 images = (self.step - logged) * iteration.n_critic * iteration.batch_size
                 figures = self._figures(result, images / (now - since), held_out=pictured)
                 log.write(figures | (self._rate(progress) if due else {}))
+                self._tell("on_log", log.last)
                 logged, since = self.step, time.perf_counter()
             progress.advance(self.step, log.last)
             if pictured and self._replicas.leads:
@@ -364,10 +465,22 @@ class Trainer:
             if course.due(config.checkpoint_every, self.step) or last:
                 log.sync()
                 self._save_checkpoint()
+            if self._replicas.leads and (began := time.perf_counter()) >= look and not last:
+                # By the clock, which the other processes do not share: nothing here is of the training.
+                if not any((self.out / "samples").glob("step-*.png")):
+                    self._save_picture()
+                self._draw_curves(log.records)
+                look = time.perf_counter() + max(FIRST_LOOK, (time.perf_counter() - began) / LOOKING)
+            if self._stopped and not last:
+                log.sync()
+                self._save_unless_saved()
+                progress.message(f"stopped after step {self.step} of {course.steps}; {way_on(self.out, config.model)}")
+                return
             if not last and (stopping or (self._replicas.world == 1 and stop.signal is not None)):
                 log.sync()
                 self._save_unless_saved()
-                raise InterruptedTraining(f"stopped after step {self.step}; {self._kept()}", stop.number)
+                message = f"stopped after step {self.step} of {course.steps}; {way_on(self.out, config.model)}"
+                raise InterruptedTraining(message, stop.number)
 
     def _read(self, reals: Iterator[Tensor]) -> list[Tensor]:
         """Read the real samples of one iteration before it begins: an error leaves nothing half done."""
@@ -431,9 +544,10 @@ class Trainer:
         rewinds = self._iteration.rewinds
         good = load_checkpoint(self.out) if self.config.on_divergence == "rewind" else None
         if good is None or rewinds >= self.config.max_rewinds:
-            raise DivergenceError(
-                f"{error}; {self._kept()}" + f"; went back {rewinds} times" * bool(rewinds)
-            ) from error
+            back = f"; went back {rewinds} times" if rewinds else ""
+            if self._checkpoint and self.config.on_divergence == "stop" and self.config.model != OWN:
+                back = f"; {way_on(self.out, self.config.model)} --on-divergence rewind"
+            raise DivergenceError(f"{error}; {advice(self.config, self._value)}; {self._kept()}{back}") from error
         self._restore(good)
         self._iteration.rewinds = rewinds + 1
         self.generator.train()
@@ -456,6 +570,13 @@ class Trainer:
             plots.save_scatter(samples, real, path, modes=self.data.modes)
         else:
             plots.save_grid(samples, path, columns=math.isqrt(samples.shape[0]))
+        self._tell("on_picture", samples, path)
+
+    def _draw_curves(self, records: list[dict[str, Any]]) -> None:
+        if self._replicas.leads and records:
+            target = self.config.penalty.target if self.config.penalty else None
+            title = f"{self.config.method} on {self.data.name}"
+            plots.save_curves(records, self.out / "curves.png", title=title, target=target)
 
     def _grid_path(self, step: int) -> Path:
         return self.out / "samples" / f"step-{step:08d}.png"
@@ -473,6 +594,7 @@ class Trainer:
         if self._replicas.leads:
             save_checkpoint(self.out, self.step, self._state(), keep=self.config.keep)
         self._checkpoint = self.step, checkpoint_path(self.out, self.step)
+        self._tell("on_checkpoint", self._checkpoint[1])
 
     def _state(self) -> Tree:
         iteration = self._iteration
@@ -503,7 +625,7 @@ class Trainer:
         if self.ema is not None:
             load_module(self.ema, state["ema"], "generator", source)
         for name, optimizer in iteration.optimizers.items():
-            load_optimizer(optimizer, state[f"{name}_optimizer"])
+            load_optimizer(optimizer, state[f"{name}_optimizer"], own=self.config.optimizer == OWN)
         iteration.forget_graphs()
         iteration.step, iteration.rewinds = checkpoint.step, state.get("rewinds", 0)
         set_random_state(state["random"], self.device, iteration.rng)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..checks import check_scores
 from ..errors import InputError
 from ..four_pass import CaptureError
+from ..losses import LOSSES, AdversarialLoss
 from .iteration import Iteration
 
 
@@ -32,6 +33,34 @@ def check_networks(
         check_scores(scores, torch.empty(shape), one=True)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
+
+
+def check_loss(loss: AdversarialLoss, named: str | None) -> AdversarialLoss:
+    """Try a loss of one's own on three scores.
+
+    Args:
+        loss: The loss.
+        named: What the configuration says.
+
+    Raises:
+        InputError: It is none, has a name that is taken, or does not give 0-dim tensors that depend on the scores.
+    """
+    if not isinstance(loss, AdversarialLoss):
+        raise InputError(f"loss must be an AdversarialLoss, got {type(loss).__name__}")
+    if named not in (None, loss.name):
+        raise InputError(f"loss was given twice: as {named} in the configuration, and {loss.name}")
+    if LOSSES.get(loss.name, loss) is not loss:
+        raise InputError(f"loss must have a name of its own, {loss.name} is one of the package's")
+    for part, count in (("critic", 2), ("generator", 1)):
+        scores = [torch.zeros(3, requires_grad=True) for _ in range(count)]
+        try:
+            value = getattr(loss, part)(*scores)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise InputError(f"loss.{part} fails on scores [3]: {str(error).partition(chr(10))[0]}") from error
+        if not (isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad):
+            got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"loss.{part} must return a 0-dim tensor computed from the scores, got {got}")
+    return loss
 
 
 def try_step(iteration: Iteration, sample_shape: tuple[int, ...], n: int) -> None:
