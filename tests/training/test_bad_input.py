@@ -50,8 +50,8 @@ def refused(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
         assert captured.out == ""
         if unchanged:
             assert {name: c for name, c in tree(workplace).items() if "__pycache__" not in name} == before
+        # A run that began has said what it is, and what it does not use.
         lines = captured.err.splitlines()
-        # A run that began has said what it is.
         assert len(lines) == 1 or not unchanged, captured.err
         assert lines[-1].startswith("wgan-fast: error: ")
         assert captured.err.count("wgan-fast: ") == 1
@@ -721,7 +721,7 @@ OUT_OF_RANGE = [
 
 
 def test_every_setting_with_a_range_is_tried():
-    others = {"data", "model", "loss", "device", "out", "init_from", "spectral_norm"}
+    others = {"data", "model", "loss", "device", "out", "init_from", "spectral_norm", "conditional"}
     others |= {"compile", "cuda_graph", "fused", "generate_ahead", "channels_last", "flip"}
     assert {name for name, _ in OUT_OF_RANGE} | others == {field.name for field in dataclasses.fields(TrainConfig)}
 

@@ -211,7 +211,7 @@ def test_warnings_are_shown_in_one_line(tmp_path):
     (tmp_path / "own_model.py").write_bytes((EXAMPLES / "own_model.py").read_bytes())
     warns = "import warnings, own_model\ndef build(shape):\n    warnings.warn('slow:\\nno compiler', RuntimeWarning)\n"
     (tmp_path / "warns.py").write_text(warns + "    return own_model.build(shape)\n")
-    arguments = ["--data", "digits", "--model", "warns:build", "--engine", "autograd", "--batch-size", "8"]
+    arguments = ["--data", "8gaussians", "--model", "warns:build", "--engine", "autograd", "--batch-size", "8"]
     ended = run_process("train", *arguments, "--steps", "1", "--out", "run", cwd=tmp_path)
     assert ended.returncode == 0
     said = [line for line in ended.stderr.splitlines() if line.startswith("wgan-fast: ")]

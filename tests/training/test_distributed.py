@@ -39,6 +39,7 @@ wgan_fast.training.plots.save_curves = lambda records, path, **options: path.wri
 
 from wgan_fast import gradient_penalty
 from wgan_fast.training import TrainConfig, Trainer
+from wgan_fast.training.conditional import ConditionalGenerator, ProjectionCritic
 from wgan_fast.training.distributed import Replicas, processes
 
 
@@ -62,7 +63,12 @@ def train(out, steps, batch_size, options, resume=False):
     data = points()
     if config.flip:
         data = np.random.default_rng(1).uniform(-1, 1, size=(60, 3, 8, 8))
-    trainer = Trainer(*networks(data.shape[1:]), data, config)
+    pair, labels = networks(data.shape[1:]), None
+    if config.conditional:
+        wider = nn.Sequential(nn.Linear(6, 3, dtype=torch.float64), pair[0])
+        pair = ConditionalGenerator(3, 4, lambda length: wider).double(), ProjectionCritic(pair[1], 4).double()
+        labels = np.arange(60) % 4
+    trainer = Trainer(*pair, data, config, labels=labels)
     trainer.fit(resume=resume)
     return trainer
 
@@ -226,6 +232,7 @@ CASES = {
     },
     "augmented images": {"flip": True, "augment": ["color", "translation", "cutout"], "n_critic": 2},
     "r1": {"method": "r1"},
+    "conditional": {"conditional": True, "n_critic": 2, "engine": "four_pass"},
 }  # fmt: skip
 
 

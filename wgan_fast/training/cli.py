@@ -83,22 +83,26 @@ class Sample:
 
     Attributes:
         folder: The run's folder.
-        grid: Rows x columns of the picture; 12x12 by default.
+        grid: Rows x columns of the picture, 12x12 by default; for a conditional run 12 columns and a row for each
+            class (of at most 32).
+        label: The class of all samples, of a conditional run: its name, or its index where names are no numbers. By
+            default the rows go through the classes, and with --n as many samples are of each, class by class.
         scores: Sort the picture by the critic's score, write the scores into it, and all of them into a CSV file.
         interpolate: Draw a walk through the latent space: every row of the picture goes from one random latent to that
             of the next row, the last one to the first, along great circles (spherical interpolation, as for Gaussian
             noise); a GIF beside it shows the same images one after another. For images.
         n: Number of samples to write to --out as they are, in place of a picture.
         seed: Seed of the noise.
-        out: Where to write. The picture: a .png file, RUN/samples/grid-ROWSxCOLUMNS.png by default, beside which the
-            CSV or the GIF file lies. With --n: a new folder for images as PNG files, 00000.png and so on, whose 8-bit
-            pixels are round(127.5 (x + 1)); or a .npy file, or an .npz file with one array "x", of float32 [N, *shape],
-            images [N, C, H, W] in [-1, 1], all else in the range of the data.
+        out: Where to write. The picture: a .png file, RUN/samples/grid-ROWSxCOLUMNS.png by default, with the label
+            where one is given; beside it the CSV or the GIF file lies. With --n: a new folder for images as PNG files,
+            00000.png and so on, whose 8-bit pixels are round(127.5 (x + 1)); or a .npy file, or an .npz file with one
+            array "x", of float32 [N, *shape], images [N, C, H, W] in [-1, 1], all else in the range of the data.
         device: "cpu", "cuda", "cuda:1", or "auto".
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     grid: str | None = None
+    label: str | None = None
     scores: bool = False
     interpolate: bool = False
     n: int | None = None
@@ -131,13 +135,20 @@ class Sample:
         run = _load(self.folder, self.device)
         if self.interpolate and run.description.kind != "images":
             raise InputError(f"interpolate is for images, this run makes samples of shape {_shape(run)}")
+        classes = run.description.classes
+        if classes and self.grid is None and self.label is None:
+            rows = min(len(classes), 32)
+        labels = None
+        if classes or self.label is not None:
+            labels = run.labels(rows, self.label).repeat_interleave(columns)
+        mark = "" if self.label is None else "-" + re.sub(r"[^\w-]", "_", self.label)
         kind = "interpolation" if self.interpolate else "grid"
-        path = out or run.folder / "samples" / f"{kind}-{grid}.png"
+        path = out or run.folder / "samples" / f"{kind}-{rows}x{columns}{mark}.png"
         if self.interpolate:
-            samples = run.walk(rows, columns, seed=self.seed)
+            samples = run.walk(rows, columns, seed=self.seed, labels=labels)
         else:
-            samples = run.sample(rows * columns, seed=self.seed)
-        scores = run.score(samples) if self.scores else None
+            samples = run.sample(rows * columns, seed=self.seed, labels=labels)
+        scores = run.score(samples, labels) if self.scores else None
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             plots.save_grid(samples, path, columns=columns, scores=scores)
@@ -168,7 +179,8 @@ class Sample:
             raise InputError(
                 f"out must end in .npy or .npz where samples are no images, but of shape {_shape(run)}, got {path}"
             )
-        pieces = run.pieces(n, seed=self.seed)
+        labels = None if self.label is None else run.labels(n, self.label)
+        pieces = run.pieces(n, seed=self.seed, labels=labels)
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if array:

@@ -55,6 +55,12 @@ class TrainConfig:
         augment: Differentiable augmentation for few images (Zhao et al. 2020, arXiv:2006.10738): changes of real and
             generated images before the critic, in this order, among color (brightness, saturation, contrast),
             translation (by up to an eighth) and cutout (of a quarter of the area). The penalty is on changed images.
+        conditional: Whether both networks are told the class of every sample, so that samples of a class can be asked
+            for. Labels are those of mnist5k and digits, the file of labels beside IDX images, the array y of an .npz
+            file (integers or strings), or the subfolders of a folder of images, one for each class. The critic is a
+            projection discriminator (Miyato and Koyama 2018, arXiv:1802.05637), the generator's noise is joined by an
+            embedding of the class. A module:function of your own is called with (sample_shape, num_classes=K), for
+            generator(noise, labels) and critic(samples, labels), labels [N] int64.
         method: What is trained: loss, penalty and the settings of the paper behind it.
         loss: Adversarial loss: wasserstein, non_saturating, least_squares or hinge; the method's by default.
         model: Name of a network pair (toy-mlp, mlp, mnist-dcgan, cifar-dcgan, cifar-resnet, dcgan64, dcgan, article),
@@ -115,9 +121,9 @@ class TrainConfig:
         log_every: Steps between lines of metrics, or epochs: 100, or 1ep.
         sample_every: Steps between sample grids, or epochs.
         track: Steps, or epochs, between ratings of the generator against held-out data, which go into the metrics and
-            the curves; 0 rates nothing. Images with classes (mnist5k, digits, IDX files with labels) get a Fréchet
-            distance, coverage and the classes covered, toy mixtures the modes covered, other data the sliced
-            Wasserstein distance.
+            the curves; 0 rates nothing. Images with classes (see conditional) get a Fréchet distance, coverage,
+            the classes covered and, of conditional runs, how often the classifier sees the class that was asked for;
+            toy mixtures the modes covered, other data the sliced Wasserstein distance.
         checkpoint_every: Steps between checkpoints, or epochs: 500, or 25ep.
         keep: Checkpoints kept, the newest ones.
         on_divergence: What to do when a loss or a parameter is not finite, or explodes: stop, or rewind to the last
@@ -131,6 +137,7 @@ class TrainConfig:
     holdout: float = 0.1
     flip: bool = False
     augment: tuple[Change, ...] = ()
+    conditional: bool = False
     method: Method = "wgan-gp"
     loss: str | None = None
     model: str = "auto"

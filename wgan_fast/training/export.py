@@ -30,8 +30,8 @@ def export_generator(run: Run, folder: Path) -> list[Path]:
 
     Returns:
         The files: ``generator.safetensors`` holds the weights by their names in the module, ``generator.pt2`` a
-        program of ``torch.export`` for the CPU and any number of samples, and ``generator.json``, written last, says
-        what both are and holds their SHA-256.
+        program of ``torch.export`` for the CPU and any number of samples (of noise, and of labels for a conditional
+        run), and ``generator.json``, written last, says what both are and holds their SHA-256.
 
     Raises:
         InputError: ``torch.export`` does not take the generator, or makes another function of it; nothing is written.
@@ -41,7 +41,8 @@ def export_generator(run: Run, folder: Path) -> list[Path]:
     # A copy of its own for each: safetensors refuses tensors that share memory.
     weights = {name: tensor.clone().contiguous() for name, tensor in generator.state_dict().items()}
     noise = draw_noise(3, run.latent_dim, 0).to(next(generator.parameters()).dtype)
-    bodies = {"generator.safetensors": save(weights), "generator.pt2": _program(generator, noise)}
+    program = _program(generator, noise, *run.condition(len(noise)))
+    bodies = {"generator.safetensors": save(weights), "generator.pt2": program}
     config = run.description.config
     description = {
         "format": FORMAT,
@@ -50,6 +51,7 @@ def export_generator(run: Run, folder: Path) -> list[Path]:
         "step": run.step,
         "noise": "standard normal",
         "latent_dim": run.latent_dim,
+        "classes": list(run.description.classes),
         "dtype": str(noise.dtype).removeprefix("torch."),
         "sample_shape": list(run.description.sample_shape),
         "kind": run.description.kind,
@@ -66,23 +68,25 @@ def export_generator(run: Run, folder: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def _program(generator: nn.Module, noise: Tensor) -> bytes:
+def _program(generator: nn.Module, *inputs: Tensor) -> bytes:
     """Trace a generator, and see that the trace makes the same samples as the generator does."""
     cpu, buffer = torch.device("cpu"), io.BytesIO()
     try:
         # What it refuses it prints as well, as a graph.
         with undisturbed(cpu, 0), hushed(), contextlib.redirect_stderr(io.StringIO()):
-            program = torch.export.export(generator, (noise[:2],), dynamic_shapes=({0: torch.export.Dim("n")},))
+            n = torch.export.Dim("n")
+            shapes = tuple({0: n} for _ in inputs)
+            program = torch.export.export(generator, tuple(part[:2] for part in inputs), dynamic_shapes=shapes)
             traced = program.module()
             torch.export.save(program, buffer)
     except Exception as error:  # what a tracer raises about a user's module has no common class
         why = str(error).strip().partition("\n")[0]
         raise InputError(f"torch.export does not take the generator: {type(error).__name__}: {why}") from error
-    for n in (1, len(noise)):
+    for rows in (1, len(inputs[0])):
         made = []
         for network in (generator, traced):
             with undisturbed(cpu, 0):
-                made.append(network(noise[:n]))
+                made.append(network(*(part[:rows] for part in inputs)))
         try:
             torch.testing.assert_close(*made)
         except AssertionError as error:

@@ -76,16 +76,14 @@ class GraphedCalls:
     On a CPU the function runs on the static buffers every time, so that this path is the same up to the replay.
 
     Args:
-        function: Takes the batches; returns tensors, which every replay overwrites.
+        function: Takes groups of batches; returns tensors, which every replay overwrites.
         device: Where it computes.
         gives_way: Whether to go on without graphs, and say so, where one cannot be captured.
     """
 
-    def __init__(
-        self, function: Callable[[Sequence[Tensor]], Any], device: torch.device, *, gives_way: bool = False
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], device: torch.device, *, gives_way: bool = False) -> None:
         self._function, self._device, self._gives_way = function, device, gives_way
-        self._inputs: StaticInputs | None = None
+        self._inputs: list[StaticInputs] = []
         self._stream = _stream(device)
         self.clear()
 
@@ -96,21 +94,21 @@ class GraphedCalls:
         self._graphs: dict[Hashable, _Captured] = {}
         self._calls: dict[Hashable, int] = {}
 
-    def __call__(self, batches: Sequence[Tensor], *, key: Hashable = None) -> Any:
+    def __call__(self, *groups: Sequence[Tensor], key: Hashable = None) -> Any:
         """Run the function.
 
         Args:
-            batches: The inputs; of the same number, shapes and dtype at every call.
+            *groups: Batches of one shape and dtype each; as many groups, of as many, at every call.
             key: What else decides the operations that run; each key has a graph of its own.
 
         Raises:
             InputError: The function does something that a graph cannot hold.
         """
-        if self._inputs is None:
-            self._inputs = StaticInputs(batches[0], len(batches))
-        static = self._inputs.fill(batches)
+        if not self._inputs:
+            self._inputs = [StaticInputs(batches[0], len(batches)) for batches in groups]
+        static = [inputs.fill(batches) for inputs, batches in zip(self._inputs, groups)]
         if self._stream is None:
-            return self._function(static)
+            return self._function(*static)
         self._calls[key] = self._calls.get(key, 0) + 1
         if self._calls[key] <= WARM_UP:
             return self._warm_up(static, self._stream)
@@ -122,28 +120,28 @@ class GraphedCalls:
                     raise
                 warnings.warn(f"{error}, as happens now", RuntimeWarning, stacklevel=users_level())
                 self._stream, self._graphs = None, {}
-                return self._function(static)
+                return self._function(*static)
         captured = self._graphs[key]
         captured.graph.replay()
         return captured.result
 
-    def _warm_up(self, static: Sequence[Tensor], stream: torch.cuda.Stream) -> Any:
+    def _warm_up(self, static: list[tuple[Tensor, ...]], stream: torch.cuda.Stream) -> Any:
         """Run it for real on another stream, as a capture must be: nothing may be tied to the default stream."""
         current = torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            result = self._function(static)
+            result = self._function(*static)
         current.wait_stream(stream)
         return result
 
-    def _capture(self, static: Sequence[Tensor]) -> _Captured:
+    def _capture(self, static: list[tuple[Tensor, ...]]) -> _Captured:
         """Record the operations without running them; random numbers are drawn anew at every replay."""
         graph = torch.cuda.CUDAGraph()
         drawn = torch.cuda.get_rng_state(self._device)
         try:
             # Threads that pin memory for the data may call CUDA meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                result = self._function(static)
+                result = self._function(*static)
         except RuntimeError as error:
             _release_generator(self._device, drawn)
             raise InputError(

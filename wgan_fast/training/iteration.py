@@ -19,6 +19,7 @@ from ..optim import ClippedRMSprop
 from ..precision import accumulation_dtype
 from . import models
 from .augment import augment, numbers
+from .conditional import ConditionalGenerator, ProjectionCritic
 from .config import TrainConfig
 from .distributed import Replicas
 from .graphed import GraphedCalls
@@ -130,20 +131,25 @@ class Iteration:
         if self.rng is not None:
             self.rng.manual_seed(stream_seed(self.config.seed, TRAINING))
 
-    def __call__(self, reals: Sequence[Tensor], *, stop: bool = False) -> IterationResult:
+    def __call__(
+        self, reals: Sequence[Tensor], labels: Sequence[Tensor] = (), *, stop: bool = False
+    ) -> IterationResult:
         """Run one iteration on ``n_critic`` batches ``[N, *D]`` of real samples.
 
         Args:
             reals: The batches; of N samples on each process.
+            labels: Of each batch the classes, ``[N]``, for conditional networks. A critic step's generated samples, and
+                so the interpolates, are of the same classes as its real ones, the generator step's of those of the last
+                batch.
             stop: Whether this process was asked to stop.
 
         Returns:
             The figures; the next call may overwrite them.
         """
         with self.arithmetic():
-            return self._iterate(reals, stop)
+            return self._iterate(reals, labels, stop)
 
-    def _iterate(self, reals: Sequence[Tensor], stop: bool) -> IterationResult:
+    def _iterate(self, reals: Sequence[Tensor], labels: Sequence[Tensor], stop: bool) -> IterationResult:
         self.step += 1
         if self.rng is not None:
             # What a layer draws for itself differs from process to process, and depends on nothing that was before.
@@ -151,20 +157,22 @@ class Iteration:
         self.critic_step.steps_taken = (self.step - 1) * self.n_critic
         self._set_learning_rates()
         if self._graphed is None:
-            return self._run(reals, stop)
+            return self._run(reals, labels, stop)
         assert self._decay is not None
         self._decay.fill_(self.decay)
         every = self.config.penalty.every if self.config.penalty else 1
-        figures: IterationResult = self._graphed(reals, key=self.critic_step.steps_taken % every)
+        key = self.critic_step.steps_taken % every
+        figures: IterationResult = self._graphed(reals, *((labels,) if labels else ()), key=key)
         return figures
 
-    def _run(self, reals: Sequence[Tensor], stop: bool = False) -> IterationResult:
+    def _run(self, reals: Sequence[Tensor], labels: Sequence[Tensor] = (), stop: bool = False) -> IterationResult:
         critic, generator = self._trained["critic"], self._trained["generator"]
         penalised = None
+        conditions: list[tuple[Tensor, ...]] = [(classes,) for classes in labels] or [()] * len(reals)
         # Before anything else is drawn, so that the order stays what it is where samples are generated ahead.
         reals = [self._changed(self.laid_out(real), "real", self._change_draws("real")) for real in reals]
-        for k, (real, (fake, alpha)) in enumerate(zip(reals, self._fakes(len(reals)))):
-            result = self.critic_step(real, fake, alpha)
+        for k, (real, condition, (fake, alpha)) in enumerate(zip(reals, conditions, self._fakes(conditions))):
+            result = self.critic_step(real, fake, alpha, critic_args=condition)
             result = CriticStepResult(*self.replicas.average_gradients("critic", critic, result))
             if self._penalises(k):
                 penalised = result
@@ -175,8 +183,9 @@ class Iteration:
             result = result._replace(penalty=penalised.penalty, gradient_norm=penalised.gradient_norm)
 
         with self._autocast():
-            fake = self.generator(self._noise()).to(self.dtype)
-            loss = self._generator_loss(self.critic(self._changed(fake, "fake", self._change_draws("fake"))))
+            fake = self.generator(self._noise(), *condition).to(self.dtype)
+            fake = self._changed(fake, "fake", self._change_draws("fake"))
+            loss = self._generator_loss(self.critic(fake, *condition))
         self.optimizers["generator"].zero_grad(set_to_none=True)
         # Names its parameters, so that the critic's own gradients are neither computed nor touched.
         loss.backward(inputs=generator)  # type: ignore[no-untyped-call]
@@ -188,22 +197,23 @@ class Iteration:
             update_ema_(self.ema, self.generator, self.decay if self._decay is None else self._decay)
         return IterationResult(result, loss, stopping)
 
-    def _fakes(self, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _fakes(self, conditions: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Draw generated samples, changed, and α for every critic step, in one order one by one and all at once."""
         if not self._ahead:
-            for k in range(count):
-                fake = self._generate(self._noise())
+            for k, condition in enumerate(conditions):
+                fake = self._generate(self._noise(), *condition)
                 yield self._changed(fake, "fake", self._change_draws("fake")), self._alpha(k)
             return
-        drawn = [(self._noise(), self._change_draws("fake"), self._alpha(k)) for k in range(count)]
-        fakes = self._generate(torch.cat([noise for noise, _, _ in drawn])).chunk(count)
+        drawn = [(self._noise(), self._change_draws("fake"), self._alpha(k)) for k in range(len(conditions))]
+        inputs = zip(*((noise, *condition) for (noise, _, _), condition in zip(drawn, conditions)))
+        fakes = self._generate(*map(torch.cat, inputs)).chunk(len(conditions))
         for fake, (_, draws, alpha) in zip(fakes, drawn):
             yield self._changed(fake, "fake", draws), alpha
 
     @torch.no_grad()
-    def _generate(self, noise: Tensor) -> Tensor:
+    def _generate(self, noise: Tensor, *condition: Tensor) -> Tensor:
         with self._autocast():
-            return self.laid_out(self.generator(noise))
+            return self.laid_out(self.generator(noise, *condition))
 
     def laid_out(self, samples: Tensor) -> Tensor:
         """Return samples as the critic takes them: of its dtype, and channels last where that is asked for."""
@@ -265,9 +275,12 @@ class Iteration:
         if self.device.type != "cpu":
             return True
         rows = len(range(self.batch_size)[self.replicas.rows(self.batch_size)])
-        return (
-            self.n_critic * rows * _largest_activation(self.generator, self.latent_dim, self.noise_dtype) <= AHEAD_BYTES
-        )
+        example = torch.zeros(1, self.latent_dim, dtype=self.noise_dtype), *self.condition(1)
+        return self.n_critic * rows * _largest_activation(self.generator, *example) <= AHEAD_BYTES
+
+    def condition(self, n: int) -> tuple[Tensor, ...]:
+        """Return what networks take besides ``n`` samples or as much noise: labels ``[n]``, here zeros, or nothing."""
+        return (torch.zeros(n, dtype=torch.int64, device=self.device),) if self.config.conditional else ()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.precision == "bf16":
@@ -404,6 +417,8 @@ def keeps_samples_apart(network: nn.Module) -> bool:
     """
     if "forward" in vars(network):
         return False
+    if type(network) is ConditionalGenerator:
+        return keeps_samples_apart(network.layers)
     if isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward:
         return all(keeps_samples_apart(layer) for layer in network)
     return type(network) in _PER_SAMPLE and not any(
@@ -413,18 +428,20 @@ def keeps_samples_apart(network: nn.Module) -> bool:
 
 def _draws_nothing(network: nn.Module) -> bool:
     """Whether a critic is known to draw no random numbers; one with layers of its own is not."""
-    return all(type(module) in _PER_SAMPLE or _forward(module) in _FORWARDS for module in network.modules())
+    return all(
+        type(module) in (*_PER_SAMPLE, nn.Embedding) or _forward(module) in _FORWARDS for module in network.modules()
+    )
 
 
 def _forward(module: nn.Module) -> object:
     return getattr(type(module), "forward", None)  # TorchScript's class has none
 
 
-_FORWARDS = {nn.Sequential.forward, models.Critic.forward, models.ResidualBlock.forward}
+_FORWARDS = {nn.Sequential.forward, models.Critic.forward, models.ResidualBlock.forward, ProjectionCritic.forward}
 """How containers run their layers that draw nothing themselves."""
 
 
-def _largest_activation(network: nn.Module, latent_dim: int, dtype: torch.dtype) -> int:
+def _largest_activation(network: nn.Module, *sample: Tensor) -> int:
     """Bytes of the largest output of a layer for one sample."""
     largest = 0
 
@@ -434,7 +451,7 @@ def _largest_activation(network: nn.Module, latent_dim: int, dtype: torch.dtype)
 
     handles = [layer.register_forward_hook(measure) for layer in network.modules()]
     with torch.no_grad():
-        network(torch.zeros(1, latent_dim, dtype=dtype))
+        network(*sample)
     for handle in handles:
         handle.remove()
     return largest

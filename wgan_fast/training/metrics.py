@@ -225,7 +225,9 @@ def mode_coverage(samples: _Samples, modes: _Samples, std: float) -> ModeCoverag
     )
 
 
-def wasserstein_estimate(critic: nn.Module, real: Tensor, fake: Tensor, batch_size: int = 256) -> float:
+def wasserstein_estimate(
+    critic: nn.Module, real: Tensor, fake: Tensor, batch_size: int = 256, *, labels: Tensor | None = None
+) -> float:
     """Return the critic's estimate of the Wasserstein distance, mean D(real) - mean D(fake).
 
     The critic runs in evaluation mode and without gradients; the modes of its modules are restored. For a critic
@@ -237,6 +239,7 @@ def wasserstein_estimate(critic: nn.Module, real: Tensor, fake: Tensor, batch_si
         real: Real samples, `[N, *D]`; moved to the critic's device, and floats to its dtype, batch by batch.
         fake: Generated samples, `[M, *D]`.
         batch_size: Samples per forward.
+        labels: For a critic that takes them: the classes of both, `[N]`, N being M then.
 
     Returns:
         The estimate.
@@ -252,15 +255,18 @@ def wasserstein_estimate(critic: nn.Module, real: Tensor, fake: Tensor, batch_si
     modes = [(module, module.training) for module in critic.modules()]
     critic.eval()
     try:
-        return _mean_score(critic, real, batch_size) - _mean_score(critic, fake, batch_size)
+        return _mean_score(critic, real, batch_size, labels) - _mean_score(critic, fake, batch_size, labels)
     finally:
         for module, training in modes:
             module.training = training
 
 
 @torch.no_grad()
-def _mean_score(critic: nn.Module, samples: Tensor, batch_size: int) -> float:
+def _mean_score(critic: nn.Module, samples: Tensor, batch_size: int, labels: Tensor | None) -> float:
     like = next((p for p in critic.parameters() if p.is_floating_point()), samples)
     dtype = like.dtype if samples.is_floating_point() else samples.dtype
-    scores = [critic(batch.to(like.device, dtype)).double() for batch in torch.split(samples, batch_size)]
+    further = [()] * len(samples) if labels is None else [(y,) for y in torch.split(labels.to(like.device), batch_size)]
+    scores = [
+        critic(batch.to(like.device, dtype), *y).double() for batch, y in zip(torch.split(samples, batch_size), further)
+    ]
     return float(torch.cat(scores).mean())

@@ -10,10 +10,12 @@ code published with it, with four deliberate differences:
 - The first batch norm of the CIFAR DCGAN generator is per channel, like the others, and not per unit.
 
 A generator maps `z` `[N, latent_dim]` to samples `[N, *D]`; a critic maps samples `[N, *D]` to one score each, `[N]`.
-Both are plain modules without data-dependent control flow, so that `torch.export` captures them.
+Both are plain modules without data-dependent control flow, so that `torch.export` captures them. `conditional` makes
+them take the class of a sample as well.
 """
 
 import importlib
+import inspect
 import math
 import os
 import sys
@@ -25,6 +27,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .conditional import ConditionalGenerator, ProjectionCritic
 from .weights import initialise
 
 _Shape = tuple[int, ...]
@@ -385,7 +388,7 @@ class ModelSpec:
     latent_dim: int | None
     width: int
     generator: Callable[[_Shape, int, int], Generator]
-    critic: Callable[[_Shape, int], nn.Module]
+    critic: Callable[[_Shape, int], Critic]
     init: str = "pytorch"
 
 
@@ -507,13 +510,14 @@ def build(
     width: int | None = None,
     init: str | None = None,
     bounded: bool = True,
+    num_classes: int | None = None,
 ) -> tuple[nn.Module, nn.Module]:
     """Make a generator and a critic for samples of one shape.
 
     Args:
         name: A key of `MODELS`, or `package.module:function` for networks of your own: the module is imported (the
-            current directory is put on `sys.path`, as `python -m` does) and `function(sample_shape)` must return
-            (generator, critic).
+            current directory is put on `sys.path`, as `python -m` does) and `function(sample_shape)`, or
+            `function(sample_shape, num_classes=...)`, must return (generator, critic).
         sample_shape: Shape of one sample, without the batch dimension, such as `(3, 32, 32)`.
         latent_dim: Length of the latent vector; None means the model's default. A generator of your own says it in
             its attribute `latent_dim`; where it does not, the value given here becomes that attribute.
@@ -522,6 +526,8 @@ def build(
         init: One of `weights.INITIALISATIONS`; see `weights.initialise`. None means the model's default.
         bounded: Whether samples lie in [-1, 1], as images do. For others a model of `MODELS` leaves out the tanh that
             it would end in.
+        num_classes: Makes them conditional: `generator(noise, labels)` and `critic(samples, labels)`, with labels `[N]`
+            int64. None means no labels.
 
     Returns:
         The generator, which takes `[N, latent_dim]`, and the critic, which takes `[N, *sample_shape]`.
@@ -538,7 +544,7 @@ def build(
     if ":" in name:
         if width is not None:
             raise InputError(f"width is for built-in models; {name!r} decides its own")
-        generator, critic = _build_own(name, shape, latent_dim)
+        generator, critic = _build_own(name, shape, latent_dim, num_classes)
         init = init or "pytorch"
     else:
         spec = MODELS.get(name)
@@ -548,16 +554,26 @@ def build(
             raise InputError(f"model {name!r} makes {spec.shapes}, not samples of shape {list(shape)}")
         latent_dim = latent_dim or spec.latent_dim or math.prod(shape)
         width = width or spec.width
-        generator, critic = spec.generator(shape, latent_dim, width), spec.critic(shape, width)
+
+        def make(length: int) -> Generator:
+            made = spec.generator(shape, length, width)
+            if not bounded and isinstance(made[-1], nn.Tanh):
+                del made[-1]
+            return made
+
+        generator = make(latent_dim) if num_classes is None else ConditionalGenerator(latent_dim, num_classes, make)
+        critic = spec.critic(shape, width)
+        if num_classes is not None:
+            critic = ProjectionCritic(critic, num_classes)
         init = init or spec.init
-        if not bounded and isinstance(generator[-1], nn.Tanh):
-            del generator[-1]
     initialise(generator, init)
     initialise(critic, init)
     return generator, critic
 
 
-def _build_own(name: str, shape: _Shape, latent_dim: int | None) -> tuple[nn.Module, nn.Module]:
+def _build_own(
+    name: str, shape: _Shape, latent_dim: int | None, num_classes: int | None
+) -> tuple[nn.Module, nn.Module]:
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -571,7 +587,11 @@ def _build_own(name: str, shape: _Shape, latent_dim: int | None) -> tuple[nn.Mod
     function = getattr(module, function_name, None)
     if not callable(function):
         raise InputError(f"model {name!r}: module {module_name!r} has no function {function_name!r}")
-    pair = function(shape)
+    if num_classes is None:
+        pair = function(shape)
+    else:
+        _check_takes_classes(name, function)
+        pair = function(shape, num_classes=num_classes)
     if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(m, nn.Module) for m in pair)):
         raise InputError(
             f"model {name!r}: the function must return a pair of nn.Modules (generator, critic), "
@@ -595,3 +615,13 @@ def folder_of(name: str) -> str | None:
         return None
     path = Path(file).resolve()
     return str(path.parents[module_name.count(".") + (path.stem == "__init__")])
+
+
+def _check_takes_classes(name: str, function: Callable[..., object]) -> None:
+    try:
+        inspect.signature(function).bind((), num_classes=1)
+    except TypeError as error:
+        raise InputError(
+            f"model {name!r} takes no labels: conditional training calls function(sample_shape, num_classes=K), for "
+            f"generator(noise, labels) and critic(samples, labels); {error}"
+        ) from error

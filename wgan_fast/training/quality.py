@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from . import metrics
-from .data import Data, Labels, Split
+from .data import Data, Labels
 from .files import write_atomically
 
 FEATURES = 64
@@ -36,7 +36,7 @@ COVERED = 0.1
 """A class is covered when its share of the generated samples is at least this much of its share of real ones."""
 
 _STEPS, _BATCH, _RATE = 600, 128, 2e-3  # of the classifier's training
-_MOST = 20_000  # samples that the classifier is trained on
+_MOST, _MOST_BYTES = 20_000, 2**30  # samples that the classifier is trained on
 _TRACKED = 2_000  # samples on each side of a tracked distance
 _RECIPE = f"1 {FEATURES} {_STEPS} {_BATCH} {_RATE}"  # part of the cache's key: another recipe is another classifier
 
@@ -175,6 +175,7 @@ class _Seen(NamedTuple):
     """What the classifier says about samples."""
 
     features: Tensor
+    classes: Tensor  # one a sample
     shares: Tensor  # of the classes
 
 
@@ -207,45 +208,52 @@ class Judge:
             seed: Chooses them. The classifier does not depend on it.
 
         Returns:
-            The judge; None where fewer than two samples would be left on a side.
+            The judge; None for what is no image, and where fewer than two samples would be left on a side.
 
         Raises:
             InputError: The labels are not as many as the samples.
         """
-        for split, their_labels in ((data.train, labels.train), (data.held_out, labels.held_out)):
-            if len(split) != len(their_labels):
-                raise InputError(f"there are {len(their_labels)} labels for {len(split)} samples of {data.name}")
+        labels.check(data)
+        if data.kind != "images":
+            return None
         unseen = min(len(data.held_out), len(data.train) // 4)
         compared = min(samples, unseen)
         if compared < 2:
             return None
-        rows = min(len(data.train), unseen + _MOST)
-        images, classes = data.train.take(rows), _take(labels.train, rows)
-        count = 1 + int(max(classes.max(), _take(labels.held_out, len(labels.held_out)).max()))
-        classifier = load_classifier(images[unseen:], classes[unseen:], count)
+        most = min(_MOST, _MOST_BYTES // (4 * math.prod(data.sample_shape)))
+        rows = min(len(data.train), unseen + most)
+        images, classes = data.train.take(rows), labels.train.take(rows)
+        classifier = load_classifier(images[unseen:], classes[unseen:], len(labels.names))
         held_out = data.held_out.take(compared, seed=seed)
-        right = _logits(classifier, held_out).argmax(1) == _take(labels.held_out, compared, seed)
+        right = _logits(classifier, held_out).argmax(1) == labels.held_out.take(compared, seed=seed)
         order = torch.randperm(unseen, generator=torch.Generator().manual_seed(seed))[:compared]
         return cls(classifier, float(right.double().mean()), held_out, images[:unseen][order])
 
-    def rate(self, fake: Tensor) -> dict[str, Any]:
+    def rate(self, fake: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
         """Compare generated samples with the held-out ones, and as many real ones with them as well.
 
         Args:
             fake: Generated samples, `[N, C, H, W]`; as many as there are real ones are used.
+            labels: The classes that they were asked to be of, `[N]`; None where none was.
 
         Returns:
             ``frechet_distance``, ``precision``, ``recall``, ``density``, ``coverage``, ``classes_covered`` and
             ``class_entropy`` (in nats); the distance with ``_floor`` and the others with ``_real`` behind it for what
-            the other real samples give; and ``classes``, ``classifier_accuracy`` and ``compared_samples``.
+            the other real samples give; and ``classes``, ``classifier_accuracy`` and ``compared_samples``. With
+            labels ``label_agreement`` too: the share of the samples that the classifier takes for what they were asked
+            to be, which for real ones is its accuracy.
         """
         n = min(len(fake), len(self.held_out))
         held_out, reference, generated = (
             self._see(samples[:n]) for samples in (self.held_out, self.reference, fake.float().cpu())
         )
         real, made = (self._compare(seen, held_out) for seen in (reference, generated))
+        agreement = {}
+        if labels is not None:
+            agreement["label_agreement"] = float((generated.classes == labels[:n].cpu()).double().mean())
         return {
             "compared_samples": n,
+            **agreement,
             "classifier_accuracy": self.accuracy,
             "classes": len(held_out.shares),
             **{
@@ -259,7 +267,8 @@ class Judge:
         with torch.no_grad():
             features = torch.cat([self.classifier.features(part) for part in torch.split(samples, 256)])
             predicted = self.classifier.head(F.relu(features)).argmax(1)
-        return _Seen(features, torch.bincount(predicted, minlength=self.classifier.head.out_features) / len(predicted))
+        counts = torch.bincount(predicted, minlength=self.classifier.head.out_features)
+        return _Seen(features, predicted, counts / len(predicted))
 
     def _compare(self, seen: _Seen, held_out: _Seen) -> dict[str, Any]:
         n = len(seen.features)
@@ -275,10 +284,6 @@ class Judge:
 _DISTANCE = "frechet_distance"
 
 
-def _take(labels: Split, n: int, seed: int = 0) -> Tensor:
-    return labels.take(n, seed=seed)[:, 0].long()
-
-
 @torch.no_grad()
 def _logits(classifier: Classifier, images: Tensor) -> Tensor:
     return torch.cat([classifier(part) for part in torch.split(images, 256)])
@@ -290,24 +295,27 @@ class Tracker(NamedTuple):
     Attributes:
         samples: How many generated samples it takes.
         rate: Takes them, `[samples, *sample_shape]` float32 on the CPU, and returns figures to log.
+        labels: The classes that the samples are to be of, `[samples]`; None where none is asked for.
     """
 
     samples: int
     rate: Callable[[Tensor], dict[str, Any]]
+    labels: Tensor | None = None
 
 
-def tracker(data: Data, labels: Labels | None, *, seed: int = 0) -> Tracker:
+def tracker(data: Data, labels: Labels | None, *, seed: int = 0, conditional: bool = False) -> Tracker:
     """Prepare to rate samples again and again, all against the same held-out ones.
 
     Args:
         data: What is trained on.
         labels: Its classes, or None.
         seed: Of the real samples and of the projections.
+        conditional: Whether the samples are generated of the classes of the held-out ones.
 
     Returns:
-        For images with classes a tracker that gives ``frechet_distance``, ``coverage`` and ``classes_covered``; for
-        toy mixtures ``sliced_wasserstein``, ``modes_covered`` and ``high_quality``; for everything else
-        ``sliced_wasserstein``.
+        For images with classes a tracker that gives ``frechet_distance``, ``coverage`` and ``classes_covered``, with
+        ``label_agreement`` where classes are asked for; for toy mixtures ``sliced_wasserstein``, ``modes_covered`` and
+        ``high_quality``; for everything else ``sliced_wasserstein``.
 
     Raises:
         InputError: Nothing was held out, or the labels are not as many as the samples.
@@ -315,14 +323,17 @@ def tracker(data: Data, labels: Labels | None, *, seed: int = 0) -> Tracker:
     if not len(data.held_out):
         raise InputError("track needs held-out samples to compare with: none were held out (holdout 0)")
     judge = None if labels is None else Judge.load(data, labels, samples=_TRACKED, seed=seed)
+    n = min(_TRACKED, len(data.held_out)) if judge is None else len(judge.held_out)
+    asked = labels.held_out.take(n, seed=seed) if labels is not None and conditional else None
     if judge is not None:
 
         def rate(fake: Tensor) -> dict[str, Any]:
-            rating = judge.rate(fake)
-            return {name: rating[name] for name in (_DISTANCE, "coverage", "classes_covered")}
+            rating = judge.rate(fake, asked)
+            tracked = (_DISTANCE, "coverage", "classes_covered", "label_agreement")
+            return {name: rating[name] for name in tracked if name in rating}
 
-        return Tracker(len(judge.held_out), rate)
-    held_out = data.held_out.take(min(_TRACKED, len(data.held_out)), seed=seed)
+        return Tracker(n, rate, asked)
+    held_out = data.held_out.take(n, seed=seed)
 
     def measure(fake: Tensor) -> dict[str, Any]:
         figures: dict[str, Any] = {"sliced_wasserstein": metrics.sliced_wasserstein(fake, held_out, seed=seed)}
@@ -331,4 +342,4 @@ def tracker(data: Data, labels: Labels | None, *, seed: int = 0) -> Tracker:
             figures |= {"modes_covered": coverage.covered, "high_quality": coverage.high_quality}
         return figures
 
-    return Tracker(len(held_out), measure)
+    return Tracker(n, measure, asked)

@@ -50,6 +50,7 @@ class Description:
         marks: Means of a few training samples, by which data that was moved is known again; empty for objects.
         model_folder: Where the module of networks of one's own was found.
         history: For every resumption that changed settings, its step and for each setting what it was and became.
+        classes: What the classes are called, by their index; none where the run is not conditional.
     """
 
     config: TrainConfig
@@ -59,27 +60,30 @@ class Description:
     marks: tuple[float, ...] = ()
     model_folder: str | None = None
     history: tuple[dict[str, Any], ...] = ()
+    classes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, config: TrainConfig, data: Data) -> Self:
+    def of(cls, config: TrainConfig, data: Data, classes: tuple[str, ...]) -> Self:
         """Describe a run on ``data``."""
         # Given as objects, both are given again on resuming; a Dataset may augment its samples.
         marks = () if config.model == OWN else _marks(data)
         samples = len(data.train), len(data.held_out)
-        return cls(config, data.sample_shape, data.kind, samples, marks, models.folder_of(config.model))
+        return cls(
+            config, data.sample_shape, data.kind, samples, marks, models.folder_of(config.model), classes=classes
+        )
 
     def changed(self, config: TrainConfig) -> dict[str, list[Any]]:
         """Return what each setting was that ``config`` changes, and what it becomes."""
         before, after = self.config.to_json(), config.to_json()
         return {name: [before[name], after[name]] for name in after if before[name] != after[name] and name != "out"}
 
-    def resumed(self, config: TrainConfig, data: Data, step: int) -> Self:
+    def resumed(self, config: TrainConfig, data: Data, step: int, classes: tuple[str, ...]) -> Self:
         """Describe what this run becomes after ``step``."""
         changed = self.changed(config)
         history = (*self.history, {"step": step, "changed": changed}) if changed else self.history
-        return dataclasses.replace(type(self).of(config, data), history=history)
+        return dataclasses.replace(type(self).of(config, data, classes), history=history)
 
-    def check(self, config: TrainConfig, data: Data) -> None:
+    def check(self, config: TrainConfig, data: Data, classes: tuple[str, ...]) -> None:
         """Raise unless a run may go on with this configuration and this data.
 
         Raises:
@@ -87,13 +91,13 @@ class Description:
         """
         # Resolved: a run of before the newest settings left them out.
         check_unchanged(self.config.resolved(self.sample_shape), config)
-        self.check_data(data, config.data)
+        self.check_data(data, config.data, classes)
 
-    def check_data(self, data: Data, source: str) -> None:
+    def check_data(self, data: Data, source: str, classes: tuple[str, ...]) -> None:
         """Raise unless ``data``, loaded from ``source``, looks like what the run was trained on.
 
         Raises:
-            InputError: The shape, the number or the values of samples differ.
+            InputError: The shape, the number or the values of samples differ, or the classes of a conditional run.
         """
         was = [list(self.sample_shape), *self.samples]
         now = [list(data.sample_shape), len(data.train), len(data.held_out)]
@@ -108,6 +112,11 @@ class Description:
             raise InputError(
                 f"data {source} is not what the run was trained on: as many samples of the same shape, with other "
                 "values; on other data its networks are trained with --init-from"
+            )
+        if self.classes and self.classes != classes:
+            raise InputError(
+                f"data {source} is not what the run was trained on: its classes were "
+                f"{listed(self.classes)}, they are now {listed(classes)}"
             )
 
     def find_model(self) -> None:
@@ -126,6 +135,7 @@ class Description:
             "marks": list(self.marks),
             "model_folder": self.model_folder,
             "history": list(self.history),
+            "classes": list(self.classes),
         }
         write_atomically(folder / CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode())
 
@@ -156,6 +166,7 @@ class Description:
                 tuple(values.get("marks", ())),
                 values.get("model_folder"),
                 tuple(values.get("history", ())),
+                tuple(values.get("classes", ())),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
@@ -235,7 +246,7 @@ class Run:
         place = resolve_device(device)
         config, state = description.config, checkpoint.state
         if generator is None or (critic is None and config.model != OWN):
-            named = build_networks(config, description.sample_shape, description.kind)
+            named = build_networks(config, description.sample_shape, description.kind, len(description.classes))
             generator = named[0] if generator is None else generator
             critic = named[1] if critic is None else critic
         load_module(generator, state["ema"] or state["generator"], "generator", checkpoint.path)
@@ -255,11 +266,17 @@ class Run:
             skipped=checkpoint.skipped,
         )
 
-    def sample(self, n: int, *, seed: int = 0) -> Tensor:
-        """Generate ``n`` samples ``[n, *sample_shape]`` on the CPU; the same for the same seed."""
-        return torch.cat(list(self.pieces(n, seed=seed)))
+    def sample(self, n: int, *, seed: int = 0, labels: Tensor | None = None) -> Tensor:
+        """Generate ``n`` samples ``[n, *sample_shape]`` on the CPU; the same for the same seed.
 
-    def pieces(self, n: int, *, seed: int = 0) -> Iterator[Tensor]:
+        Args:
+            n: How many.
+            seed: Of the noise, which labels leave as it is.
+            labels: Of a conditional run, the class of each, ``[n]``; by default those of ``labels(n)``.
+        """
+        return torch.cat(list(self.pieces(n, seed=seed, labels=labels)))
+
+    def pieces(self, n: int, *, seed: int = 0, labels: Tensor | None = None) -> Iterator[Tensor]:
         """Generate the samples of ``sample`` piece by piece, for more of them than fit in memory.
 
         Until the last piece is taken, the default generators are those of the samples.
@@ -271,9 +288,10 @@ class Run:
             raise InputError(f"n must be at least 1, got {n}")
         rng = noise_generator(seed)
         sizes = (min(PIECE, n - begin) for begin in range(0, n, PIECE))
-        return self._generate((torch.randn(size, self.latent_dim, generator=rng) for size in sizes), seed)
+        noise = (torch.randn(size, self.latent_dim, generator=rng) for size in sizes)
+        return self._generate(noise, self.condition(n, labels), seed)
 
-    def walk(self, stations: int, steps: int, *, seed: int = 0) -> Tensor:
+    def walk(self, stations: int, steps: int, *, seed: int = 0, labels: Tensor | None = None) -> Tensor:
         """Generate samples along a walk between random latents that ends where it begins.
 
         Gaussian noise of many dimensions lies near a sphere, and what lies within it a generator has seldom seen: the
@@ -283,21 +301,61 @@ class Run:
             stations: Latents to walk between, at least 2.
             steps: Samples from each of them on, itself included, to before the next one.
             seed: Of the latents.
+            labels: Of a conditional run, the class of each sample, ``[stations * steps]``.
 
         Returns:
             ``[stations * steps, *sample_shape]`` on the CPU.
         """
         latents = great_circles(draw_noise(stations, self.latent_dim, seed), steps)
-        return torch.cat(list(self._generate(torch.split(latents, PIECE), seed)))
+        condition = self.condition(len(latents), labels)
+        return torch.cat(list(self._generate(torch.split(latents, PIECE), condition, seed)))
 
-    def _generate(self, noise: Iterable[Tensor], seed: int) -> Iterator[Tensor]:
+    def _generate(self, noise: Iterable[Tensor], condition: tuple[Tensor, ...], seed: int) -> Iterator[Tensor]:
+        begin = 0
         with undisturbed(self.device, seed):
             for piece in noise:
-                yield generate(self.generator, piece.to(self.device)).cpu()
+                end = begin + len(piece)
+                yield generate(self.generator, piece.to(self.device), *(part[begin:end] for part in condition)).cpu()
+                begin = end
 
-    def score(self, samples: Tensor) -> Tensor:
-        """Rate samples ``[N, *sample_shape]`` with the critic; returns ``[N]`` float32 on the CPU."""
-        return generate(self._needed_critic(), samples.to(self.device)).reshape(-1).float().cpu()
+    def score(self, samples: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Rate samples ``[N, *sample_shape]`` with the critic; returns ``[N]`` float32 on the CPU.
+
+        Args:
+            samples: The samples.
+            labels: As in ``sample``.
+        """
+        condition = self.condition(len(samples), labels)
+        return generate(self._needed_critic(), samples.to(self.device), *condition).reshape(-1).float().cpu()
+
+    def labels(self, n: int, label: str | None = None) -> Tensor:
+        """Return labels ``[n]`` int64 for ``n`` samples of a conditional run.
+
+        Args:
+            n: How many.
+            label: The class of all of them, by its name, or by its index where no class has a number for a name. None
+                deals out all classes, as evenly as may be, class by class.
+
+        Raises:
+            InputError: There is no such class, or the run is not conditional.
+        """
+        names = self.description.classes
+        if not names:
+            raise InputError(f"label is for conditional runs, and {self.folder} was trained without --conditional")
+        if label is None:
+            return dealt(len(names), n)
+        if label in names:
+            return torch.full((n,), names.index(label))
+        numbered = any(name.isdecimal() for name in names)
+        if numbered or not label.isdecimal() or int(label) >= len(names):
+            raise InputError(f"label must be one of the classes {listed(names)}, got {label!r}")
+        return torch.full((n,), int(label))
+
+    def condition(self, n: int, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return what the networks take besides ``n`` samples or as much noise: labels on the device, or nothing."""
+        if not self.description.classes and labels is None:
+            return ()
+        return ((self.labels(n) if labels is None else labels).to(self.device),)
 
     def evaluate(self, *, samples: int = 2000, seed: int = 0, data: str | None = None) -> dict[str, Any]:
         """Measure the run against data that it did not train on.
@@ -322,17 +380,23 @@ class Run:
             config = dataclasses.replace(config, data=data)
         check_found(config)
         found = load_run_data(config)
-        self.description.check_data(found, config.data)
+        labels = load_labels(config.data, holdout=config.holdout, seed=config.seed)
+        self.description.check_data(found, config.data, labels.names if labels else ())
         if not len(found.held_out):
             raise InputError("this run held no data out (holdout 0): there is nothing to evaluate against")
-        held_out = found.held_out.take(min(samples, len(found.held_out), len(found.train)), seed=seed)
-        train = found.train.take(held_out.shape[0], seed=seed)
-        fake = self.sample(held_out.shape[0], seed=seed)
+        n = min(samples, len(found.held_out), len(found.train))
+        held_out, train = found.held_out.take(n, seed=seed), found.train.take(n, seed=seed)
+        theirs = trained = None
+        if labels and self.description.classes:
+            labels.check(found)
+            theirs, trained = labels.held_out.take(n, seed=seed), labels.train.take(n, seed=seed)
+        fake = self.sample(n, seed=seed, labels=theirs)
+        fake_of_train = fake if trained is None else self.sample(n, seed=seed, labels=trained)
         report: dict[str, Any] = {
             "step": self.step,
-            "samples": held_out.shape[0],
-            "wasserstein_held_out": metrics.wasserstein_estimate(critic, held_out, fake),
-            "wasserstein_train": metrics.wasserstein_estimate(critic, train, fake),
+            "samples": n,
+            "wasserstein_held_out": metrics.wasserstein_estimate(critic, held_out, fake, labels=theirs),
+            "wasserstein_train": metrics.wasserstein_estimate(critic, train, fake_of_train, labels=trained),
             "sliced_wasserstein": metrics.sliced_wasserstein(fake, held_out, seed=seed),
             "sliced_wasserstein_floor": metrics.sliced_wasserstein(train, held_out, seed=seed),
         }
@@ -344,16 +408,20 @@ class Run:
                 "modes": coverage.total,
                 "high_quality": coverage.high_quality,
             }
-        labels = load_labels(config.data, holdout=config.holdout, seed=config.seed)
         judge = None if labels is None else quality.Judge.load(found, labels, samples=samples, seed=seed)
         if judge is not None:
-            report |= judge.rate(fake)
+            report |= judge.rate(fake, theirs)
         return report
 
     def _needed_critic(self) -> nn.Module:
         if self.critic is None:
             raise InputError("this run was loaded without its critic: give Run.load the critic beside the generator")
         return self.critic
+
+
+def listed(classes: tuple[str, ...]) -> str:
+    """Name classes for a message, the first twenty of them."""
+    return ", ".join(classes[:20]) + f", ... ({len(classes)} in all)" * (len(classes) > 20)
 
 
 def check_unchanged(before: TrainConfig, after: TrainConfig) -> None:
@@ -414,14 +482,15 @@ def check_rebuildable(config: TrainConfig) -> None:
 
 
 def build_networks(
-    config: TrainConfig, sample_shape: tuple[int, ...], kind: str = "images"
+    config: TrainConfig, sample_shape: tuple[int, ...], kind: str = "images", num_classes: int = 0
 ) -> tuple[nn.Module, nn.Module]:
-    """Build the generator and the critic that a configuration names.
+    """Build the generator and the critic that a configuration names, which take labels if there are classes.
 
     Args:
         config: The configuration.
         sample_shape: Shape of one sample.
         kind: "images", which lie in [-1, 1], or "vectors", which need not.
+        num_classes: How many classes there are; 0 for networks without labels.
 
     Raises:
         InputError: The model is unknown, does not make such samples, or was given as objects.
@@ -435,6 +504,7 @@ def build_networks(
         width=config.width,
         init=config.init,
         bounded=kind == "images",
+        num_classes=num_classes or None,
     )
     if config.spectral_norm:
         spectral_norm(critic)
@@ -489,14 +559,23 @@ def great_circles(latents: Tensor, steps: int) -> Tensor:
     return (before * start + after * end).flatten(0, 1)
 
 
+def dealt(classes: int, n: int) -> Tensor:
+    """Deal out ``n`` labels ``[n]`` int64, class by class, as evenly as may be: the first ones where there are more."""
+    return torch.arange(n) * classes // max(n, classes)
+
+
 @torch.no_grad()
-def generate(network: nn.Module, inputs: Tensor, batch_size: int = PIECE) -> Tensor:
-    """Run a network in eval mode over ``inputs`` ``[N, *D]`` in pieces, and leave its mode as it was."""
+def generate(network: nn.Module, inputs: Tensor, *further: Tensor, batch_size: int = PIECE) -> Tensor:
+    """Run a network in eval mode over ``inputs`` ``[N, *D]`` in pieces, and leave its mode as it was.
+
+    ``further`` inputs, such as labels, go along row by row.
+    """
     training = network.training
     network.eval()
     try:
         inputs = inputs.to(next(network.parameters(), inputs).dtype)
-        return torch.cat([network(piece) for piece in torch.split(inputs, batch_size)])
+        pieces = zip(*(torch.split(tensor, batch_size) for tensor in (inputs, *further)))
+        return torch.cat([network(*piece) for piece in pieces])
     finally:
         network.train(training)
 

@@ -33,7 +33,7 @@ from .checkpoint import (
 from .concerns import concerns
 from .config import OWN, TrainConfig
 from .course import Course
-from .data import SOURCES, Data, Labels, Split, batches, load_data, load_labels
+from .data import PLACES, SOURCES, Data, Labels, Split, batches, has_labels, load_data, load_labels, split_labels
 from .distributed import Replicas
 from .divergence import DivergedError, LossWatch, advice
 from .files import as_path, write_atomically
@@ -51,6 +51,7 @@ from .run import (
     check_found,
     check_rebuildable,
     check_unchanged,
+    dealt,
     draw_noise,
     generate,
     latent_dim,
@@ -70,6 +71,9 @@ FIRST_LOOK = 30.0
 
 LOOKING = 0.02
 """Share of the time after that for which the curves are drawn anew."""
+
+CLASS_ROWS, PER_CLASS = 32, 8
+"""The pictures of conditional images: a row for each class, at most as many rows, and samples in a row."""
 
 HELD_OUT = 512
 """Held-out samples behind the held-out Wasserstein estimate, taken whenever a picture is written."""
@@ -122,7 +126,10 @@ class Trainer:
         critic: Maps samples to one score each, ``[N]`` or ``[N, 1]``.
         data: What ``load_data`` returns, or anything that it takes: a name, a path, an array, a Dataset.
         config: The run's settings. Its ``model``, ``width`` and ``init`` describe what is given here; with
-            ``spectral_norm``, which hinge has by default, the critic is normalised in place.
+            ``spectral_norm``, which hinge has by default, the critic is normalised in place. With ``conditional`` both
+            networks are called with labels ``[N]`` int64 as well.
+        labels: The class of every sample, ``[N]``, integers or strings: of data that is an array or a Dataset. Those of
+            a name or a path are found.
         callbacks: Are told what happens, in this order, and may stop training: see ``Callback``.
         loss: An adversarial loss of your own, ``AdversarialLoss(name, critic, generator)``, in place of the
             configuration's. Its functions get scores as the critic gives them; the penalty is the method's. A run is
@@ -145,14 +152,16 @@ class Trainer:
         data: Any,
         config: TrainConfig,
         *,
+        labels: Any = None,
         callbacks: Sequence[Callback] = (),
         loss: AdversarialLoss | None = None,
         optimizer: OptimizerFactory | None = None,
     ) -> None:
-        labels = None
+        if labels is not None and not isinstance(labels, Labels):
+            labels = split_labels(labels, holdout=config.holdout, seed=config.seed)
         if not isinstance(data, Data):
             _check_apart(config.out, data)
-            if config.track and isinstance(data, str | os.PathLike):
+            if labels is None and (config.track or config.conditional) and isinstance(data, str | os.PathLike):
                 labels = load_labels(data, holdout=config.holdout, seed=config.seed)
             data = load_data(
                 data,
@@ -198,11 +207,16 @@ class Trainer:
         if config.model == "auto":
             # Named in config.json, so that another version's choice changes no run.
             config = dataclasses.replace(config, model=models.default_model(data.sample_shape))
+        labels = None
+        if config.track or config.conditional:
+            labels = load_labels(config.data, holdout=config.holdout, seed=config.seed)
+        classes = _classes(data, labels, config)
         seed_everything(config.seed, NETWORKS)
-        generator, critic = build_networks(config, data.sample_shape, data.kind)
+        generator, critic = build_networks(config, data.sample_shape, data.kind, len(classes))
         trainer = cls.__new__(cls)
-        labels = load_labels(config.data, holdout=config.holdout, seed=config.seed) if config.track else None
         trainer._set_up(generator, critic, data, labels, config, callbacks)
+        if not config.conditional and has_labels(config.data):
+            trainer._note = f"{data.name} has labels, which this training does not use: --conditional does"
         return trainer
 
     @classmethod
@@ -263,6 +277,9 @@ class Trainer:
         self._replicas.check_shared(batch_size=batch_size, penalty_samples=config.penalty_samples)
         self.config = config
         self.data = data
+        self.classes = _classes(data, labels, config)
+        self._labels = labels.train if labels and self.classes else None
+        self._note = ""
         self.out = Path(config.out or "")
         self.device = self._replicas.device(resolve_device(config.device))
         if config.cuda_graph and self._replicas.world > 1:
@@ -270,7 +287,14 @@ class Trainer:
         self.latent_dim = latent_dim(generator, config)
         self.generator = generator.to(self.device)
         self.critic = critic.to(self.device)
-        check_networks(self.generator, self.critic, data.sample_shape, self.latent_dim, min(2, batch_size))
+        check_networks(
+            self.generator,
+            self.critic,
+            data.sample_shape,
+            self.latent_dim,
+            min(2, batch_size),
+            conditional=config.conditional,
+        )
         self._iteration = Iteration(
             self.generator, self.critic, config, self.latent_dim, self._replicas, loss=loss, optimizer=optimizer
         )
@@ -279,12 +303,18 @@ class Trainer:
         if config.init_from is not None and not _under_way(config):
             load_networks(config.init_from, data, self.generator, self.ema, self.critic)
         try_step(self._iteration, data.sample_shape, batch_size // self._replicas.world)
-        pictured = POINTS if data.kind == "vectors" and data.sample_shape in ((1,), (2,)) else GRID
+        pictured, self._columns = GRID, math.isqrt(GRID)
+        if data.kind == "vectors" and data.sample_shape in ((1,), (2,)):
+            pictured = POINTS
+        elif self.classes and data.kind == "images":
+            pictured, self._columns = min(len(self.classes), CLASS_ROWS) * PER_CLASS, PER_CLASS
         self._fixed_noise = draw_noise(pictured, self.latent_dim, config.seed).to(self.device)
+        self._fixed_labels = dealt(min(len(self.classes), CLASS_ROWS), pictured) if self.classes else None
         self._held_out = _some(data.held_out, HELD_OUT, config.seed)
+        self._held_out_labels = _some(labels.held_out, HELD_OUT, config.seed) if labels and self.classes else None
         self._tracker = None
         if config.track and (self._replicas.leads or not len(data.held_out)):
-            self._tracker = quality.tracker(data, labels, seed=config.seed)
+            self._tracker = quality.tracker(data, labels, seed=config.seed, conditional=config.conditional)
         self._before = config
         self._checkpoint: tuple[int, Path] | None = None
         self._begun = False
@@ -358,9 +388,10 @@ class Trainer:
         if checkpoint is not None:
             self._restore(checkpoint)
         if self._replicas.leads:
-            now = (
-                before.resumed(self.config, self.data, self.step) if before else Description.of(self.config, self.data)
-            )
+            if before is None:
+                now = Description.of(self.config, self.data, self.classes)
+            else:
+                now = before.resumed(self.config, self.data, self.step, self.classes)
             now.write(self.out)
         self._begun = True
         self.generator.train()
@@ -375,6 +406,8 @@ class Trainer:
             StopRequests() as stop,
             ProgressLine(self._course.steps, first, shown=self._replicas.leads) as progress,
         ):
+            if self._note and before is None:
+                progress.message(self._note)
             for skipped in checkpoint.skipped if checkpoint else ():
                 progress.message(f"passed over a damaged checkpoint: {skipped}")
             if checkpoint is not None:
@@ -429,21 +462,27 @@ class Trainer:
 
     def _train(self, progress: ProgressLine, log: MetricsLog, stop: StopRequests) -> None:
         config, iteration, course = self.config, self._iteration, self._course
-        reals = batches(
-            self.data.train,
-            iteration.batch_size,
-            seed=config.seed,
-            start=course.next_batch(self.step, iteration.batch_size),
-            device=self.device,
-            workers=config.workers,
-            part=self._replicas.rows(iteration.batch_size),
-            ahead=2 * iteration.n_critic,  # those of the next iteration too
+        # The same rows of both: a batch is decided by the number of samples, the seed and its index alone.
+        reals, labels = (
+            batches(
+                split,
+                iteration.batch_size,
+                seed=config.seed,
+                start=course.next_batch(self.step, iteration.batch_size),
+                device=self.device,
+                workers=config.workers,
+                part=self._replicas.rows(iteration.batch_size),
+                ahead=2 * iteration.n_critic,  # those of the next iteration too
+            )
+            if split is not None
+            else iter(())
+            for split in (self.data.train, self._labels)
         )
         logged, since = self.step, time.perf_counter()
         look = since + FIRST_LOOK
         while self.step < course.steps:
             batch = self._read(reals)
-            result = iteration(batch, stop=stop.signal is not None)
+            result = iteration(batch, self._read(labels), stop=stop.signal is not None)
             stop.nothing_to_save = False
             stopping = self._watch.put(self.step, result)
             self._tell("on_step", result)
@@ -483,7 +522,7 @@ class Trainer:
                 raise InterruptedTraining(message, stop.number)
 
     def _read(self, reals: Iterator[Tensor]) -> list[Tensor]:
-        """Read the real samples of one iteration before it begins: an error leaves nothing half done."""
+        """Read the real samples (or labels) of one iteration before it begins: an error leaves nothing half done."""
         try:
             return list(itertools.islice(reals, self._iteration.n_critic))
         except Exception as error:
@@ -515,10 +554,11 @@ class Trainer:
             figures["rewinds"] = self._iteration.rewinds
         if held_out and self._held_out is not None and self._replicas.leads:
             noise = draw_noise(self._held_out.shape[0], self.latent_dim, self.config.seed)
+            labels = self._held_out_labels
             with undisturbed(self.device, self.config.seed):
-                fake = generate(self.generator, noise.to(self.device))
+                fake = self._generate(self.generator, noise, labels)
                 real = self._held_out.to(fake)
-                figures["held_out_wasserstein"] = wasserstein_estimate(self.critic, real, fake)
+                figures["held_out_wasserstein"] = wasserstein_estimate(self.critic, real, fake, labels=labels)
         return figures
 
     def _rate(self, progress: ProgressLine) -> dict[str, Any]:
@@ -527,11 +567,15 @@ class Trainer:
             return {}
         noise = draw_noise(self._tracker.samples, self.latent_dim, self.config.seed)
         with undisturbed(self.device, self.config.seed):
-            fake = generate(self.ema or self.generator, noise.to(self.device)).float().cpu()
+            fake = self._generate(self.ema or self.generator, noise, self._tracker.labels).float().cpu()
             figures = self._tracker.rate(fake)
         said = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
         progress.message(f"step {self.step}: {said}")
         return figures
+
+    def _generate(self, generator: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
+        condition = () if labels is None else (labels.to(self.device),)
+        return generate(generator, noise.to(self.device), *condition)
 
     def _go_back(self, error: DivergedError, progress: ProgressLine) -> None:
         """Return to the last good checkpoint with half the learning rates.
@@ -564,12 +608,12 @@ class Trainer:
         path = self._grid_path(self.step)
         path.parent.mkdir(exist_ok=True)
         with undisturbed(self.device, self.config.seed):
-            samples = generate(self.ema or self.generator, self._fixed_noise).float().cpu()
+            samples = self._generate(self.ema or self.generator, self._fixed_noise, self._fixed_labels).float().cpu()
         if self.data.kind == "vectors" and self.data.sample_shape == (2,):
             real = self.data.train.take(min(samples.shape[0], len(self.data.train)), seed=self.config.seed)
             plots.save_scatter(samples, real, path, modes=self.data.modes)
         else:
-            plots.save_grid(samples, path, columns=math.isqrt(samples.shape[0]))
+            plots.save_grid(samples, path, columns=self._columns)
         self._tell("on_picture", samples, path)
 
     def _draw_curves(self, records: list[dict[str, Any]]) -> None:
@@ -638,7 +682,7 @@ class Trainer:
             yield
             return
         if resume:
-            Description.read(self.out).check(self.config, self.data)
+            Description.read(self.out).check(self.config, self.data, self.classes)
         elif self._named:
             self.out = make_new_folder(self.data.name, self.config.method)
             self.config = dataclasses.replace(self.config, out=self.out)
@@ -657,6 +701,22 @@ def _check_apart(out: Path | None, data: Any) -> None:
 def _under_way(config: TrainConfig) -> bool:
     """Whether a run has a checkpoint to go on from, so that what it began with does not matter any more."""
     return config.out is not None and has_checkpoint(config.out)
+
+
+def _classes(data: Data, labels: Labels | None, config: TrainConfig) -> tuple[str, ...]:
+    """Name the classes that a conditional run tells its networks; none where it is not conditional.
+
+    Raises:
+        InputError: It has none to tell, or not one a sample.
+    """
+    if not config.conditional:
+        return ()
+    if labels is None:
+        raise InputError(f"conditional needs labels, and none were found for {data.name}: {PLACES}")
+    labels.check(data)
+    if len(labels.names) < 2:
+        raise InputError(f"conditional needs two or more classes, and {data.name} has {labels.names[0]} alone")
+    return labels.names
 
 
 def _some(split: Split, n: int, seed: int) -> Tensor | None:

@@ -67,7 +67,7 @@ def _fan_in(layer: nn.Module) -> float:
 
 
 def spectral_norm(critic: nn.Module) -> nn.Module:
-    """Divide every linear and convolution weight by its largest singular value, in place.
+    """Divide every linear, convolution and embedding weight by its largest singular value, in place.
 
     The value is estimated by power iteration (Miyato et al. 2018, arXiv:1802.05957), one step per forward in
     training mode, with `torch.nn.utils.parametrizations.spectral_norm`; a weight that is computed already, by a
@@ -87,6 +87,6 @@ def spectral_norm(critic: nn.Module) -> nn.Module:
             raise InputError(
                 "spectral_norm must be False for a critic in TorchScript: norm its layers before scripting it"
             )
-        if isinstance(layer, _WEIGHTED) and "weight" in layer._parameters:
+        if isinstance(layer, (*_WEIGHTED, nn.Embedding)) and "weight" in layer._parameters:
             parametrizations.spectral_norm(layer)
     return critic

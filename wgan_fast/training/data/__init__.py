@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +21,24 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ...errors import InputError
-from .files import idx_images, idx_labels, labels_beside, path_data
+from .files import path_data
+from .labels import PLACES, Labels, has_labels, load_labels, split_labels
 from .named import PACKAGED, SOURCES, TOYS, packaged, toy_data
 from .samples import Items, Options, Source, dense, from_numpy, items_data, tensor_data, warn_of_scales
 from .splits import WHOLE, Data, Reading, Split, check_at_least, check_at_most_split
 
-__all__ = ["SOURCES", "Data", "Labels", "Split", "batches", "load_data", "load_labels"]
+__all__ = [
+    "PLACES",
+    "SOURCES",
+    "Data",
+    "Labels",
+    "Split",
+    "batches",
+    "has_labels",
+    "load_data",
+    "load_labels",
+    "split_labels",
+]
 
 
 def load_data(
@@ -103,47 +114,6 @@ def _load(source: Source, options: Options) -> Data:
     )
 
 
-class Labels(NamedTuple):
-    """The classes of a data set, as splits that draw the same rows as the samples' for the same number and seed."""
-
-    train: Split
-    held_out: Split
-
-
-def load_labels(source: str | os.PathLike[str], *, holdout: float = 0.1, seed: int = 0) -> Labels | None:
-    """Find the classes of a data set that `load_data` knows with the same settings.
-
-    Args:
-        source: What the samples were loaded from. "mnist5k" and "digits" have classes, and so have IDX files of
-            images beside which lies the file of their labels, as MNIST and Fashion-MNIST are distributed.
-        holdout: As in `load_data`.
-        seed: As in `load_data`.
-
-    Returns:
-        The labels, `[n, 1]` float32 when taken; None where the source has none.
-
-    Raises:
-        InputError: A file of labels cannot be read.
-    """
-    if source in PACKAGED:
-        return _split_labels(packaged(str(source))[1], holdout, seed)
-    path = Path(source).expanduser()
-    images = idx_images(path, "train") if path.is_dir() else path
-    file = labels_beside(images) if images and images.is_file() else None
-    if file is None:
-        return None
-    test_images = idx_images(path, "t10k") if path.is_dir() else None
-    test_file = test_images and labels_beside(test_images)
-    return _split_labels(idx_labels(file), holdout, seed, idx_labels(test_file) if test_file else None)
-
-
-def _split_labels(labels: Tensor, holdout: float, seed: int, test: Tensor | None = None) -> Labels:
-    # A set is split by the number of its samples and the seed alone, so that labels go where their samples go.
-    whole, set_apart = (labels, None) if test is None else (torch.cat((labels, test)), len(test))
-    data = tensor_data("labels", whole, Options(None, None, holdout, seed), set_apart)
-    return Labels(data.train, data.held_out)
-
-
 def batches(
     split: Split,
     batch_size: int,
@@ -174,7 +144,7 @@ def batches(
 
     Returns:
         An iterator over tensors `[N, *sample_shape]` (as many as `part` has), float32, on `device`: images in
-        [-1, 1], vectors as they come.
+        [-1, 1], vectors as they come; of labels `[N]` int64.
 
     Raises:
         InputError: for settings out of range, at once; for a file that cannot be read, when it is reached.

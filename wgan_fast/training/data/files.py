@@ -99,9 +99,9 @@ def labels_beside(images: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def idx_labels(path: Path) -> Tensor:
-    """Read labels as ``[N, 1]``."""
-    return torch.from_numpy(_read_idx(path, 1).astype(np.float32))[:, None]
+def idx_labels(path: Path) -> Array:
+    """Read labels as ``[N]``."""
+    return _read_idx(path, 1)
 
 
 def idx_images(folder: Path, part: str) -> Path | None:
@@ -206,8 +206,8 @@ def _is_run(folder: str) -> bool:
     return all(os.path.exists(os.path.join(folder, name)) for name in (CONFIG_FILE, LOCK_FILE))
 
 
-def _image_files(path: Path) -> list[Path]:
-    """Find the images below a folder, and warn of what else lies there.
+def image_files(path: Path) -> tuple[list[Path], list[str]]:
+    """Find the images below a folder, in the order of their samples, and say what else lies there.
 
     Links are followed, each folder once. Hidden files and folders are left out, and so are runs of training, whose
     pictures of samples would become data.
@@ -240,17 +240,17 @@ def _image_files(path: Path) -> list[Path]:
                     others[suffix or "without an ending"] += 1
     left_out = [f"{count} {suffix}" for suffix, count in sorted(others.items(), key=lambda item: (-item[1], item[0]))]
     left_out += sorted(passed)
+    return sorted(files), left_out
+
+
+def _folder_data(path: Path, options: Options) -> Data:
+    files, left_out = image_files(path)
     said = ", ".join(left_out[:8]) + ", ..." * (len(left_out) > 8)
     if not files:
         raise InputError(f"folder {path} holds no images and no IDX files" + f" (but {said})" * bool(said))
     if left_out:
         message = f"folder {path}: {len(files)} images; left out: {said}"
         warnings.warn(message, RuntimeWarning, stacklevel=users_level())
-    return sorted(files)
-
-
-def _folder_data(path: Path, options: Options) -> Data:
-    files = _image_files(path)
     size = options.image_size
     height, width = (size, size) if size else _common_size(files)
     shape = (options.channels or 3, height, width)

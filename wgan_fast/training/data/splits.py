@@ -148,7 +148,12 @@ def _index_batches(indices: Tensor, batch_size: int, seed: int, start: int, devi
 
 
 def _normalise(fresh: Tensor, divisor: float | None) -> Tensor:
-    """Return float32, for images in [-1, 1]; `fresh` belongs to the caller and may be overwritten."""
+    """Return float32, for images in [-1, 1]; `fresh` belongs to the caller and may be overwritten.
+
+    Labels, which are the only integers of 64 bits, stay as they are.
+    """
+    if fresh.dtype == torch.int64:
+        return fresh
     fresh = fresh.to(torch.float32)
     return fresh if divisor is None else fresh.div_(divisor).sub_(1)
 
