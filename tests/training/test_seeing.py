@@ -185,6 +185,7 @@ def test_a_learning_rate_of_ten_is_told_for_every_method_that_it_breaks(tmp_path
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+@pytest.mark.filterwarnings("ignore:.*standardise:RuntimeWarning")
 def test_healthy_runs_are_no_alarm_whatever_the_scale_of_the_data(tmp_path, method, scale):
     data = (np.random.default_rng(0).normal(size=(200, 3)) * scale + 3 * scale).astype(np.float32)
     config = TrainConfig(method=method, steps=30, batch_size=16, n_critic=2, engine="autograd", out=tmp_path / "run")

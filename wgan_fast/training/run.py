@@ -74,7 +74,8 @@ class Description:
 
     def changed(self, config: TrainConfig) -> dict[str, list[Any]]:
         """Return what each setting was that ``config`` changes, and what it becomes."""
-        before, after = self.config.to_json(), config.to_json()
+        # Resolved: a run of before the newest settings left them out.
+        before, after = self.config.resolved(self.sample_shape).to_json(), config.to_json()
         return {name: [before[name], after[name]] for name in after if before[name] != after[name] and name != "out"}
 
     def resumed(self, config: TrainConfig, data: Data, step: int, classes: tuple[str, ...]) -> Self:
