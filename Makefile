@@ -10,7 +10,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
 # one that sleeps at once wakes up 60 microseconds late for every operator.
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: help demo test test-slow test-oldest oldest-headers check bench bench-kernels report kernel-check wheel-test cuda-compile gpu sanitize clean
+.PHONY: help demo docs test test-slow test-oldest oldest-headers check bench bench-kernels report kernel-check wheel-test cuda-compile gpu sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## This list
@@ -45,6 +45,15 @@ TOGETHER := tests/ops tests/four_pass tests/engine tests/face tests/tables
 test: $(VENV)/integrations  ## The tests that take seconds each
 	$(BIN)/python -m pytest -m 'not slow' -n auto --dist loadfile $(TOGETHER)
 	$(BIN)/python -m pytest -m 'not slow' $(addprefix --ignore=,$(TOGETHER))
+
+# Material says at every start that MkDocs 2 will be another program: hence mkdocs<2.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/docs  ## This documentation as a site, in build/site
+	$(BIN)/mkdocs build --quiet --strict
+
+$(VENV)/docs: $(VENV)/package
+	$(BIN)/pip install --quiet -c constraints.txt mkdocs mkdocs-material 'mkdocstrings[python]'
+	touch $@
 
 test-slow: $(VENV)/package  ## The exhaustive tests
 	$(BIN)/python -m pytest -m slow

@@ -37,7 +37,7 @@ def clip_weights_(module_or_tensors: Weights, bound: float | tuple[float, float]
         ValueError: If the bound is not positive, not ordered or NaN, or a tensor's elements overlap in memory.
             Nothing was changed when either is raised.
 
-    Example:
+    Examples:
         >>> critic = torch.nn.Linear(3, 1)
         >>> all(p.abs().max() <= 0.01 for p in clip_weights_(critic, 0.01).parameters())
         True

@@ -48,7 +48,7 @@ class ClippedRMSprop(torch.optim.RMSprop):
         TypeError: If a parameter or a gradient is sparse or of another dtype, or ``clip`` is no number.
         ValueError: If an option is out of its range.
 
-    Example:
+    Examples:
         >>> critic = torch.nn.Linear(3, 1)
         >>> optimizer = ClippedRMSprop(critic.parameters(), clip=0.01)
         >>> critic(torch.ones(5, 3)).sum().backward()

@@ -145,11 +145,12 @@ def gradient_penalty(  # type: ignore[misc]
 
     Source: Gulrajani et al. 2017, arXiv:1704.00028, equation 3.
 
-    >>> critic = torch.nn.Linear(2, 1)
-    >>> real, fake = torch.zeros(8, 2), torch.ones(8, 2)
-    >>> penalty = gradient_penalty(critic, real, fake)
-    >>> torch.allclose(penalty, 10 * (critic.weight.norm() - 1) ** 2)
-    True
+    Examples:
+        >>> critic = torch.nn.Linear(2, 1)
+        >>> real, fake = torch.zeros(8, 2), torch.ones(8, 2)
+        >>> penalty = gradient_penalty(critic, real, fake)
+        >>> torch.allclose(penalty, 10 * (critic.weight.norm() - 1) ** 2)
+        True
     """
     return GradientPenalty(  # type: ignore[no-any-return]
         critic,
@@ -364,8 +365,9 @@ def penalty_from_gradient(
         TypeError: ``gradient`` is not a floating-point tensor.
         ValueError: A setting is out of range, or ``gradient`` has no rows or no features.
 
-    >>> penalty_from_gradient(torch.tensor([[3.0, 4.0]]), weight=10.0, target=1.0, one_sided=False)
-    tensor(160.)
+    Examples:
+        >>> penalty_from_gradient(torch.tensor([[3.0, 4.0]]), weight=10.0, target=1.0, one_sided=False)
+        tensor(160.)
     """
     PenaltyConfig(weight, target, one_sided)  # checks them
     check_floating("gradient", gradient)

@@ -152,9 +152,10 @@ def interpolate(
 
     Source: Gulrajani et al. 2017, arXiv:1704.00028, algorithm 1.
 
-    >>> interpolate(torch.ones(2, 3), torch.zeros(2, 3), torch.tensor([0.0, 0.25]))
-    tensor([[0.0000, 0.0000, 0.0000],
-            [0.2500, 0.2500, 0.2500]])
+    Examples:
+        >>> interpolate(torch.ones(2, 3), torch.zeros(2, 3), torch.tensor([0.0, 0.25]))
+        tensor([[0.0000, 0.0000, 0.0000],
+                [0.2500, 0.2500, 0.2500]])
     """
     check_samples(real, fake)
     check_generator(generator, real)

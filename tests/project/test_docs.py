@@ -13,10 +13,7 @@ from wgan_fast.training import TrainConfig, cli
 from wgan_fast.training.run import Description
 
 CHECKOUT = Path(__file__).parents[2]
-PAGES = [
-    f"docs/{name}.md"
-    for name in ("benchmarks", "distributed", "forms", "images", "kernels", "quality", "recipes", "samples", "scaling")
-]
+PAGES = sorted(f"docs/{path.name}" for path in CHECKOUT.glob("docs/*.md"))
 DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -44,6 +41,10 @@ def test_every_link_and_picture_of_the_project_is_there(name: str) -> None:
     local = [target.partition("#")[0] for target in targets if not re.match(r"https?:|#", target)]
     folder = (CHECKOUT / name).parent
     assert [target for target in local if not (folder / target).exists()] == []
+
+
+def test_every_document_is_in_the_navigation_of_the_site() -> None:
+    assert sorted(re.findall(r"(?<=: )(?:docs/)?\w+\.md$", read("mkdocs.yml"), re.MULTILINE)) == sorted(DOCUMENTS)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

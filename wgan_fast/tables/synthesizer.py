@@ -56,7 +56,7 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         history_: The loss of the critic and of the generator, the last ones of every epoch.
         n_iter_: Steps taken.
 
-    Example:
+    Examples:
         >>> import pandas
         >>> table = pandas.DataFrame({"job": ["nurse", "cook"] * 50, "pay": [12.5, 9.25, 13.0, 8.75] * 25})
         >>> made = TableSynthesizer(epochs=1, batch_size=50).fit(table).sample(3, where={"job": "nurse"})

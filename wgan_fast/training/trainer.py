@@ -141,8 +141,9 @@ class Trainer:
     Raises:
         InputError: Something does not fit: the message names it. Nothing has been written then.
 
-    >>> trainer = Trainer(generator, critic, images, TrainConfig(steps=1000))  # doctest: +SKIP
-    >>> print(trainer.fit())  # doctest: +SKIP
+    Examples:
+        >>> trainer = Trainer(generator, critic, images, TrainConfig(steps=1000))  # doctest: +SKIP
+        >>> print(trainer.fit())  # doctest: +SKIP
     """
 
     def __init__(
