@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import re
 import socket
 import subprocess
@@ -194,6 +195,70 @@ def test_path_lengths_even_out_what_a_style_changes(example):
         spreads.append(spread)
     assert spreads[1] < 0.95 * spreads[0]
     assert errors[1] < 1.1 * errors[0]
+
+
+def test_features_that_look_alike_read_digits_that_are_turned(example):
+    module = example("domain_adaptation", "sklearn")
+    torch.manual_seed(0)
+    labelled, others, test = module.domains()
+    seen = {image.numpy().tobytes() for image in (*module.turned(labelled[0]), *others)}
+    assert not seen & {image.numpy().tobytes() for image in test[0]}
+    alone, adapted = (module.accuracy(module.train(labelled, others, 250, weight), *test) for weight in (0.0, 0.1))
+    assert adapted > alone + 0.1  # 0.35 and 0.6
+
+
+def test_molecules_are_told_from_other_graphs(example):
+    module = example("molecules")
+    bonds, atoms = graphs = module.molecules(50)
+    assert module.valid(graphs).all()
+    assert torch.equal(bonds, bonds.transpose(1, 2))
+    assert module.measure(graphs, graphs)[::2] == (1.0, 0.0)  # valid, and none of them new
+    assert not module.valid(
+        (bonds, atoms.roll(1, 2))
+    ).any()  # nothing where carbon was, and an oxygen where nothing was
+
+
+def test_molecules_penalty_is_that_of_bonds_and_atoms_side_by_side(example):
+    module = example("molecules")
+    critic = module.Critic().double()
+    real, fake = (
+        tuple(part.double() for part in graphs) for graphs in (module.molecules(7), module.draw(module.Generator(), 7))
+    )
+    flat, flat_fake = (torch.cat([part.flatten(1) for part in graphs], 1) for graphs in (real, fake))
+    alpha, size = torch.rand(7).double(), real[0][0].numel()
+
+    def flat_critic(x):
+        return critic((x[:, :size].view_as(real[0]), x[:, size:].view_as(real[1])))
+
+    expected = gradient_penalty(flat_critic, flat, flat_fake, alpha=alpha, engine="autograd")
+    assert gradient_penalty(critic, real, fake, alpha=alpha).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_molecules_that_are_learned_are_valid(example):
+    module = example("molecules")
+    torch.manual_seed(0)
+    graphs = module.molecules(500)
+    untrained, trained = (module.measure(module.draw(module.train(graphs, steps)), graphs) for steps in (0, 80))
+    assert untrained[0] < 0.01
+    assert trained[0] > 0.1
+    assert trained[1] > 0.5
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    plt = pytest.importorskip("matplotlib.pyplot", reason="Matplotlib is not installed")
+    plt.switch_backend("agg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEPS", "5")
+    cells = json.loads((EXAMPLES / "first_minute.ipynb").read_text())["cells"]
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["summary"].steps == 5
+    assert [len(plt.figure(number).axes) for number in plt.get_fignums()] == [2, 60]
+    plt.close("all")
+    assert names["report"]["sliced_wasserstein"] > names["report"]["sliced_wasserstein_floor"]
 
 
 def test_every_example_is_tested():
