@@ -23,7 +23,7 @@ SHOWN = (
     "wgan_fast/reference.py",
 )
 FOLDERS = ("examples", "benchmarks/results/forms")
-PACKAGES = {"wgan_fast": "wgan_fast", "training": "wgan_fast.training", "tables": "wgan_fast.tables"}
+PACKAGES = ("wgan_fast", "wgan_fast.training", "wgan_fast.tables")
 LINK = re.compile(r"\]\(([^)#:\s]+)\)")
 
 
@@ -33,12 +33,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in sorted({path for pattern in SHOWN for path in ROOT.glob(pattern) if path.is_file()}):
         name = path.relative_to(ROOT).as_posix()
         if path.suffix in SOURCES:
-            page = f"# {path.name}\n\n{SOURCES[path.suffix](path)}\n"
-            site.append(File.generated(config, f"{name}.md", content=page))
+            site.append(File.generated(config, f"{name}.md", content=SOURCES[path.suffix](path)))
         else:
             site.append(File.generated(config, name, abs_src_path=str(path)))
     pages = {f"{folder}/index.md": contents(ROOT / folder) for folder in FOLDERS}
-    pages |= {f"api/{name}.md": api(package) for name, package in PACKAGES.items()}
+    pages |= {f"api/{package}.md": api(package) for package in PACKAGES}
     return Files([*site, *(File.generated(config, name, content=page) for name, page in pages.items())])
 
 
@@ -57,7 +56,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def code(path: Path) -> str:
     """Show a Python file."""
-    return f"```python\n{path.read_text()}```"
+    return f"# {path.name}\n\n```python\n{path.read_text()}```"
 
 
 def notebook(path: Path) -> str:
@@ -82,7 +81,7 @@ SOURCES = {".py": code, ".ipynb": notebook}
 def contents(folder: Path) -> str:
     """List a folder's files, with what each Python file says of itself."""
     lines = [f"# {folder.name}", ""]
-    for path in sorted(folder.iterdir()):
+    for path in sorted(filter(Path.is_file, folder.iterdir())):
         said = ast.get_docstring(ast.parse(path.read_text())) if path.suffix == ".py" else None
         lines.append(f"- [{path.name}]({path.name})" + (f": {said.splitlines()[0]}" if said else ""))
     return "\n".join(lines)

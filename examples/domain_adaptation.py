@@ -3,6 +3,9 @@
 Labels are used of upright digits alone, and turned ones without. The critic estimates the Wasserstein distance between
 the features of both, which the features learn to keep small: Shen et al. 2018 (WDGRL, arXiv:1707.01217).
 
+Of unseen turned digits 35% are read rightly without it, 69% with it (means of three seeds). It does not bridge any gap:
+negatives of the digits stay unread (0%), and MNIST's, made as small, are read no better (42% both ways; one seed each).
+
 python examples/domain_adaptation.py
 """
 
