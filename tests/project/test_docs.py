@@ -47,6 +47,11 @@ def test_every_document_is_in_the_navigation_of_the_site() -> None:
     assert sorted(re.findall(r"(?<=: )(?:docs/)?\w+\.md$", read("mkdocs.yml"), re.MULTILINE)) == sorted(DOCUMENTS)
 
 
+def test_examples_in_docstrings_are_a_section_which_the_site_shows_as_code() -> None:
+    sources = (CHECKOUT / "wgan_fast").rglob("*.py")
+    assert [path.name for path in sources if re.search(r"\n\n +>>> ", path.read_text())] == []
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_nothing_is_left_to_fill_in(name: str) -> None:
     assert re.findall(r"\{[A-Z_]+\}", read(name)) == []

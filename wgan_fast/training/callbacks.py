@@ -23,10 +23,11 @@ class Callback:
     its own, except that pictures are process 0's alone: let all of them stop at the same step, as figures that
     are the same everywhere decide it.
 
-    >>> class Patience(Callback):
-    ...     def on_log(self, trainer, record):
-    ...         if record["step"] >= 1000 and abs(record["wasserstein"]) < 0.01:
-    ...             trainer.stop()
+    Examples:
+        >>> class Patience(Callback):
+        ...     def on_log(self, trainer, record):
+        ...         if record["step"] >= 1000 and abs(record["wasserstein"]) < 0.01:
+        ...             trainer.stop()
     """
 
     def on_begin(self, trainer: "Trainer") -> None:
