@@ -342,7 +342,7 @@ def test_lazy_penalty_is_applied_at_every_kth_critic_step_with_k_times_the_weigh
     class Watched:
         code = ""
 
-        def __call__(self, real: Tensor, fake: Tensor, alpha: Tensor | None) -> Any:
+        def __call__(self, real: Tensor, fake: Tensor, alpha: Tensor | None, critic_args: tuple[()]) -> Any:
             truth = copy.deepcopy(step.critic)
             taken, result = step.steps_taken, step(real, fake, alpha)
             if alpha is not None:
