@@ -39,8 +39,8 @@ $(VENV)/integrations: $(VENV)/package
 	$(BIN)/pip install --quiet -c constraints.txt accelerate lightning
 	touch $@
 
-# What computes and no more runs on all cores; what starts processes or looks at the clock runs one after another.
-TOGETHER := tests/ops tests/four_pass tests/engine tests/face tests/tables
+# Files run on all cores; benchmarks, which look at the clock, and examples, which use all of them, one after another.
+TOGETHER := tests/ops tests/four_pass tests/engine tests/face tests/tables tests/training
 
 test: $(VENV)/integrations  ## The tests that take seconds each
 	$(BIN)/python -m pytest -m 'not slow' -n auto --dist loadfile $(TOGETHER)

@@ -108,9 +108,9 @@ class Seen:
         self.alone: list[Tensor] = []
         step = iteration.critic_step
 
-        def kept(real: Tensor, fake: Tensor, alpha: Tensor) -> object:
+        def kept(real: Tensor, fake: Tensor, alpha: Tensor, critic_args: tuple[()]) -> object:
             self.steps.append((real, fake))
-            return step(real, fake, alpha)
+            return step(real, fake, alpha, critic_args=critic_args)
 
         iteration.critic_step = kept
         critic.register_forward_pre_hook(lambda _, inputs: self.alone.append(inputs[0]))

@@ -45,17 +45,17 @@ class _LastBounded(TorchFunctionMode):
 
 
 @torch.no_grad()
-def last_bounded(network: nn.Module, inputs: Tensor) -> str | None:
+def last_bounded(network: nn.Module, *inputs: Tensor) -> str | None:
     """Name the bounded function, such as tanh, that a network ends in; None where it ends in no such.
 
     Args:
         network: Is left as it is: a copy runs.
-        inputs: A batch of its inputs.
+        inputs: A batch of each of its inputs.
     """
     bounded = _LastBounded()
     try:
         with bounded:
-            result = copy_of(network).eval()(inputs)
+            result = copy_of(network).eval()(*inputs)
     except Exception:  # What a copy, or the evaluation mode, cannot do is no reason to stop a run.
         return None
     return bounded.of(result)
@@ -64,8 +64,8 @@ def last_bounded(network: nn.Module, inputs: Tensor) -> str | None:
 def concerns(
     generator: nn.Module,
     critic: nn.Module,
-    noise: Tensor,
-    real: Tensor,
+    noise: tuple[Tensor, ...],
+    real: tuple[Tensor, ...],
     span: tuple[Tensor, Tensor],
     loss: str | None,
 ) -> list[str]:
@@ -74,13 +74,13 @@ def concerns(
     Args:
         generator: The generator.
         critic: The critic.
-        noise: A few inputs of the generator.
+        noise: A few inputs of the generator, labels beside the noise where it takes them.
         real: A few of the critic.
         span: The least and the greatest of many real values.
         loss: Name of the adversarial loss.
     """
     found = []
-    end = last_bounded(generator, noise)
+    end = last_bounded(generator, *noise)
     if end is not None:
         (low, high), (least, most) = RANGES[end], (value.item() for value in span)
         beyond = 0.01 * (high - low)
@@ -89,7 +89,7 @@ def concerns(
                 f"the generator ends in {end} and makes values in [{low:g}, {high:g}], but the data has {least:g} to "
                 f"{most:g}: it cannot reach them; scale the data, or leave {end} out"
             )
-    end = last_bounded(critic, real)
+    end = last_bounded(critic, *real)
     if end is not None and loss in RAW_SCORES:
         low, high = RANGES[end]
         found.append(

@@ -328,10 +328,12 @@ class Trainer:
         real = self._held_out if self._held_out is not None else _some(self.data.train, 64, self.config.seed)
         assert real is not None
         with undisturbed(self.device, self.config.seed):
+            labels = () if self._fixed_labels is None else (self._fixed_labels[:2].to(self.device),)
             noise = self._fixed_noise[:2].to(self._iteration.noise_dtype)
-            fake = generate(copy_of(self.generator), noise).cpu()
+            fake = generate(copy_of(self.generator), noise, *labels).cpu()
             few = self._iteration.laid_out(real[:2].to(self.device))
-            self._concerns = concerns(self.generator, self.critic, noise, few, real.aminmax(), self.config.loss)
+            inputs = {"noise": (noise, *labels), "real": (few, *(of[: len(few)] for of in labels))}
+            self._concerns = concerns(self.generator, self.critic, **inputs, span=real.aminmax(), loss=self.config.loss)
         size = max(1.0, *(samples.double().flatten(1).norm(dim=1).max().item() for samples in (real, fake)))
         self._watch = LossWatch(size, self.config.penalty.weight if self.config.penalty else 0.0)
         self._value = real.double().square().mean().sqrt().item()
