@@ -78,7 +78,7 @@ def test_documented_commands_are_taken(name: str, subcommands: set[str], monkeyp
     for command in (cli.Train, cli.Sample, cli.Evaluate, cli.Export, cli.Info, *on_tables):
         monkeypatch.setattr(command, "run", lambda self: taken.append(self))
     # The run that an example resumes or samples need not be there.
-    monkeypatch.setattr(cli, "is_run", lambda folder: folder.name.endswith("-ctgan"))
+    monkeypatch.setattr(cli, "is_table_run", lambda folder: folder.name.endswith("-ctgan"))
     monkeypatch.setattr(Description, "read", lambda folder: SimpleNamespace(config=TrainConfig()))
     commands = documented_commands(name)
     assert {arguments[0] for arguments in commands} == subcommands

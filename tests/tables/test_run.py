@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from tests.runs import ENVIRONMENT, command, newest_checkpoint, read_checkpoint, run_process, same_bits
-from wgan_fast.tables import TableSynthesizer
+from wgan_fast.tables import Preparation, TableSynthesizer, judgement
 from wgan_fast.tables import columns as columns_module
 from wgan_fast.training.cli import main
 
@@ -299,3 +299,41 @@ def test_help_of_train_for_a_table_explains_every_option(capsys: pytest.CaptureF
 def test_a_run_on_a_table_is_not_exported(trained: Path, refused: Refused) -> None:
     message = refused("export", trained)
     assert message.endswith("the run is on a table, which wgan_fast.tables.TableSynthesizer.load reads")
+
+
+def test_made_and_real_rows_are_compared_in_one_coding() -> None:
+    def table(a: int, b: int) -> pd.DataFrame:
+        return pd.DataFrame({"x": ["a"] * a + ["b"] * b})
+
+    columns = columns_module.columns_of(table(46, 44))
+    (real,) = judgement.views([table(8, 2)], columns)
+    (made,) = judgement.views([table(2, 8)], columns, like=real)
+    assert judgement.column_distances(made, real) == {0: pytest.approx(0.6)}
+    (other,) = judgement.views([table(2, 6).assign(x="c")], columns, like=real)
+    assert judgement.column_distances(other, real) == {0: pytest.approx(1.0)}
+
+
+def test_a_resumed_run_keeps_what_was_fitted(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    before = TableSynthesizer.load(tmp_path / "run").preparation_.state()
+
+    def fitted_anew(*args: Any, **options: Any) -> Any:
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr(Preparation, "fit", fitted_anew)
+    main(["train", "--resume", str(tmp_path / "run"), "--epochs", "3"])
+    assert TableSynthesizer.load(tmp_path / "run").preparation_.state() == before
+
+
+def test_rows_are_judged_by_all_of_what_was_held_out(workplace: Path) -> None:
+    table = people(400).sort_values("pay")
+    table.to_csv("sorted.csv", index=False)
+    main(["train", "--data", "sorted.csv", *QUICK, "--epochs", "1", "--holdout", "0.5", "--out", "run"])
+    main(["evaluate", "run", "--samples", "100"])
+    # 100 and 100 rows of one distribution are further apart than 0.28 once in a thousand times; half a column by 0.5.
+    assert json.loads(Path("run/evaluation.json").read_text())["columns"]["each"]["pay"]["floor"] < 0.28
+
+
+def test_a_table_is_learned_by_one_process(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "a table is learned by one process" in refused("train", "--data", "people.csv")

@@ -14,6 +14,7 @@ from runs import TINY, assert_same_run, config_of
 from torch import Tensor, nn
 
 from wgan_fast import CriticStep
+from wgan_fast.errors import InputError
 from wgan_fast.training import Run, TrainConfig, Trainer, quality
 from wgan_fast.training.cli import main
 from wgan_fast.training.conditional import ConditionalGenerator, ProjectionCritic
@@ -346,3 +347,24 @@ def test_run_does_not_go_on_with_other_classes(place: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         main(["train", "--resume", "run", "--steps", "2"])
     assert "its classes were ash, bone, coal, they are now bone, coal, soot" in capsys.readouterr().err
+
+
+def test_labels_that_do_not_fit_are_refused(place: Path) -> None:
+    main(["train", "--data", "set.npz", "--conditional", *SMALL, "--steps", "1", "--out", "run"])
+    main(["train", "--data", "set.npz", *SMALL, "--steps", "1", "--out", "plain"])
+    run, plain = Run.load("run"), Run.load("plain")
+    samples = run.sample(4)
+    for labels in (torch.zeros(3, dtype=torch.int64), torch.full((4,), 3), torch.full((4,), -1), torch.zeros(4)):
+        with pytest.raises(InputError, match="labels must be 4 integers from 0 to 2, one a sample"):
+            run.score(samples, labels)
+    with pytest.raises(InputError, match="this run is not conditional"):
+        plain.score(plain.sample(4), torch.zeros(4, dtype=torch.int64))
+
+
+def test_networks_of_other_classes_are_no_beginning(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--data", "set.npz", "--conditional", *SMALL, "--steps", "1", "--out", "run"])
+    pixels, names = greys()
+    np.savez(place / "other.npz", images=pixels, y=np.char.replace(names.astype(str), "ash", "dust"))
+    with pytest.raises(SystemExit):
+        main(["train", "--data", "other.npz", "--conditional", *SMALL, "--steps", "1", "--init-from", "run"])
+    assert "is conditional on classes ash, bone, coal; here they are bone, coal, dust" in capsys.readouterr().err

@@ -88,6 +88,12 @@ def test_autograd_and_networks_of_ones_own_are_said(tmp_path, capfd):
     assert "weights in [-0.01, 0.01]" in error
 
 
+def test_a_line_that_goes_back_goes_on() -> None:
+    with ProgressLine(10, 4) as line:
+        for step in (5, 6, 7, 5, 6, 3, 4):
+            line.advance(step, {})
+
+
 def test_the_rest_is_estimated_from_the_steps_after_the_first(monkeypatch, capfd):
     now = 0.0
     monkeypatch.setattr("wgan_fast.training.log.time.monotonic", lambda: now)

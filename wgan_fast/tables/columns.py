@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import InputError
+from ..training.files import written_atomically
 from .config import SUFFIXES
 
 Kind = Literal["number", "integer", "category", "yes/no", "date", "constant", "identifier"]
@@ -26,6 +27,7 @@ WORDS = 40
 LEAST_ROWS = 10
 SURE = 20
 """Repetitions that are expected of integers, from which on it is no accident that there is none."""
+_PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zip": "zip", ".zst": "zstd"}
 IN_MEMORY = 4
 """Bytes that a byte of a file takes, about, once it is read."""
 _STRICT: dict[str, Any] = {"index_col": False, "low_memory": False}
@@ -151,25 +153,27 @@ def write_table(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
     kind = next((s.lower() for s in reversed(path.suffixes) if s.lower() in SUFFIXES), None)
     if kind is None:
         raise InputError(f"out must end in {', '.join(SUFFIXES)}, got {path}")
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
 
     def write(table: pd.DataFrame) -> None:
-        if kind == ".parquet":
-            table.to_parquet(temporary, index=False)
-        else:
-            table.to_csv(temporary, index=False, sep="\t" if kind == ".tsv" else ",")
-        temporary.replace(path)
+        with written_atomically(path) as file:
+            if kind == ".parquet":
+                table.to_parquet(file, index=False)
+            else:
+                packed: Any = _PACKED.get(path.suffix.lower())
+                table.to_csv(file, index=False, sep="\t" if kind == ".tsv" else ",", compression=packed, mode="wb")
 
     try:
+        if kind == ".parquet":
+            import pyarrow  # noqa: F401
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
+        path.with_name(f".{path.name}.tmp").open("wb").close()
         yield write
     except ImportError:
         raise InputError(f"out {path} cannot be written: .parquet needs pip install pyarrow") from None
     except OSError as error:
         raise InputError(f"out {path} cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
 
 
 def _drawn(parts: Iterable[pd.DataFrame], rows: int, seed: int) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from ..errors import InputError
-from ..training.files import write_atomically
+from ..training.files import as_path, write_atomically
 from .config import TableConfig, pairs
 
 Several = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -29,9 +29,12 @@ class TrainTable(TableConfig):
     def run(self) -> None:
         """Train and print the summary."""
         _check_installed()
+        from ..training.distributed import launched
         from .run import TableRun
 
-        if self.resume is not None and self.out != self.resume:
+        if launched():
+            raise InputError("a table is learned by one process: leave torchrun out")
+        if self.resume is not None and self.out != as_path(self.resume):
             raise InputError(f"out is the resumed folder {self.resume}, got {self.out}: give --resume alone")
         config = TableConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TableConfig)})
         summary = TableRun(config, resume=self.resume is not None).fit()

@@ -112,7 +112,7 @@ def is_table(data: str) -> bool:
     return any(suffix.lower() in SUFFIXES for suffix in Path(data).suffixes)
 
 
-def is_run(folder: Path) -> bool:
+def is_table_run(folder: Path) -> bool:
     """Say whether a folder holds a run on a table."""
     try:
         return bool(json.loads((folder / "config.json").read_text())["kind"] == "table")

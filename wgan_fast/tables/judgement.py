@@ -16,7 +16,6 @@ MOST_ROWS = 50_000
 """Of the training rows, among which the closest record is looked for, and on which a model is trained."""
 MOST_LEVELS = 50
 """Categories that are told apart in pairs and by a model; the others are one."""
-MISSING = "(missing)"
 Array = np.ndarray[Any, Any]
 
 
@@ -27,13 +26,13 @@ class View:
     Attributes:
         numbers: Numbers, integers and dates by their position, float64 ``[N]``, NaN for what is missing.
         codes: Categories by their position, int64 ``[N]``.
-        levels: What the codes of a column stand for.
+        levels: What the codes of a column stand for, as ``key`` tells them apart; None for what is missing.
         names: Of all columns, as text.
     """
 
     numbers: dict[int, Array]
     codes: dict[int, Array]
-    levels: dict[int, list[str]]
+    levels: dict[int, list[tuple[str, Any] | None]]
     names: dict[int, str]
 
     def __len__(self) -> int:
@@ -51,8 +50,14 @@ class View:
         return self.take(np.random.default_rng(seed).choice(len(self), n, replace=False))
 
 
-def views(tables: Sequence[pd.DataFrame], columns: Sequence[Column]) -> list[View]:
-    """Return tables of the same columns as arrays; the tables may lack the identifiers, as made ones do."""
+def views(tables: Sequence[pd.DataFrame], columns: Sequence[Column], like: View | None = None) -> list[View]:
+    """Return tables of the same columns as arrays of one coding.
+
+    Args:
+        tables: They may lack the identifiers, as made ones do.
+        columns: Of the tables.
+        like: Whose codes mean the same; None numbers the categories by how frequent they are.
+    """
     made = [View({}, {}, {}, {}) for _ in tables]
     for i, column in enumerate(columns):
         if column.kind in ("identifier", "constant"):
@@ -65,11 +70,12 @@ def views(tables: Sequence[pd.DataFrame], columns: Sequence[Column]) -> list[Vie
                 view.numbers[i] = _floats(values)
             continue
         keys = [[None if gone else key(plain(v)) for v, gone in zip(s.astype(object), s.isna())] for s in series]
-        ordered = [k for k, _ in Counter(itertools.chain(*keys)).most_common()]
+        frequent = (k for k, _ in Counter(itertools.chain(*keys)).most_common())
+        ordered = list(dict.fromkeys([*(like.levels[i] if like else ()), *frequent]))
         position = {k: n for n, k in enumerate(ordered)}
         for view, found in zip(made, keys):
             view.codes[i] = np.array([position[k] for k in found], dtype=np.int64)
-            view.levels[i] = [MISSING if k is None else str(k[1]) for k in ordered]
+            view.levels[i] = ordered
     return made
 
 
@@ -82,7 +88,7 @@ def judge(
     target: Any = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compare made rows with real ones that were not learned from. Ten times as many rows halve the floors thrice.
+    """Compare made rows with real ones that were not learned from. Of a hundred times as many floors are a tenth.
 
     Args:
         made: Rows that were made.

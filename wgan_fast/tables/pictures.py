@@ -5,9 +5,7 @@ import os
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.ticker import MaxNLocator
 
 from ..training.plots import _BLUE as BLUE
@@ -45,7 +43,9 @@ def save_marginals(
         axes.set_axis_off()
     for axes, i in zip(grid.flat, shown):
         if i in real.codes:
-            _bars(axes, made.codes[i], real.codes[i], real.levels[i])
+            # Of the same coding; the made ones may have levels that the real ones lack.
+            levels = max(real.levels[i], made.levels[i], key=len)
+            _bars(axes, made.codes[i], real.codes[i], ["(missing)" if k is None else str(k[1]) for k in levels])
         else:
             _histograms(axes, made.numbers[i], real.numbers[i], date=i in dates)
         axes.set_title(f"{_short(real.names[i], 20)}  {distances[i]:.2f}", fontsize=8, loc="left")
@@ -93,10 +93,9 @@ def _histograms(axes: Axes, made: Any, real: Any, *, date: bool) -> None:
     edges = np.linspace(low, high, 31)
     shares = [np.histogram(side, edges)[0] / max(len(side), 1) for side in values]
     if date:
-        edges = pd.to_datetime(edges, unit="s").to_numpy()
-        locator = AutoDateLocator(minticks=3, maxticks=6)  # type: ignore[no-untyped-call]
-        axes.xaxis.set_major_locator(locator)
-        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
+        ends = np.array([low, high]).astype("datetime64[s]").astype(str)
+        # Within two days it is the hour that tells.
+        axes.set_xticks([low, high], [end[11:16] if high - low < 172_800 else end[:10] for end in ends])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.stairs(shares[0], edges, fill=True, color=GREY, alpha=0.6)

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import DivergenceError, InputError
 from ..training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from ..training.files import write_atomically
+from ..training.files import as_path, write_atomically
 from ..training.folder import held, make_folder, make_new_folder
 from ..training.log import Board, MetricsLog, ProgressLine
 from ..training.plots import save_curves
@@ -29,6 +29,8 @@ from .preparation import Preparation
 from .synthesizer import TableSynthesizer
 from .training import StepResult
 
+FIRST_LOOK, LOOKING = 30.0, 0.05
+"""Seconds until there are pictures, and the share of the time that goes into drawing them anew."""
 RATED = 2_000
 """Rows that are compared with held-out ones whenever a checkpoint is written."""
 
@@ -70,7 +72,7 @@ class TableRun:
     def __init__(self, config: TableConfig, *, resume: bool = False) -> None:
         device = str(resolve_device(config.device))
         if resume:
-            TableConfig.read(Path(config.out or "")).check_unchanged(config)
+            TableConfig.read(as_path(config.out or "")).check_unchanged(config)
         config = dataclasses.replace(config, data=str(Path(config.data).expanduser().resolve()))
         self.config, self.resume = config, resume
         self.train, self.held_out, columns, self.digest = _split(config)
@@ -89,12 +91,17 @@ class TableRun:
             device=device,
             seed=config.seed,
         )
+        # Nothing here draws from NumPy's and Python's generators; a checkpoint holds them.
         seed_everything(config.seed, TRAINING)
-        self.training = self.synthesizer.begin(self.train, columns)
+        # What was fitted goes on, whatever would be fitted now.
+        before = load_checkpoint(as_path(config.out or "")) if resume else None
+        prepared = None if before is None else Preparation.of_state(before.state["preparation"])
+        self.training = self.synthesizer.begin(self.train, columns, prepared)
         self.steps = config.epochs * self.training.steps_per_epoch
         of_train, of_held_out = judgement.views((self.train, self.held_out), columns)
         self._real = (of_held_out if len(self.held_out) else of_train).some(RATED, config.seed)
         self._checkpoint: Path | None = None
+        self._look = FIRST_LOOK
 
     def fit(self) -> Summary:
         """Train to the last epoch. Ctrl-C and SIGTERM end training after the step that is under way, with a checkpoint.
@@ -156,21 +163,18 @@ class TableRun:
                 if saving:
                     log.sync()
                     self._save()
+                if asked or time.perf_counter() - started > self._look:
+                    self._draw(log.records, started)
                 if asked and not last:
                     way = way_on(self.out)
                     raise InterruptedTraining(f"stopped after step {training.step} of {self.steps}; {way}", stop.number)
             seconds = time.perf_counter() - started
-        if log.records:
-            save_curves(
-                log.records, self.out / "curves.png", title=f"ctgan on {Path(self.config.data).name}", target=1.0
-            )
-        self._save_pictures()
-        if self._checkpoint is None:
-            self._save()
+        self._draw(log.records, started)
         assert self._checkpoint is not None
         speed = (training.step - first) * training.batch_size / seconds
         summary = Summary(self.out, training.step, seconds, speed, self._checkpoint)
-        write_atomically(self.out / "summary.txt", f"{summary}\n".encode())
+        if training.step > first or not (self.out / "summary.txt").exists():
+            write_atomically(self.out / "summary.txt", f"{summary}\n".encode())
         return summary
 
     def _figures(self, result: StepResult, rows_per_second: float) -> dict[str, Any]:
@@ -204,18 +208,25 @@ class TableRun:
             self.synthesizer.generator_.eval()
             rows = self.synthesizer.sample(n)
             self.synthesizer.generator_.train()
-        return judgement.views((self.train, rows), self.synthesizer.preparation_.columns)[1]
+        return judgement.views((rows,), self.synthesizer.preparation_.columns, like=self._real)[0]
 
     def _save(self) -> None:
         state = {**self.synthesizer.state(), "training": self.training.state()}
         self._checkpoint = save_checkpoint(self.out, self.training.step, state, keep=self.config.keep)
 
-    def _save_pictures(self) -> None:
+    def _draw(self, records: list[dict[str, Any]], started: float) -> None:
+        """Draw curves and rows; the next time so late that drawing stays a small share of the time."""
+        began = time.perf_counter()
+        if records:
+            title = f"ctgan on {Path(self.config.data).name}"
+            save_curves(records, self.out / "curves.png", title=title, target=1.0)
         columns = self.synthesizer.preparation_.columns
         dates = frozenset(i for i, column in enumerate(columns) if column.kind == "date")
         made = self._view(len(self._real))
         pictures.save_marginals(made, self._real, self.out / "marginals.png", dates=dates)
         pictures.save_associations(made, self._real, self.out / "associations.png")
+        now = time.perf_counter()
+        self._look = now - started + max(FIRST_LOOK, (now - began) / LOOKING)
 
     def _kept(self) -> str:
         if self._checkpoint is None:
@@ -241,7 +252,8 @@ def evaluate(
     if len(held_out) < 2:
         raise InputError("this run held no rows out (holdout 0): there is nothing to evaluate against")
     made = synthesizer.sample(min(samples, len(held_out)), seed=seed)
-    report = judgement.judge(made, train, held_out.iloc[:samples], columns=columns, target=target, seed=seed)
+    held_out = held_out.sample(min(samples, len(held_out)), random_state=seed)
+    report = judgement.judge(made, train, held_out, columns=columns, target=target, seed=seed)
     return {"step": synthesizer.n_iter_, **report}
 
 

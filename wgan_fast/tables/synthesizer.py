@@ -114,12 +114,18 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
             raise
         return self
 
-    def begin(self, table: pd.DataFrame, columns: Sequence[Column] | None = None) -> Training:
+    def begin(
+        self,
+        table: pd.DataFrame,
+        columns: Sequence[Column] | None = None,
+        preparation: Preparation | None = None,
+    ) -> Training:
         """Prepare a table and build networks: what ``fit`` does before its first step. Seeds PyTorch's generators.
 
         Args:
             table: To learn.
             columns: Of it, where they are known of a table that it is a part of.
+            preparation: That was fitted to it before; None fits one.
 
         Raises:
             InputError: As ``fit``.
@@ -128,7 +134,9 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
             raise InputError(f"a table is a pandas.DataFrame, got {type(table).__name__}")
         self._check_options()
         rows = min(self.batch_size, len(table))
-        self.preparation_ = Preparation.fit(table, self.kinds, columns=columns, numbers=self.numbers, seed=self.seed)
+        self.preparation_ = preparation or Preparation.fit(
+            table, self.kinds, columns=columns, numbers=self.numbers, seed=self.seed
+        )
         if (N := rows // self.group_size * self.group_size) == 0:
             raise InputError(f"a batch of {rows} rows has no group of {self.group_size}")
         values, choices = map(torch.from_numpy, self.preparation_.coded(table, seed=self.seed, dtype=np.float32))

@@ -43,7 +43,7 @@ class Callback:
         """Act on samples ``[N, *D]``, float32 on the CPU, that were drawn into the PNG file at ``path``."""
 
     def on_checkpoint(self, trainer: "Trainer", path: Path) -> None:
-        """Act on a checkpoint, whose safetensors file ``path`` is."""
+        """Act on a checkpoint, whose safetensors file ``path`` is; process 0 writes it, and the others do not wait."""
 
     def on_end(self, trainer: "Trainer", error: BaseException | None) -> None:
         """Act when ``fit`` is over: without an error at its end or by ``stop``, else with what interrupted it."""

@@ -28,7 +28,7 @@ except ImportError as missing:
     sys.exit(f"wgan-fast: {missing}; the command line needs pip install 'wgan_fast[train]'")
 
 from ..tables.commands import EvaluateTable, SampleTable, TrainTable
-from ..tables.config import is_run, is_table
+from ..tables.config import is_table, is_table_run
 
 # What a command needs besides is imported when it runs: a question, or a mistake, is answered before PyTorch is there.
 if TYPE_CHECKING:
@@ -379,9 +379,12 @@ def _commands(arguments: list[str]) -> Any:
 
 
 def _on_table(arguments: list[str]) -> bool:
-    folder = _option(arguments, "--resume") if arguments[:1] == ["train"] else None
-    given = [*arguments[1:], folder or ""]
-    return any(is_run(Path(argument)) for argument in given) or is_table(_option(arguments, "--data") or "")
+    """Whether a command is about a table: the one that it trains on, or that of the run that it is given."""
+    if arguments[:1] != ["train"]:
+        return any(is_table_run(as_path(argument)) for argument in arguments[1:])
+    if (resumed := _option(arguments, "--resume")) is not None:
+        return is_table_run(as_path(resumed))
+    return is_table(_option(arguments, "--data") or "")
 
 
 def _defaults(arguments: list[str]) -> Train:

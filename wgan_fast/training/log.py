@@ -177,7 +177,8 @@ class ProgressLine:
             text = f"{epoch}{speed:.0f} {self._unit}/s  Wasserstein {_number(figures['wasserstein'])}"
         self._live.update(self._task, completed=step, figures=text)
         now = time.monotonic()
-        if self._start is None:  # The first step plans and compiles, and tells nothing of those after it.
+        # The first step plans and compiles, and tells nothing of those after it; training may have gone back before it.
+        if self._start is None or step <= self._start[0]:
             self._start = step, now
             return
         first, started = self._start

@@ -27,7 +27,7 @@ try:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
     from PIL import Image, ImageDraw, ImageFont
 
-    from .signals import SLICES, are_waveforms, draw_waveforms, slices
+    from .waveforms import SLICES, are_waveforms, draw_waveforms, slices
 except ImportError as error:
     raise ImportError("wgan_fast.training.plots needs Matplotlib and Pillow: pip install 'wgan_fast[train]'") from error
 

@@ -354,8 +354,14 @@ class Run:
 
     def condition(self, n: int, labels: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return what the networks take besides ``n`` samples or as much noise: labels on the device, or nothing."""
-        if not self.description.classes and labels is None:
+        if not self.description.classes:
+            if labels is not None:
+                raise InputError("labels were given, but this run is not conditional")
             return ()
+        if labels is not None:
+            classes = len(self.description.classes)
+            if labels.shape != (n,) or labels.is_floating_point() or not ((labels >= 0) & (labels < classes)).all():
+                raise InputError(f"labels must be {n} integers from 0 to {classes - 1}, one a sample")
         return ((self.labels(n) if labels is None else labels).to(self.device),)
 
     def evaluate(self, *, samples: int = 2000, seed: int = 0, data: str | None = None) -> dict[str, Any]:
@@ -575,7 +581,7 @@ def generate(network: nn.Module, inputs: Tensor, *further: Tensor, batch_size: i
     network.eval()
     try:
         inputs = inputs.to(next(network.parameters(), inputs).dtype)
-        pieces = zip(*(torch.split(tensor, batch_size) for tensor in (inputs, *further)))
+        pieces = zip(*(torch.split(tensor, batch_size) for tensor in (inputs, *further)), strict=True)
         return torch.cat([network(*piece) for piece in pieces])
     finally:
         network.train(training)

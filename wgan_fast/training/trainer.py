@@ -38,11 +38,10 @@ from .distributed import Replicas
 from .divergence import DivergedError, LossWatch, advice
 from .files import as_path, write_atomically
 from .folder import held, make_folder, make_new_folder, new_folder
-from .initial import load_networks, with_architecture
+from .init_from import load_networks, with_architecture
 from .iteration import Iteration, IterationResult
 from .log import MetricsLog, ProgressLine
 from .metrics import wasserstein_estimate
-from .networks import copy_of
 from .optimizers import OptimizerFactory
 from .randomness import NETWORKS, random_state, seed_everything, set_random_state, undisturbed
 from .run import (
@@ -159,6 +158,8 @@ class Trainer:
         optimizer: OptimizerFactory | None = None,
     ) -> None:
         if labels is not None and not isinstance(labels, Labels):
+            if isinstance(data, Data):
+                raise InputError("labels of what load_data returned must be what load_labels returned, split alike")
             labels = split_labels(labels, holdout=config.holdout, seed=config.seed)
         if not isinstance(data, Data):
             _check_apart(config.out, data)
@@ -216,8 +217,7 @@ class Trainer:
         generator, critic = build_networks(config, data.sample_shape, data.kind, len(classes))
         trainer = cls.__new__(cls)
         trainer._set_up(generator, critic, data, labels, config, callbacks)
-        if not config.conditional and has_labels(config.data):
-            trainer._note = f"{data.name} has labels, which this training does not use: --conditional does"
+        trainer._named_data = True
         return trainer
 
     @classmethod
@@ -280,7 +280,7 @@ class Trainer:
         self.data = data
         self.classes = _classes(data, labels, config)
         self._labels = labels.train if labels and self.classes else None
-        self._note = ""
+        self._named_data, self._given_labels = False, labels is not None
         self.out = Path(config.out or "")
         self.device = self._replicas.device(resolve_device(config.device))
         if config.cuda_graph and self._replicas.world > 1:
@@ -302,7 +302,7 @@ class Trainer:
         self._iteration.steps = self._course.steps
         self.ema = self._iteration.ema
         if config.init_from is not None and not _under_way(config):
-            load_networks(config.init_from, data, self.generator, self.ema, self.critic)
+            load_networks(config.init_from, data, self.classes, self.generator, self.ema, self.critic)
         try_step(self._iteration, data.sample_shape, batch_size // self._replicas.world)
         pictured, self._columns = GRID, math.isqrt(GRID)
         if data.kind == "vectors" and data.sample_shape in ((1,), (2,)):
@@ -319,7 +319,7 @@ class Trainer:
         self._before = config
         self._checkpoint: tuple[int, Path] | None = None
         self._begun = False
-        self._stopped = False
+        self._stopped = self._telling = False
         self._callbacks = [*callbacks, *([TensorBoard()] if self._replicas.leads else [])]
         self._look_at_first_samples()
 
@@ -330,7 +330,7 @@ class Trainer:
         with undisturbed(self.device, self.config.seed):
             labels = () if self._fixed_labels is None else (self._fixed_labels[:2].to(self.device),)
             noise = self._fixed_noise[:2].to(self._iteration.noise_dtype)
-            fake = generate(copy_of(self.generator), noise, *labels).cpu()
+            fake = generate(self.generator, noise, *labels).cpu()
             few = self._iteration.laid_out(real[:2].to(self.device))
             inputs = {"noise": (noise, *labels), "real": (few, *(of[: len(few)] for of in labels))}
             self._concerns = concerns(self.generator, self.critic, **inputs, span=real.aminmax(), loss=self.config.loss)
@@ -348,8 +348,16 @@ class Trainer:
         self._stopped = True
 
     def _tell(self, event: str, *what: Any) -> None:
+        self._telling = True
         for callback in self._callbacks:
             getattr(callback, event)(self, *what)
+        self._telling = False
+
+    def _leaves_labels(self) -> bool:
+        """Whether the data has labels that nothing uses; asked by the process that says so, of a new run."""
+        if self.config.conditional or self.config.track or not self._replicas.leads:
+            return False
+        return self._given_labels or (self._named_data and has_labels(self.config.data))
 
     def fit(self, *, resume: bool = False) -> Summary:
         """Train to the last of ``config.steps`` or ``epochs``. Seeds the default generators of torch, NumPy and Python.
@@ -409,8 +417,9 @@ class Trainer:
             StopRequests() as stop,
             ProgressLine(self._course.steps, first, shown=self._replicas.leads) as progress,
         ):
-            if self._note and before is None:
-                progress.message(self._note)
+            if before is None and self._leaves_labels():
+                name = self.data.name
+                progress.message(f"{name} has labels, which this training does not use: --conditional does")
             for skipped in checkpoint.skipped if checkpoint else ():
                 progress.message(f"passed over a damaged checkpoint: {skipped}")
             if checkpoint is not None:
@@ -460,6 +469,8 @@ class Trainer:
             except DivergedError as error:
                 self._go_back(error, progress)
             except OSError as error:
+                if self._telling:  # it is a callback's own
+                    raise
                 why = f"{error.strerror or error}: {self.out} cannot be written at step {self.step}"
                 raise OSError(error.errno, f"{why}; {self._kept()}") from error
 

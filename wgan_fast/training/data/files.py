@@ -43,7 +43,7 @@ def path_data(path: Path, options: Options) -> Data:
         if "idx3-ubyte" in path.name:
             return tensor_data(what, _read_idx_images(path), options)
         if {".csv", ".tsv", ".parquet"} & set(path.suffixes):
-            raise InputError(f"{path} is a table, which wgan_fast.tables.TableSynthesizer learns, from Python")
+            raise InputError(f"{path} is a table: wgan-fast train --data {path} learns it, in Python TableSynthesizer")
         raise InputError(f"file {path} is none of *-images-idx3-ubyte, *-images-idx3-ubyte.gz, *.npy and *.npz")
     raise InputError(f"data {what!r} is neither an existing path nor one of the names {', '.join(SOURCES)}")
 

@@ -10,7 +10,7 @@ from ..errors import InputError
 from .checkpoint import load_checkpoint, load_module
 from .config import OWN, TrainConfig
 from .data import Data
-from .run import Description
+from .run import Description, listed
 
 ARCHITECTURE = ("width", "latent_dim", "spectral_norm")
 """What describes the networks of a model besides its name."""
@@ -33,13 +33,24 @@ def with_architecture(config: TrainConfig, run: Path) -> TrainConfig:
     return dataclasses.replace(config, **taken)
 
 
-def load_networks(run: Path, data: Data, generator: nn.Module, ema: nn.Module | None, critic: nn.Module) -> None:
-    """Load the networks of the newest whole checkpoint of ``run``, in place.
+def load_networks(
+    run: Path,
+    data: Data,
+    classes: tuple[str, ...],
+    generator: nn.Module,
+    ema: nn.Module | None,
+    critic: nn.Module,
+) -> None:
+    """Load the networks of the newest whole checkpoint of ``run``, in place, for training on ``data`` of ``classes``.
 
     Raises:
         InputError: There is none, or its networks are of another architecture or for samples of another shape.
     """
-    shape = Description.read(run).sample_shape
+    description = Description.read(run)
+    shape = description.sample_shape
+    if description.classes != classes:
+        theirs, own = (listed(names) if names else "none" for names in (description.classes, classes))
+        raise InputError(f"init_from {run} is conditional on classes {theirs}; here they are {own}: see --conditional")
     if shape != data.sample_shape:
         raise InputError(
             f"init_from {run} makes samples of shape {list(shape)}, data {data.name} has {list(data.sample_shape)}"
