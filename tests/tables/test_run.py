@@ -14,8 +14,10 @@ import pandas as pd
 import pytest
 
 from tests.runs import ENVIRONMENT, command, newest_checkpoint, read_checkpoint, run_process, same_bits
-from wgan_fast.tables import Preparation, TableSynthesizer, judgement
+from wgan_fast.errors import InputError
+from wgan_fast.tables import Preparation, TableSynthesizer, files, judgement
 from wgan_fast.tables import columns as columns_module
+from wgan_fast.tables.config import pairs
 from wgan_fast.training.cli import main
 
 QUICK = ["--epochs", "2", "--batch-size", "50", "--width", "16", "--latent-dim", "8"]
@@ -115,7 +117,7 @@ def test_every_form_of_a_table_is_read_and_written(
     first, second = f"a{suffix}", f"b{suffix}"
     for path in (first, second):
         main(["sample", str(trained), "--n", "7", "--seed", "3", "--out", path])
-    one, two = (columns_module.read_table(path) for path in (first, second))
+    one, two = (files.read_table(path) for path in (first, second))
     assert len(one) == 7
     pd.testing.assert_frame_equal(one, two)
     assert list(one["job"]) == list(TableSynthesizer.load(trained).sample(7, seed=3)["job"])
@@ -172,7 +174,7 @@ def test_a_table_larger_than_memory_is_refused_and_some_of_its_rows_are_learned(
     with open("big.csv", "wb") as file:
         file.truncate(1 << 42)
     assert "learn from some of its rows (--rows 1000000" in refused("train", "--data", "big.csv")
-    monkeypatch.setattr(columns_module, "_free_memory", lambda: 0)
+    monkeypatch.setattr(files, "_free_memory", lambda: 0)
     assert "--rows" in refused("train", "--data", "people.csv")
     main(["train", "--data", "people.csv", *QUICK, "--rows", "100", "--out", "run"])
     assert "people.csv: 90 rows to learn, 10 held out" in capfd.readouterr().err
@@ -181,12 +183,12 @@ def test_a_table_larger_than_memory_is_refused_and_some_of_its_rows_are_learned(
 
 def test_rows_are_drawn_alike_from_all_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pd.DataFrame({"n": range(250_000), "half": ["a", "b"] * 125_000}).to_csv(tmp_path / "t.csv", index=False)
-    drawn = columns_module.read_table(tmp_path / "t.csv", rows=2000, seed=1)
+    drawn = files.read_table(tmp_path / "t.csv", rows=2000, seed=1)
     assert len(drawn) == 2000
     assert drawn["n"].is_monotonic_increasing
     # Means of 2,000 of 250,000 numbers deviate by 250,000 / sqrt(12 · 2,000), five times that is no accident.
     assert abs(drawn["n"].mean() - 125_000) < 5 * 250_000 / np.sqrt(12 * 2000)
-    assert len(columns_module.read_table(tmp_path / "t.csv", rows=300_000)) == 250_000
+    assert len(files.read_table(tmp_path / "t.csv", rows=300_000)) == 250_000
 
 
 def wide(categories: int, width: int) -> pd.DataFrame:
@@ -337,3 +339,66 @@ def test_rows_are_judged_by_all_of_what_was_held_out(workplace: Path) -> None:
 def test_a_table_is_learned_by_one_process(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "a table is learned by one process" in refused("train", "--data", "people.csv")
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_a_table_as_it_is_written_in_germany(
+    bom: str, workplace: Path, refused: Refused, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"{i % 7};{i / 4:.2f}".replace(".", ",") + f";{i % 28 + 1:02}.{i % 12 + 1:02}.2024" for i in range(40)]
+    Path("t.csv").write_text(f"{bom}Zahl;Größe;Datum\n" + "\n".join(lines), encoding="utf-8")
+    assert "give --sep ';', and --decimal ," in refused("train", "--data", "t.csv")
+    options = ["--sep", ";", *QUICK, "--batch-size", "30"]
+    assert "such as '0,00'" in refused("train", "--data", "t.csv", *options, "--column", "Größe=number")
+    main(["train", "--data", "t.csv", *options, "--out", "commas"])
+    assert "(numbers with a decimal comma? --decimal ,)" in capfd.readouterr().err
+    given = [*options, "--decimal", ",", "--column", "Datum=date:%d.%m.%Y"]
+    main(["train", "--data", "t.csv", *given, "--out", "run"])
+    said = capfd.readouterr().err
+    assert "Größe  number     0.0 to 9.75" in said
+    assert "Datum  date       2024-01-" in said
+    main(["train", "--resume", "run", "--epochs", "3"])
+
+
+def test_dates_that_may_be_read_in_two_ways_are_refused(workplace: Path, refused: Refused) -> None:
+    days = [f"{i % 12 + 1:02}/{(i * 5) % 12 + 1:02}/2024" for i in range(40)]
+    pd.DataFrame({"day": days, "x": range(0, 400, 10)}).to_csv("t.csv", index=False)
+    assert "--column 'day=date:%d/%m/%Y'" in refused("train", "--data", "t.csv", "--column", "day=date")
+    assert "not written as %Y" in refused("train", "--data", "t.csv", "--column", "day=date:%Y")
+    pd.DataFrame({"day": [*days[1:], "31/01/2024"], "x": range(0, 400, 10)}).to_csv("t.csv", index=False)
+    read = files.read_table("t.csv", kinds={"day": "date"})
+    assert read["day"].iloc[-1] == pd.Timestamp("2024-01-31")
+    assert read["day"].iloc[0] == pd.Timestamp(2024, 6, 2)
+
+
+def test_integers_with_gaps_stay_integers(workplace: Path, trained: Path) -> None:
+    Path("t.csv").write_text(
+        "age,pay,kind\n" + "".join(f"{'' if i % 5 == 0 else i},{i}.0,{i % 3}\n" for i in range(60))
+    )
+    read = files.read_table("t.csv")
+    assert [str(dtype) for dtype in read.dtypes] == ["Int64", "float64", "int64"]
+    main(["train", "--data", "t.csv", *QUICK, "--batch-size", "40", "--out", "run"])
+    main(["sample", "run", "--n", "50", "--out", "rows.csv"])
+    assert not [line for line in Path("rows.csv").read_text().splitlines()[1:] if "." in line.split(",")[0]]
+
+
+def test_names_and_categories_with_an_equals_sign_are_asked_for(workplace: Path, refused: Refused) -> None:
+    table = pd.DataFrame({"job title": ["boss = chief", "cook"] * 30, "a": ["b=c", "x"] * 30, "pay": range(0, 600, 10)})
+    table.to_csv("t.csv", index=False)
+    main(["train", "--data", "t.csv", *QUICK, "--out", "run"])
+    for where in ("job title=boss = chief", "a=b=c"):
+        main(["sample", "run", "--n", "5", "--where", where, "--out", "rows.csv"])
+        name, _, value = where.partition("=")
+        assert (pd.read_csv("rows.csv")[name] == value).all()
+    assert pairs(("a=b=c",), "where", "", ["a=b"]) == {"a=b": "c"}
+    with pytest.raises(InputError, match="may be of the columns 'a' and 'a=b'"):
+        pairs(("a=b=c",), "where", "", ["a", "a=b"])
+
+
+def test_a_model_learns_from_all_rows_however_few_are_held_out() -> None:
+    draw = np.random.default_rng(0)
+    kind = draw.integers(0, 2, 200)
+    table = pd.DataFrame({"x": kind + draw.normal(0, 0.1, 200), "kind": np.where(kind, "a", "b")})
+    report = judgement.judge(table[:180], table[:180], table[180:], target="kind")
+    assert report["rows"] == 20
+    assert report["model"]["real"] == report["model"]["made"] == pytest.approx(1.0)

@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .columns import KINDS, Column, columns_of, read_table
+    from .columns import KINDS, Column, columns_of
+    from .files import read_table
     from .judgement import judge
     from .preparation import Preparation
     from .synthesizer import TableSynthesizer
@@ -18,7 +19,7 @@ _HOME = {
     "TableSynthesizer": "synthesizer",
     "columns_of": "columns",
     "judge": "judgement",
-    "read_table": "columns",
+    "read_table": "files",
 }
 
 

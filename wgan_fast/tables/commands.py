@@ -71,7 +71,7 @@ class SampleTable:
         """Write the rows and print where they are."""
         _check_installed()
         from ..training.run import resolve_device
-        from .columns import write_table
+        from .files import write_table
         from .synthesizer import TableSynthesizer
 
         if self.n < 1:
@@ -79,8 +79,9 @@ class SampleTable:
         path = self.out or self.folder / "rows.csv"
         with write_table(path) as write:
             synthesizer = TableSynthesizer.load(self.folder, device=str(resolve_device(self.device)))
-            where = synthesizer.categories_of(pairs(self.where, "where", "NAME=CATEGORY, such as job=nurse"))
-            write(synthesizer.sample(self.n, where=where, seed=self.seed))
+            names = [str(column.name) for column in synthesizer.preparation_.columns]
+            where = pairs(self.where, "where", "NAME=CATEGORY, such as job=nurse", names)
+            write(synthesizer.sample(self.n, where=synthesizer.categories_of(where), seed=self.seed))
         print(path)
 
 

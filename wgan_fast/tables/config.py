@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -26,8 +27,11 @@ class TableConfig:
     Attributes:
         data: The table: a .csv, .tsv or .parquet file, compressed or not.
         column: What a column is, as NAME=KIND: number, integer, category, yes/no, date, constant, or identifier, which
-            leaves it out. Once for each column that is not what it is taken for.
+            leaves it out. Once for each column that is not what it is taken for. Dates in another form than ISO 8601
+            are date:%d/%m/%Y and so on.
         numbers: What a number becomes for the networks: its place in a mode of a mixture (modes), or its quantile.
+        sep: What stands between values, such as ';'; a comma, in a .tsv file a tab, by default.
+        decimal: What stands before decimals.
         rows: How many rows to draw from the file, each as likely, where it is larger than memory; all by default.
         holdout: Share of the rows kept from training, for evaluation.
         epochs: How often as many rows are drawn as the table has.
@@ -48,6 +52,8 @@ class TableConfig:
     data: str
     column: tuple[str, ...] = ()
     numbers: Literal["modes", "quantiles"] = "modes"
+    sep: str | None = None
+    decimal: str = "."
     rows: int | None = None
     holdout: float = 0.1
     epochs: int = 300
@@ -74,7 +80,15 @@ class TableConfig:
             raise InputError(f"holdout must be in [0, 1), got {self.holdout}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise InputError(f"learning_rate must be finite and above 0, got {self.learning_rate}")
-        pairs(self.column, "column", "NAME=KIND, such as pay=number")
+        if len(self.decimal) != 1:
+            raise InputError(f"decimal must be one character, got {self.decimal!r}")
+        _ = self.kinds
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """What ``column`` says that columns are, by their names."""
+        given = pairs(self.column, "column", "NAME=KIND, such as pay=number")
+        return {name: "date" if kind.startswith("date:") else kind for name, kind in given.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as plain JSON values."""
@@ -120,15 +134,18 @@ def is_table_run(folder: Path) -> bool:
         return False
 
 
-def pairs(given: tuple[str, ...], option: str, form: str) -> dict[str, str]:
-    """Return what is given as NAME=VALUE.
+def pairs(given: tuple[str, ...], option: str, form: str, names: Collection[str] = ()) -> dict[str, str]:
+    """Return what is given as NAME=VALUE; the last "=" counts, unless another one ends one of ``names``.
 
     Raises:
-        InputError: Something has no "=" or is said twice.
+        InputError: Something has no "=", is said twice, or may be split at several.
     """
     found: dict[str, str] = {}
     for pair in given:
-        name, equals, value = pair.rpartition("=")
+        meant = [name for name in names if pair.startswith(f"{name}=")]
+        if len(meant) > 1:
+            raise InputError(f"{option} {pair!r} may be of the columns {' and '.join(map(repr, meant))}: rename one")
+        name, equals, value = pair.rpartition("=") if not meant else (meant[0], "=", pair[len(meant[0]) + 1 :])
         if not equals or not name:
             raise InputError(f"{option} must be {form}, got {pair!r}")
         if found.setdefault(name, value) != value:

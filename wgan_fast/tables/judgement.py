@@ -91,7 +91,7 @@ def judge(
     """Compare made rows with real ones that were not learned from. Of a hundred times as many floors are a tenth.
 
     Args:
-        made: Rows that were made.
+        made: Rows that were made; a model learns from all of them, the distances are of as many as were held out.
         train: Rows that were learned from.
         held_out: Rows that were not.
         columns: As ``columns_of`` returned them; None asks it of ``train``.
@@ -125,7 +125,7 @@ def judge(
         "rows": many,
         "columns": {"mean": _mean(distances.values()), "floor": _mean(floors.values()), "each": each},
         "pairs": {name: {"mean": pairs[name], "floor": floor[name]} for name in pairs},
-        "model": _model(of_made, of_train, of_held_out, _target(columns, target, one), many, seed),
+        "model": _model(of_made, of_train, of_held_out, _target(columns, target, one), seed),
         "privacy": _privacy(one, of_train, other, seed),
     }
 
@@ -223,9 +223,10 @@ def _standard(values: Array) -> Array:
     return np.nan_to_num((values - np.nanmean(values)) / (spread or 1.0))[:, None]
 
 
-def _model(made: View, train: View, test: View, target: int, many: int, seed: int) -> dict[str, Any]:
-    """Train on made and on as many real rows, and test on held-out ones."""
+def _model(made: View, train: View, test: View, target: int, seed: int) -> dict[str, Any]:
+    """Train on all made rows and on as many real ones, and test on held-out ones."""
     of_numbers = target in test.numbers
+    many = min(len(made), len(train), MOST_ROWS)
     scores = {name: _score(rows.some(many, seed), test, target) for name, rows in (("made", made), ("real", train))}
     return {"target": test.names[target], "score": "R2" if of_numbers else "balanced accuracy", **scores}
 

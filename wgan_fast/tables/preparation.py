@@ -192,10 +192,11 @@ class Preparation:
             return ""
         fitted = self.fitted[i]
         if isinstance(fitted, Choices):
-            shown = ", ".join("missing" if value is None else str(value) for value in fitted.values[:5])
+            shown = ", ".join("(missing)" if v is None else " ".join(str(v).split()) for v in fitted.values[:5])
             return f"{len(fitted.values)}: {shown}{', ...' if len(fitted.values) > 5 else ''}"
         ends = _numbers_restored(np.array([fitted.low, fitted.high]) * fitted.unit, fitted, self.columns[i])
-        low, high = (str(end.date()) if isinstance(end, pd.Timestamp) else f"{end}" for end in ends)
+        days = [end for end in ends if isinstance(end, pd.Timestamp) and end == end.normalize()]
+        low, high = (str(end.date()) if len(days) == 2 else str(end) for end in ends)
         return ", ".join([f"{low} to {high}", *(f"some {name}" for name in fitted.special)])
 
     @property

@@ -23,8 +23,9 @@ from ..training.randomness import TRAINING, seed_everything, undisturbed
 from ..training.run import CONFIG_FILE, resolve_device
 from ..training.stopping import InterruptedTraining, StopRequests, way_on
 from . import judgement, pictures
-from .columns import LEAST_ROWS, Column, columns_of, read_table
+from .columns import LEAST_ROWS, Column, columns_of
 from .config import TableConfig, pairs
+from .files import read_table
 from .preparation import Preparation
 from .synthesizer import TableSynthesizer
 from .training import StepResult
@@ -73,7 +74,9 @@ class TableRun:
         device = str(resolve_device(config.device))
         if resume:
             TableConfig.read(as_path(config.out or "")).check_unchanged(config)
-        config = dataclasses.replace(config, data=str(Path(config.data).expanduser().resolve()))
+        config = dataclasses.replace(config, data=str(as_path(config.data).resolve()))
+        if resume and not Path(config.data).exists():
+            raise InputError(f"the table of this run is no longer at {config.data}: say where with --data")
         self.config, self.resume = config, resume
         self.train, self.held_out, columns, self.digest = _split(config)
         if resume:
@@ -86,7 +89,7 @@ class TableRun:
             learning_rate=config.learning_rate,
             penalty_weight=config.penalty_weight,
             numbers=config.numbers,
-            kinds=pairs(config.column, "column", "NAME=KIND"),
+            kinds=config.kinds,
             precision=config.precision,
             device=device,
             seed=config.seed,
@@ -251,7 +254,8 @@ def evaluate(
     _check_data(folder, config.data, digest)
     if len(held_out) < 2:
         raise InputError("this run held no rows out (holdout 0): there is nothing to evaluate against")
-    made = synthesizer.sample(min(samples, len(held_out)), seed=seed)
+    # A model learns from as many rows as there are real ones.
+    made = synthesizer.sample(max(min(samples, len(held_out)), min(len(train), judgement.MOST_ROWS)), seed=seed)
     held_out = held_out.sample(min(samples, len(held_out)), random_state=seed)
     report = judgement.judge(made, train, held_out, columns=columns, target=target, seed=seed)
     return {"step": synthesizer.n_iter_, **report}
@@ -270,9 +274,11 @@ def described(name: str, preparation: Preparation, train: pd.DataFrame, held_out
 
 def _split(config: TableConfig) -> tuple[pd.DataFrame, pd.DataFrame, list[Column], str]:
     """Return the rows to train on, those that are held out, what all of them have in common, and the file's digest."""
-    kinds = pairs(config.column, "column", "NAME=KIND")
-    table = read_table(config.data, kinds=kinds, rows=config.rows, seed=config.seed)
-    columns = columns_of(table, kinds)
+    written = pairs(config.column, "column", "NAME=KIND")
+    table = read_table(
+        config.data, kinds=written, sep=config.sep, decimal=config.decimal, rows=config.rows, seed=config.seed
+    )
+    columns = columns_of(table, config.kinds)
     with Path(config.data).expanduser().open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     order = np.random.default_rng(config.seed).permutation(len(table))

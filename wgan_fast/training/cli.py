@@ -112,6 +112,9 @@ class Sample:
 
     def run(self) -> None:
         """Write what was asked for and print where it is."""
+        from .run import Description
+
+        Description.read(self.folder)  # that there is no run is said before anything else
         out = None if self.out is None else as_path(self.out)
         if self.n is None:
             self._draw(out)

@@ -47,7 +47,7 @@ class TrainConfig:
 
     Attributes:
         data: Name of a data set (mnist5k, digits, 8gaussians, 25gaussians, swissroll) or a path: IDX files, a folder
-            of images, .npy or .npz.
+            of images, .npy or .npz. A table (.csv, .tsv, .parquet) has options of its own: train --data FILE --help.
         image_size: Height and width that images are resized and cropped to.
         channels: Colour channels that the images of a folder are converted to: 1 or 3.
         holdout: Share of the data kept from training, for evaluation.

@@ -77,6 +77,8 @@ def held(path: Path, *, new: bool) -> Iterator[None]:
 def _check_free(path: Path) -> None:
     if any((path / name).exists() for name in (CONFIG_FILE, CHECKPOINTS)):
         raise InputError(f"out {path} already holds a run: give another folder, or go on with --resume {path}")
+    if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise InputError(f"out {path} already holds something else: give a new or an empty folder")
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:

@@ -359,6 +359,7 @@ class Run:
                 raise InputError("labels were given, but this run is not conditional")
             return ()
         if labels is not None:
+            labels = torch.as_tensor(labels)
             classes = len(self.description.classes)
             if labels.shape != (n,) or labels.is_floating_point() or not ((labels >= 0) & (labels < classes)).all():
                 raise InputError(f"labels must be {n} integers from 0 to {classes - 1}, one a sample")

@@ -157,6 +157,10 @@ class Trainer:
         loss: AdversarialLoss | None = None,
         optimizer: OptimizerFactory | None = None,
     ) -> None:
+        if optimizer is not None and not callable(optimizer):
+            raise InputError(
+                f"optimizer must make one of a list of parameters, such as lambda p: {type(optimizer).__name__}(p)"
+            )
         if labels is not None and not isinstance(labels, Labels):
             if isinstance(data, Data):
                 raise InputError("labels of what load_data returned must be what load_labels returned, split alike")

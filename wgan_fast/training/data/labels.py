@@ -18,7 +18,7 @@ from .samples import Options
 from .splits import Array, Data, Split, TensorSplit
 
 PLACES = (
-    "IDX images have them in their file of labels beside, .npz in its array y of integers or strings, a folder of "
+    "IDX images have them in their file of labels beside, .npz in its array y or labels of integers or strings, a folder of "
     "images as one subfolder for each class"
 )
 """Where labels are looked for."""
@@ -131,7 +131,7 @@ def _read(source: str | os.PathLike[str]) -> tuple[Array, Array | None] | None:
 def _read_npz(path: Path) -> tuple[Array, None] | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            labels = arrays["y"] if "y" in arrays.files else None
+            labels = next((arrays[name] for name in ("y", "labels") if name in arrays.files), None)
     except ValueError:  # an array of objects, which may mean anything
         return None
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
