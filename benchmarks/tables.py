@@ -20,6 +20,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+MEASURES = {
+    "preparation": "preparation, s",
+    "training": "training, s",
+    "columns": "distance of columns",
+    "correlation": "correlations, difference",
+    "ratio": "correlation ratios, difference",
+    "contingency": "contingency tables, distance",
+    "score": "R² of a model",
+    "nearer_to_train": "closer to training than held out",
+}
 SEEDS = (0, 1, 2)
 ROWS = 10_000
 """Made of each learned table."""
@@ -43,10 +53,9 @@ def ours(table: pd.DataFrame, epochs: int, seed: int) -> tuple[dict[str, Any], p
     from wgan_fast.tables import TableSynthesizer
 
     class Timed(TableSynthesizer):
-        def begin(self, *args: Any) -> Any:
-            training = super().begin(*args)
-            self.begun = time.perf_counter()
-            return training
+        def _build(self, codes: Any) -> None:
+            self.begun = time.perf_counter()  # the table is prepared; what follows is training, as it is of ctgan
+            super()._build(codes)
 
     synthesizer = Timed(epochs=epochs, seed=seed)
     start = time.perf_counter()
@@ -117,6 +126,40 @@ def quality(made: pd.DataFrame, train: pd.DataFrame, held_out: pd.DataFrame, tar
     }  # fmt: skip
 
 
+def section(folder: Path) -> str:
+    """The tables of docs/tables.md from committed results: medians over seeds, in brackets the least and the most."""
+    from wgan_fast.bench.report import table
+
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text())
+        runs = {which: [run for run in found["runs"] if run["which"] == which] for which in ("ours", "ctgan")}
+        settings = found["settings"]
+        rows = [["", "ours", "ctgan", "real rows"]]
+        for key, label in MEASURES.items():
+            if key in runs["ours"][0]:
+                real = found["runs"][0].get(f"{key}_floor", found["runs"][0].get(f"{key}_real"))
+                rows.append([label, *(_spread([run[key] for run in of]) for of in runs.values()), _figure(real)])
+        for key in ("preparation", "training"):
+            ratios = [other[key] / own[key] for own, other in zip(*runs.values())]
+            rows.append([f"{key}, ctgan / ours", _spread(ratios), "", ""])
+        parts.append(
+            f"`{found['table']}`: {settings['rows']:,} rows, {settings['epochs']} epochs, {len(runs['ours'])} seeds, "
+            f"{settings['threads']} threads of {found['environment']['device']}. The model predicts "
+            f"`{found['target']}`."
+        )
+        parts.append(table(rows))
+    return "\n\n".join(parts)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{_figure(statistics.median(values))} ({_figure(min(values))} to {_figure(max(values))})"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
 def main() -> None:
     """Run both in turns and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,12 +167,17 @@ def main() -> None:
     parser.add_argument("--table", choices=TABLES, default="diamonds")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--report", type=Path, help="only write the results that are in OUT into this page")
     parser.add_argument("--worker", choices=["ours", "ctgan"], help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return worker(options.worker, options)
 
+    if options.report:
+        from wgan_fast.bench.report import update
+
+        return update(options.report, section(options.out))
     from wgan_fast.bench.results import environment, slug
 
     program, target = TABLES[options.table]

@@ -18,8 +18,8 @@ from .samples import Options
 from .splits import Array, Data, Split, TensorSplit
 
 PLACES = (
-    "IDX images have them in their file of labels beside, .npz in its array y or labels of integers or strings, a folder of "
-    "images as one subfolder for each class"
+    "IDX images have them in their file of labels beside, .npz in its array y or labels of integers or strings, a "
+    "folder of images as one subfolder for each class"
 )
 """Where labels are looked for."""
 
