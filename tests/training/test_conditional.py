@@ -368,3 +368,18 @@ def test_networks_of_other_classes_are_no_beginning(place: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         main(["train", "--data", "other.npz", "--conditional", *SMALL, "--steps", "1", "--init-from", "run"])
     assert "is conditional on classes ash, bone, coal; here they are bone, coal, dust" in capsys.readouterr().err
+
+
+def test_many_samples_keep_their_classes(place: Path) -> None:
+    main(["train", "--data", "set.npz", "--conditional", *SMALL, "--steps", "1", "--out", "run"])
+    main(["sample", "run", "--n", "7", "--out", "all.npz"])
+    main(["sample", "run", "--n", "5", "--label", "coal", "--out", "coal.npz"])
+    run = Run.load("run")
+    with np.load("all.npz") as found:
+        assert sorted(found.files) == ["x", "y"]
+        assert found["y"].tolist() == [run.description.classes[i] for i in run.labels(7)]
+        assert torch.equal(torch.from_numpy(found["x"]), run.sample(7, labels=run.labels(7)))
+    assert np.load("coal.npz")["y"].tolist() == ["coal"] * 5
+    labels = load_labels("all.npz")
+    assert labels is not None
+    assert labels.names == ("ash", "bone", "coal")

@@ -165,6 +165,8 @@ class Sample:
                 print(table)
 
     def _write(self, n: int, path: Path | None) -> None:
+        import numpy as np
+
         from .sampling import save_array, save_images
 
         for name in ("grid", "scores", "interpolate"):
@@ -182,12 +184,14 @@ class Sample:
             raise InputError(
                 f"out must end in .npy or .npz where samples are no images, but of shape {_shape(run)}, got {path}"
             )
-        labels = None if self.label is None else run.labels(n, self.label)
+        names = run.description.classes
+        labels = run.labels(n, self.label) if names or self.label is not None else None
         pieces = run.pieces(n, seed=self.seed, labels=labels)
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if array:
-                save_array(pieces, (n, *run.description.sample_shape), path)
+                classes = None if labels is None else np.array(names)[labels.numpy()]
+                save_array(pieces, (n, *run.description.sample_shape), path, classes)
             else:
                 save_images(pieces, n, path)
         print(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -48,7 +49,9 @@ def save_images(pieces: Iterable[Tensor], n: int, folder: Path) -> None:
         unfinished.rename(folder)
 
 
-def save_array(pieces: Iterable[Tensor], shape: tuple[int, ...], path: Path) -> None:
+def save_array(
+    pieces: Iterable[Tensor], shape: tuple[int, ...], path: Path, classes: NDArray[np.str_] | None = None
+) -> None:
     """Write samples into one .npy file, or into an .npz file as its array "x": float32, row-major.
 
     The file is there once it is whole.
@@ -57,6 +60,7 @@ def save_array(pieces: Iterable[Tensor], shape: tuple[int, ...], path: Path) -> 
         pieces: Samples ``[K, *D]``, N in all.
         shape: ``(N, *D)``.
         path: What is written; its folder exists.
+        classes: The name of each sample's class, ``[N]``, which an .npz file holds as its array "y"; None for none.
 
     Raises:
         InputError: The disk has no room.
@@ -69,8 +73,12 @@ def save_array(pieces: Iterable[Tensor], shape: tuple[int, ...], path: Path) -> 
         if path.suffix == ".npy":
             _write_array(pieces, shape, file)
         else:
-            with zipfile.ZipFile(file, "w") as archive, archive.open(f"{ARRAY}.npy", "w", force_zip64=True) as member:
-                _write_array(pieces, shape, member)
+            with zipfile.ZipFile(file, "w") as archive:
+                with archive.open(f"{ARRAY}.npy", "w", force_zip64=True) as member:
+                    _write_array(pieces, shape, member)
+                if classes is not None:
+                    with archive.open("y.npy", "w") as member:
+                        np.lib.format.write_array(member, classes)
 
 
 def _write_array(pieces: Iterable[Tensor], shape: tuple[int, ...], file: IO[bytes]) -> None:
