@@ -1,6 +1,7 @@
 """A table through the command line as a user types it: in, out, going on after a kill, and judged."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from tests.runs import ENVIRONMENT, command, newest_checkpoint, read_checkpoint,
 from wgan_fast.errors import InputError
 from wgan_fast.tables import Preparation, TableSynthesizer, files, judgement
 from wgan_fast.tables import columns as columns_module
+from wgan_fast.tables import run as run_module
 from wgan_fast.tables.config import pairs
 from wgan_fast.training.cli import main
 
@@ -173,9 +175,10 @@ def test_a_table_larger_than_memory_is_refused_and_some_of_its_rows_are_learned(
 ) -> None:
     with open("big.csv", "wb") as file:
         file.truncate(1 << 42)
-    assert "learn from some of its rows (--rows 1000000" in refused("train", "--data", "big.csv")
+    assert "learn from some of its rows (--rows 1000000" in refused("train", "--data", "big.csv", "--no-stream")
     monkeypatch.setattr(files, "_free_memory", lambda: 0)
-    assert "--rows" in refused("train", "--data", "people.csv")
+    assert "(--stream)" in refused("train", "--data", "people.csv", "--no-stream")
+    assert "stream learns all of them" in refused("train", "--data", "people.csv", "--stream", "--rows", "9")
     main(["train", "--data", "people.csv", *QUICK, "--rows", "100", "--out", "run"])
     assert "people.csv: 90 rows to learn, 10 held out" in capfd.readouterr().err
     assert "01067" in list(TableSynthesizer.load("run").sample(200, seed=0)["zip"])
@@ -402,3 +405,57 @@ def test_a_model_learns_from_all_rows_however_few_are_held_out() -> None:
     report = judgement.judge(table[:180], table[:180], table[180:], target="kind")
     assert report["rows"] == 20
     assert report["model"]["real"] == report["model"]["made"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_table_larger_than_memory_is_learned_in_parts(
+    suffix: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = people(500)
+    table.loc[499, "job"] = "pilot"
+    table["since"] = pd.to_datetime(table["since"])
+    path = f"t{suffix}"
+    table.to_parquet(path) if suffix == ".parquet" else table.to_csv(path, index=False)
+    monkeypatch.setattr(files, "_free_memory", lambda: 0)
+    monkeypatch.setattr(files, "PART", 90)
+    monkeypatch.setattr(run_module, "STREAMED", 200)
+    main(["train", "--data", path, *QUICK, "--epochs", "1", "--out", "run"])
+    said = capfd.readouterr().err
+    found = re.search(r"(\d+) rows to learn, 20 held out; columns are told by 180 of them(?:, and (\d+) rows)?", said)
+    assert found
+    # All but those that are held out, and those with what the drawn rows have not.
+    assert int(found[1]) + int(found[2] or 0) == 480
+    assert int(found[2] or 0) < 20
+    before = newest_checkpoint(Path("run"))
+    main(["train", "--resume", "run", "--epochs", "2"])
+    assert newest_checkpoint(Path("run")).name > before.name
+    main(["evaluate", "run"])
+    main(["sample", "run", "--n", "20", "--out", "rows.csv"])
+    assert set(pd.read_csv("rows.csv")["job"]) <= {"nurse", "cook", "Fahrer/in", "pilot"}
+
+
+def test_parts_are_coded_as_the_whole_is(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PART", 70)
+    options: dict[str, Any] = {"kinds": {}, "sep": None, "decimal": "."}
+    whole = files.read_table("people.csv")
+    preparation = Preparation.fit(whole, numbers="quantiles")  # which draws nothing
+    parts = files.read_parts(Path("people.csv"), whole, **options)
+    values, choices, passed_over = preparation.coded_parts(parts)
+    expected = preparation.coded(whole, dtype=np.float32)
+    assert passed_over == 0
+    np.testing.assert_array_equal(values, expected[0])
+    np.testing.assert_array_equal(choices, expected[1])
+    drawn, positions = files.read_with_positions("people.csv", rows=50, seed=1, **options)
+    pd.testing.assert_frame_equal(drawn, whole.iloc[positions].reset_index(drop=True))
+
+
+def test_a_folder_alone_makes_rows_also_of_what_one_row_had(workplace: Path) -> None:
+    table = people()
+    table.loc[7, "job"] = "pilot"
+    table.to_csv("t.csv", index=False)
+    main(["train", "--data", "t.csv", *QUICK, "--holdout", "0", "--out", "run"])
+    Path("t.csv").unlink()
+    Path("run").rename("elsewhere")
+    ended = run_process("sample", "elsewhere", "--n", "6", "--where", "job=pilot", "--out", "rows.csv", cwd=workplace)
+    assert ended.returncode == 0, ended.stderr
+    assert pd.read_csv("rows.csv")["job"].tolist() == ["pilot"] * 6

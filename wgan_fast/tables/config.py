@@ -32,7 +32,9 @@ class TableConfig:
         numbers: What a number becomes for the networks: its place in a mode of a mixture (modes), or its quantile.
         sep: What stands between values, such as ';'; a comma, in a .tsv file a tab, by default.
         decimal: What stands before decimals.
-        rows: How many rows to draw from the file, each as likely, where it is larger than memory; all by default.
+        rows: How many rows to draw from the file, each as likely, to learn from; all by default.
+        stream: Whether the file is read in parts, twice: columns are told and fitted by a million rows that are drawn,
+            and all rows are learned. By default where it would not fit into memory.
         holdout: Share of the rows kept from training, for evaluation.
         epochs: How often as many rows are drawn as the table has.
         batch_size: Rows in a batch.
@@ -55,6 +57,7 @@ class TableConfig:
     sep: str | None = None
     decimal: str = "."
     rows: int | None = None
+    stream: bool | None = None
     holdout: float = 0.1
     epochs: int = 300
     batch_size: int = 500
@@ -82,6 +85,8 @@ class TableConfig:
             raise InputError(f"learning_rate must be finite and above 0, got {self.learning_rate}")
         if len(self.decimal) != 1:
             raise InputError(f"decimal must be one character, got {self.decimal!r}")
+        if self.stream and self.rows is not None:
+            raise InputError(f"rows draws some of the rows, and stream learns all of them, got rows {self.rows}")
         _ = self.kinds
 
     @property

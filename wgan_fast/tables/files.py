@@ -17,6 +17,9 @@ from .config import SUFFIXES
 
 IN_MEMORY = 4
 """Bytes that a byte of a file takes, about, once it is read."""
+Array = np.ndarray[Any, Any]
+PART = 100_000
+"""Rows that are read at once of a file that is read in parts."""
 LOOKED_AT = 1_000
 """Rows of a text file by which it is told how its columns are written."""
 _PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zip": "zip", ".zst": "zstd"}
@@ -51,22 +54,38 @@ def read_table(
     Raises:
         InputError: In one line, what is wrong with the file.
     """
+    return read_with_positions(path, kinds=kinds, sep=sep, decimal=decimal, rows=rows, seed=seed)[0]
+
+
+def is_too_large(path: Path) -> bool:
+    """Whether a file does not fit into memory once it is read."""
+    return path.exists() and path.stat().st_size * IN_MEMORY > _free_memory()
+
+
+def read_with_positions(
+    path: str | os.PathLike[str],
+    *,
+    kinds: Mapping[str, str] | None,
+    sep: str | None,
+    decimal: str,
+    rows: int | None,
+    seed: int,
+) -> tuple[pd.DataFrame, Array]:
+    """Read a table as ``read_table`` does, and say which rows of the file its rows are ``[rows]``."""
     path, kinds = as_path(path), kinds or {}
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() in SUFFIXES]
-    if not suffixes:
-        raise InputError(f"{path} is no table: {', '.join(SUFFIXES)} are read")
     try:
-        needed, free = path.stat().st_size * IN_MEMORY / 2**30, _free_memory() / 2**30
-        if rows is None and needed > free:
+        suffix, options = _form(path, sep, decimal)
+        if rows is None and is_too_large(path):
+            needed, free = path.stat().st_size * IN_MEMORY / 2**30, _free_memory() / 2**30
             raise InputError(
-                f"{path} would take {needed:.0f} GiB or so, and {free:.0f} GiB are free: learn from some of its rows "
-                "(--rows 1000000; read_table(path, rows=1_000_000))"
+                f"{path} would take {needed:.0f} GiB or so, and {free:.0f} GiB are free: read it in parts "
+                "(--stream), or learn from some of its rows (--rows 1000000; read_table(path, rows=1_000_000))"
             )
-        if suffixes[-1] == ".parquet":
-            table = pd.read_parquet(path) if rows is None else _drawn(_batches(path), rows, seed)
+        if suffix == ".parquet":
+            table, positions = (pd.read_parquet(path), None) if rows is None else _drawn(_batches(path), rows, seed)
         else:
-            options = {"sep": sep or ("\t" if suffixes[-1] == ".tsv" else ","), "decimal": decimal}
-            table = _read_text(path, kinds, options, rows, seed).apply(_with_dates)
+            table, positions = _read_text(path, kinds, options, rows, seed)
+            table = table.apply(_with_dates)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except ImportError:
@@ -88,19 +107,57 @@ def read_table(
     for name, kind in kinds.items():
         if kind.startswith("date") and name in table.columns:
             table[name] = _dates(table[name], kind.partition(":")[2])
-    return table
+    return table, np.arange(len(table)) if positions is None else positions
+
+
+def read_parts(
+    path: Path, like: pd.DataFrame, *, kinds: Mapping[str, str], sep: str | None, decimal: str
+) -> Iterator[pd.DataFrame]:
+    """Read a table of any size part by part, in the types of ``like``, rows that ``read_table`` drew from it.
+
+    What is not of its column's type is missing.
+    """
+    suffix, options = _form(path, sep, decimal)
+    if suffix == ".parquet":
+        yield from _batches(path)
+        return
+    forms = {name: kind.partition(":")[2] for name, kind in kinds.items()}
+    for part in pd.read_csv(path, **options, index_col=False, dtype=str, chunksize=PART):
+        yield pd.DataFrame({name: _as(part[name], like[name], forms.get(name, ""), decimal) for name in part})
+
+
+def _form(path: Path, sep: str | None, decimal: str) -> tuple[str, dict[str, str]]:
+    """Return the suffix of a table, and how its text is written."""
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() in SUFFIXES]
+    if not suffixes:
+        raise InputError(f"{path} is no table: {', '.join(SUFFIXES)} are read")
+    return suffixes[-1], {"sep": sep or ("\t" if suffixes[-1] == ".tsv" else ","), "decimal": decimal}
+
+
+def _as(values: pd.Series, like: pd.Series, form: str, decimal: str) -> pd.Series:
+    """Return text as what ``like`` holds, and as missing what is nothing of the kind."""
+    present = like.dropna()
+    if pd.api.types.is_datetime64_any_dtype(like.dtype):
+        return pd.to_datetime(values, format=form or "ISO8601", errors="coerce").astype(like.dtype)
+    if pd.api.types.is_bool_dtype(like.dtype) or (len(present) and present.map(lambda v: isinstance(v, bool)).all()):
+        return values.str.lower().map({"true": True, "false": False}).astype(object)
+    if pd.api.types.is_numeric_dtype(like.dtype):
+        return pd.to_numeric(values if decimal == "." else values.str.replace(decimal, "."), errors="coerce")
+    return values
 
 
 def _read_text(
     path: Path, kinds: Mapping[str, str], options: dict[str, Any], rows: int | None, seed: int
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, Array | None]:
+    positions = None
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
         source: Any = path
         if rows is not None:
             # As text: what a column is must be told by all the rows that are drawn.
-            text = pd.read_csv(path, **options, **_STRICT, dtype=str, keep_default_na=False, chunksize=100_000)
-            source = io.StringIO(_drawn(text, rows, seed).to_csv(index=False, sep=options["sep"]))
+            text = pd.read_csv(path, **options, **_STRICT, dtype=str, keep_default_na=False, chunksize=PART)
+            drawn, positions = _drawn(text, rows, seed)
+            source = io.StringIO(drawn.to_csv(index=False, sep=options["sep"]))
         first = pd.read_csv(source, **options, index_col=False, nrows=LOOKED_AT, dtype=str)
         if rows is not None:
             source.seek(0)
@@ -112,7 +169,7 @@ def _read_text(
         whole = values.dtype == float and values.isna().any() and (values.dropna() % 1 == 0).all()
         if whole and first[name].dropna().str.fullmatch(r"[+-]?\d+").all() and values.abs().max() < 2**53:
             table[name] = values.astype("Int64")
-    return table
+    return table, positions
 
 
 def _other_separator(path: Path, sep: str | None) -> str | None:
@@ -186,23 +243,24 @@ def write_table(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
         path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
 
 
-def _drawn(parts: Iterable[pd.DataFrame], rows: int, seed: int) -> pd.DataFrame:
-    """Draw rows of a table that comes in parts: those with the smallest of random numbers."""
+def _drawn(parts: Iterable[pd.DataFrame], rows: int, seed: int) -> tuple[pd.DataFrame, Array]:
+    """Draw rows of a table that comes in parts: those with the smallest of random numbers; and say which they are."""
     random = np.random.default_rng(seed)
-    kept, keys = pd.DataFrame(), np.empty(0)
+    kept, keys, positions, seen = pd.DataFrame(), np.empty(0), np.empty(0, np.int64), 0
     for part in parts:
         kept = part if kept.empty else pd.concat([kept, part], ignore_index=True)
         keys = np.concatenate([keys, random.random(len(part))])
+        positions = np.concatenate([positions, np.arange(seen, seen := seen + len(part))])
         if len(kept) > rows:
             chosen = np.sort(np.argpartition(keys, rows)[:rows])
-            kept, keys = kept.iloc[chosen], keys[chosen]
-    return kept.reset_index(drop=True)
+            kept, keys, positions = kept.iloc[chosen], keys[chosen], positions[chosen]
+    return kept.reset_index(drop=True), positions
 
 
 def _batches(path: Path) -> Iterator[pd.DataFrame]:
     from pyarrow.parquet import ParquetFile
 
-    for batch in ParquetFile(path).iter_batches(100_000):
+    for batch in ParquetFile(path).iter_batches(PART):
         yield batch.to_pandas()
 
 

@@ -8,7 +8,7 @@ choice between modes that overlap, and whatever is chosen, the way back gives th
 import datetime
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -247,6 +247,36 @@ class Preparation:
             else:
                 choices.append(_codes(given, fitted))
         return _side_by_side(values, len(table), dtype), _side_by_side(choices, len(table), np.int32)
+
+    def coded_parts(self, parts: Iterable[pd.DataFrame], *, seed: int = 0) -> tuple[Array, Array, int]:
+        """Return as ``coded`` does, in float32, the rows of a table that comes in parts, and how many were passed over.
+
+        Those are rows with what the fitted rows have not: a category, a gap or an infinity, or a number beyond theirs.
+        """
+        values: list[Array] = []
+        choices: list[Array] = []
+        passed_over = 0
+        for number, part in enumerate(parts):
+            known = self._known(part)
+            passed_over += len(part) - int(known.sum())
+            coded = self.coded(part[known], seed=seed + number, dtype=np.float32)
+            values.append(coded[0])
+            choices.append(coded[1])
+        return np.concatenate(values), np.concatenate(choices), passed_over
+
+    def _known(self, table: pd.DataFrame) -> Array:
+        known = np.ones(len(table), dtype=bool)
+        for i, fitted in self.fitted.items():
+            given = table.iloc[:, i]
+            if isinstance(fitted, Choices):
+                there = {key(value) for value in fitted.values}
+                known &= [key(value) in there for value in _objects(given)]
+                continue
+            v = _in_steps(given, fitted.origin, fitted.step) if fitted.step else _as_floats(given)
+            x = v / fitted.unit
+            special = [np.isnan(v) if name == "missing" else v == _SPECIAL[name] for name in fitted.special]
+            known &= np.any([(x >= fitted.low) & (x <= fitted.high), *special], axis=0)
+        return known
 
     def transform(self, table: pd.DataFrame, *, seed: int = 0) -> Array:
         """Return the rows of a table ``[N, width]``, float64: ``coded``, with 1 at what is chosen."""

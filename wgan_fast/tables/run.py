@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +26,15 @@ from ..training.stopping import InterruptedTraining, StopRequests, way_on
 from . import judgement, pictures
 from .columns import LEAST_ROWS, Column, columns_of
 from .config import TableConfig, pairs
-from .files import read_table
+from .files import is_too_large, read_parts, read_with_positions
 from .preparation import Preparation
 from .synthesizer import TableSynthesizer
 from .training import StepResult
 
 FIRST_LOOK, LOOKING = 30.0, 0.05
 """Seconds until there are pictures, and the share of the time that goes into drawing them anew."""
+STREAMED = 1_000_000
+"""Rows that are drawn of a table that is read in parts, by which its columns are told and fitted."""
 RATED = 2_000
 """Rows that are compared with held-out ones whenever a checkpoint is written."""
 
@@ -77,8 +80,11 @@ class TableRun:
         config = dataclasses.replace(config, data=str(as_path(config.data).resolve()))
         if resume and not Path(config.data).exists():
             raise InputError(f"the table of this run is no longer at {config.data}: say where with --data")
+        if config.stream is None:
+            config = dataclasses.replace(config, stream=config.rows is None and is_too_large(Path(config.data)))
         self.config, self.resume = config, resume
-        self.train, self.held_out, columns, self.digest = _split(config)
+        split = _split(config)
+        self.train, self.held_out, columns, self.digest = split.train, split.held_out, split.columns, split.digest
         if resume:
             _check_data(Path(config.out or ""), config.data, self.digest)
         self.synthesizer = TableSynthesizer(
@@ -99,7 +105,8 @@ class TableRun:
         # What was fitted goes on, whatever would be fitted now.
         before = load_checkpoint(as_path(config.out or "")) if resume else None
         prepared = None if before is None else Preparation.of_state(before.state["preparation"])
-        self.training = self.synthesizer.begin(self.train, columns, prepared)
+        parts = _all_but(split.of_held_out, config, self.train) if config.stream else None
+        self.training = self.synthesizer.begin(self.train, columns, prepared, parts)
         self.steps = config.epochs * self.training.steps_per_epoch
         of_train, of_held_out = judgement.views((self.train, self.held_out), columns)
         self._real = (of_held_out if len(self.held_out) else of_train).some(RATED, config.seed)
@@ -131,9 +138,8 @@ class TableRun:
             self.synthesizer.load_state(checkpoint.state)
             self.training.load_state(checkpoint.state["training"])
             self._checkpoint = checkpoint.path
-        _describe(
-            self.out, self.config, self.digest, len(self.train), len(self.held_out), self.synthesizer.preparation_
-        )
+        rows = len(self.training.rows), len(self.held_out)
+        _describe(self.out, self.config, self.digest, rows, self.synthesizer.preparation_)
         training, first, started = self.training, self.training.step, time.perf_counter()
         with (
             StopRequests() as stop,
@@ -147,7 +153,7 @@ class TableRun:
                 found = f"resuming after step {first} from {self._checkpoint}"
                 progress.message(found if checkpoint else "there is no checkpoint yet: beginning again at step 1")
             else:
-                progress.message(described(self.config.data, self.synthesizer.preparation_, self.train, self.held_out))
+                progress.message(self._described())
             since, logged = started, first
             while training.step < self.steps:
                 result = training()
@@ -201,6 +207,15 @@ class TableRun:
                 )
         return figures
 
+    def _described(self) -> str:
+        learned, passed_over = len(self.training.rows), self.synthesizer.passed_over_
+        first = f"{Path(self.config.data).name}: {learned} rows to learn, {len(self.held_out)} held out"
+        if self.config.stream:
+            first += f"; columns are told by {len(self.train)} of them"
+        if passed_over:
+            first += f", and {passed_over} rows with what none of these has are passed over"
+        return "\n".join([first, *described(self.synthesizer.preparation_)])
+
     def _rate(self) -> float:
         """Return the mean distance of the columns between made and real rows."""
         made = self._view(len(self._real))
@@ -250,7 +265,7 @@ def evaluate(
     synthesizer = TableSynthesizer.load(folder, device=str(resolve_device(device)))
     if not Path(config.data).expanduser().exists():
         raise InputError(f"the table of this run is no longer at {config.data}: say where with --data")
-    train, held_out, columns, digest = _split(config)
+    train, held_out, columns, digest, _ = _split(config)
     _check_data(folder, config.data, digest)
     if len(held_out) < 2:
         raise InputError("this run held no rows out (holdout 0): there is nothing to evaluate against")
@@ -261,22 +276,32 @@ def evaluate(
     return {"step": synthesizer.n_iter_, **report}
 
 
-def described(name: str, preparation: Preparation, train: pd.DataFrame, held_out: pd.DataFrame) -> str:
+def described(preparation: Preparation) -> list[str]:
     """Say what was found in a table, a line for each column."""
-    lines = [f"{Path(name).name}: {len(train)} rows to learn, {len(held_out)} held out"]
+    lines = []
     width = min(max(len(str(column.name)) for column in preparation.columns), 30)
     for i, column in enumerate(preparation.columns):
         kind = "left out" if column.kind == "identifier" else column.kind
         about = [preparation.said(i), f"({column.why})" if column.why else ""]
         lines.append(f"  {column.name!s:{width}}  {kind:9}  {' '.join(part for part in about if part)}".rstrip())
-    return "\n".join(lines)
+    return lines
 
 
-def _split(config: TableConfig) -> tuple[pd.DataFrame, pd.DataFrame, list[Column], str]:
-    """Return the rows to train on, those that are held out, what all of them have in common, and the file's digest."""
+class _Split(NamedTuple):
+    """A table, or what was drawn of it."""
+
+    train: pd.DataFrame
+    held_out: pd.DataFrame
+    columns: list[Column]
+    digest: str
+    of_held_out: set[int]
+
+
+def _split(config: TableConfig) -> _Split:
     written = pairs(config.column, "column", "NAME=KIND")
-    table = read_table(
-        config.data, kinds=written, sep=config.sep, decimal=config.decimal, rows=config.rows, seed=config.seed
+    rows = STREAMED if config.stream else config.rows
+    table, positions = read_with_positions(
+        config.data, kinds=written, sep=config.sep, decimal=config.decimal, rows=rows, seed=config.seed
     )
     columns = columns_of(table, config.kinds)
     with Path(config.data).expanduser().open("rb") as file:
@@ -284,7 +309,18 @@ def _split(config: TableConfig) -> tuple[pd.DataFrame, pd.DataFrame, list[Column
     order = np.random.default_rng(config.seed).permutation(len(table))
     held_out = min(round(config.holdout * len(table)), max(len(table) - LEAST_ROWS, 0))
     train, kept = np.sort(order[held_out:]), np.sort(order[:held_out])
-    return table.iloc[train].reset_index(drop=True), table.iloc[kept].reset_index(drop=True), columns, digest
+    learned, left = (table.iloc[which].reset_index(drop=True) for which in (train, kept))
+    return _Split(learned, left, columns, digest, set(positions[kept].tolist()))
+
+
+def _all_but(held_out: set[int], config: TableConfig, like: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Read the rows of a file part by part, all but those that are held out."""
+    written = pairs(config.column, "column", "NAME=KIND")
+    first = 0
+    for part in read_parts(Path(config.data), like, kinds=written, sep=config.sep, decimal=config.decimal):
+        learned = [row not in held_out for row in range(first, first + len(part))]
+        first += len(part)
+        yield part[learned]
 
 
 def _check_data(folder: Path, data: str, digest: str) -> None:
@@ -292,8 +328,8 @@ def _check_data(folder: Path, data: str, digest: str) -> None:
         raise InputError(f"data {data} is not the table that the run in {folder} was trained on: its content differs")
 
 
-def _describe(out: Path, config: TableConfig, digest: str, train: int, held_out: int, preparation: Preparation) -> None:
+def _describe(out: Path, config: TableConfig, digest: str, rows: tuple[int, int], preparation: Preparation) -> None:
     columns = [{"name": str(c.name), "kind": c.kind, "why": c.why} for c in preparation.columns]
     values = {"format": 1, "kind": "table", "config": config.to_json(), "sha256": digest}
-    values |= {"rows": [train, held_out], "columns": columns}
+    values |= {"rows": rows, "columns": columns}
     write_atomically(out / CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode())

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -119,6 +119,7 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         table: pd.DataFrame,
         columns: Sequence[Column] | None = None,
         preparation: Preparation | None = None,
+        parts: Iterable[pd.DataFrame] | None = None,
     ) -> Training:
         """Prepare a table and build networks: what ``fit`` does before its first step. Seeds PyTorch's generators.
 
@@ -126,6 +127,7 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
             table: To learn.
             columns: Of it, where they are known of a table that it is a part of.
             preparation: That was fitted to it before; None fits one.
+            parts: Of a larger table, of which ``table`` are some rows: what is learned in its place, part by part.
 
         Raises:
             InputError: As ``fit``.
@@ -133,20 +135,24 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         if not isinstance(table, pd.DataFrame):
             raise InputError(f"a table is a pandas.DataFrame, got {type(table).__name__}")
         self._check_options()
-        rows = min(self.batch_size, len(table))
         self.preparation_ = preparation or Preparation.fit(
             table, self.kinds, columns=columns, numbers=self.numbers, seed=self.seed
         )
+        rows = min(self.batch_size, len(table))
         if (N := rows // self.group_size * self.group_size) == 0:
             raise InputError(f"a batch of {rows} rows has no group of {self.group_size}")
-        values, choices = map(torch.from_numpy, self.preparation_.coded(table, seed=self.seed, dtype=np.float32))
+        self.passed_over_ = 0
+        if parts is None:
+            values, choices = self.preparation_.coded(table, seed=self.seed, dtype=np.float32)
+        else:
+            values, choices, self.passed_over_ = self.preparation_.coded_parts(parts, seed=self.seed)
         torch.manual_seed(self.seed)
-        self._build(choices[:, [n for _, n, _ in self.preparation_.categories]])
+        self._build(torch.from_numpy(choices[:, [n for _, n, _ in self.preparation_.categories]]))
         training = Training(
             self.generator_,
             self.critic_,
             self.conditions_,
-            Rows(values, choices, self.preparation_.spans).to(self.device),
+            Rows(torch.from_numpy(values), torch.from_numpy(choices), self.preparation_.spans).to(self.device),
             batch_size=N,
             options={"lr": self.learning_rate, "betas": (0.5, 0.9), "weight_decay": self.weight_decay},
             penalty_weight=self.penalty_weight,
