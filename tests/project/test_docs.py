@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from wgan_fast.training import TrainConfig, cli
-from wgan_fast.training.run import Description
+from wgan_fast.training.description import Description
 
 CHECKOUT = Path(__file__).parents[2]
 PAGES = sorted(f"docs/{path.name}" for path in CHECKOUT.glob("docs/*.md"))

@@ -21,7 +21,8 @@ from wgan_fast.training import Run, TrainConfig, Trainer, plots
 from wgan_fast.training import run as runs_module
 from wgan_fast.training.cli import main
 from wgan_fast.training.data import load_data
-from wgan_fast.training.run import Description, great_circles
+from wgan_fast.training.description import Description
+from wgan_fast.training.run import great_circles
 
 DATA = {
     "grey": np.random.default_rng(0).integers(0, 256, (20, 5, 7), dtype=np.uint8),

@@ -70,7 +70,7 @@ class SampleTable:
     def run(self) -> None:
         """Write the rows and print where they are."""
         _check_installed()
-        from ..training.run import resolve_device
+        from ..training.device import resolve_device
         from .files import write_table
         from .synthesizer import TableSynthesizer
 

@@ -8,10 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ..training.plots import _BLUE as BLUE
-from ..training.plots import _GREY as GREY
-from ..training.plots import _figure as new_figure
-from ..training.plots import _save as save_figure
+from ..training.plots import BLUE, GREY, new_figure, save_figure
 from .judgement import View, associations, column_distances
 
 MOST_PANELS = 60

@@ -50,8 +50,8 @@ class Train(TrainConfig):
 
     def run(self) -> None:
         """Train and print the summary."""
+        from .device import resolve_device
         from .distributed import Replicas, processes
-        from .run import resolve_device
 
         if self.resume is not None and self.out != as_path(self.resume):
             raise InputError(f"out is the resumed folder {self.resume}, got {self.out}: give --resume alone")
@@ -64,8 +64,8 @@ class Train(TrainConfig):
 
     def _train(self) -> "Summary":
         from . import Trainer
+        from .description import CHANGEABLE, CONFIG_FILE
         from .distributed import restarted
-        from .run import CHANGEABLE, CONFIG_FILE
 
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
         if self.resume is not None:
@@ -112,7 +112,7 @@ class Sample:
 
     def run(self) -> None:
         """Write what was asked for and print where it is."""
-        from .run import Description
+        from .description import Description
 
         Description.read(self.folder)  # that there is no run is said before anything else
         out = None if self.out is None else as_path(self.out)
@@ -314,7 +314,7 @@ class Bench:
 
         from ..bench import scaling, series, variants, workloads
         from ..bench.results import read
-        from .run import resolve_device
+        from .device import resolve_device
 
         if self.shape is not None and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", self.shape) is None:
             raise InputError(f"shape must be sizes joined by x, such as 3x32x32, got {self.shape!r}")
@@ -399,7 +399,7 @@ def _defaults(arguments: list[str]) -> Train:
     folder, file = _option(arguments, "--resume"), _option(arguments, "--config")
     values: dict[str, Any] = {}
     if folder is not None:
-        from .run import Description
+        from .description import Description
 
         config = Description.read(Path(folder)).config
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}

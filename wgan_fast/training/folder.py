@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from .checkpoint import CHECKPOINTS
-from .run import CONFIG_FILE
+from .description import CONFIG_FILE
 
 LOCK_FILE = ".lock"
 """What the process that trains in a folder holds locked."""

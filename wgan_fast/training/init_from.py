@@ -10,7 +10,7 @@ from ..errors import InputError
 from .checkpoint import load_checkpoint, load_module
 from .config import OWN, TrainConfig
 from .data import Data
-from .run import Description, listed
+from .description import Description, listed
 
 ARCHITECTURE = ("width", "latent_dim", "spectral_norm")
 """What describes the networks of a model besides its name."""

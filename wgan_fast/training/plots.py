@@ -34,8 +34,8 @@ except ImportError as error:
 _Samples = Tensor | ArrayLike
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
-_SCORES = matplotlib.colormaps["viridis"].with_extremes(bad=_GREY)  # which NaN would leave out
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+_SCORES = matplotlib.colormaps["viridis"].with_extremes(bad=GREY)  # which NaN would leave out
 _CELL = 64  # pixels that a small image is enlarged towards
 _FRAME = 192  # pixels that a small image of an animation is enlarged towards
 _SHOWN = 80  # milliseconds that each is shown
@@ -51,14 +51,16 @@ def _array(samples: _Samples) -> NDArray[np.float32]:
     return np.asarray(samples, dtype=np.float32)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of a size in inches, apart from pyplot's."""
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
     figure = Figure(figsize=(width, height), dpi=120, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure into a PNG file, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomically(Path(path), buffer.getvalue())
@@ -197,20 +199,20 @@ def _save_waveforms(
 ) -> None:
     columns = min(columns, len(waves))
     rows = math.ceil(len(waves) / columns)
-    figure = _figure(min(max(1.5 * columns, 6), 18), min(max(0.5 + 0.8 * rows, 1.5), 18))
+    figure = new_figure(min(max(1.5 * columns, 6), 18), min(max(0.5 + 0.8 * rows, 1.5), 18))
     draw_waveforms(figure.add_subplot(), waves, columns, None if scores is None else _captions(scores))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _save_histogram(numbers: NDArray[np.float32], path: str | os.PathLike[str]) -> None:
-    figure = _figure(6.2, 4)
+    figure = new_figure(6.2, 4)
     axes = figure.add_subplot()
-    axes.hist(numbers[np.isfinite(numbers)], bins=min(60, 10 + len(numbers) // 40), color=_BLUE, alpha=0.8)
+    axes.hist(numbers[np.isfinite(numbers)], bins=min(60, 10 + len(numbers) // 40), color=BLUE, alpha=0.8)
     axes.set_title(_heading(numbers[:, None]), loc="left")
     axes.set_xlabel("value")
     axes.set_ylabel("samples")
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _heading(samples: NDArray[np.float32]) -> str:
@@ -221,18 +223,18 @@ def _heading(samples: NDArray[np.float32]) -> str:
 
 
 def _save_points(points: NDArray[np.float32], path: str | os.PathLike[str], scores: NDArray[np.float32] | None) -> None:
-    figure = _figure(6.2 if scores is None else 7.2, 6)
+    figure = new_figure(6.2 if scores is None else 7.2, 6)
     axes = figure.add_subplot()
     size = 8 if len(points) > 50 else 30
     if scores is None:
-        axes.scatter(points[:, 0], points[:, 1], s=size, color=_BLUE, alpha=0.6, linewidths=0)
+        axes.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, alpha=0.6, linewidths=0)
     else:
         marks = axes.scatter(
             points[:, 0], points[:, 1], s=size, c=scores, cmap=_SCORES, plotnonfinite=True, linewidths=0
         )
         figure.colorbar(marks, ax=axes, label="critic score", shrink=0.8)
     _dress_plane(axes, _heading(points))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _dress_plane(axes: Axes, title: str) -> None:
@@ -244,7 +246,7 @@ def _dress_plane(axes: Axes, title: str) -> None:
 
 
 def _save_heat_map(rows: NDArray[np.float32], path: str | os.PathLike[str], scores: NDArray[np.float32] | None) -> None:
-    figure = _figure(8, min(max(2.5, 1.2 + 0.16 * len(rows)), 14))
+    figure = new_figure(8, min(max(2.5, 1.2 + 0.16 * len(rows)), 14))
     axes = figure.add_subplot()
     finite = rows[np.isfinite(rows)]
     # One value a thousand times the others would leave them a single colour.
@@ -261,7 +263,7 @@ def _save_heat_map(rows: NDArray[np.float32], path: str | os.PathLike[str], scor
         axes.set_yticks(labelled, _captions(scores[labelled]), fontsize=7)
         axes.set_ylabel("critic score of the sample")
     axes.set_title(_heading(rows), loc="left")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_scatter(fake: _Samples, real: _Samples, path: str | os.PathLike[str], modes: _Samples | None = None) -> None:
@@ -290,11 +292,11 @@ def save_scatter(fake: _Samples, real: _Samples, path: str | os.PathLike[str], m
     reach = 0.65 * side  # half of the widest side, and a margin
     outside = int((~(np.abs(sets["fake"] - centre) <= reach).all(axis=1)).sum())
 
-    figure = _figure(6.2, 6.6)
+    figure = new_figure(6.2, 6.6)
     axes = figure.add_subplot()
     styles: dict[str, dict[str, Any]] = {
-        "real": {"s": 6, "color": _GREY, "alpha": 0.5, "linewidths": 0, "label": "real"},
-        "fake": {"s": 6, "color": _ORANGE, "alpha": 0.6, "linewidths": 0, "label": "generated"},
+        "real": {"s": 6, "color": GREY, "alpha": 0.5, "linewidths": 0, "label": "real"},
+        "fake": {"s": 6, "color": ORANGE, "alpha": 0.6, "linewidths": 0, "label": "generated"},
         "modes": {"s": 40, "color": "black", "marker": "+", "linewidths": 1, "label": "mode"},
     }
     for name, style in styles.items():
@@ -306,7 +308,7 @@ def save_scatter(fake: _Samples, real: _Samples, path: str | os.PathLike[str], m
     axes.set_xlim(centre[0] - reach, centre[0] + reach)
     axes.set_ylim(centre[1] - reach, centre[1] + reach)
     figure.legend(loc="outside lower center", ncols=len(sets), frameon=False, markerscale=2)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 class _Curve(NamedTuple):
@@ -326,21 +328,21 @@ _PANELS = (
     _Panel(
         "Wasserstein estimate",
         "D(real) − D(generated)",
-        (_Curve("wasserstein", "training", _BLUE), _Curve("held_out_wasserstein", "held out", _ORANGE)),
+        (_Curve("wasserstein", "training", BLUE), _Curve("held_out_wasserstein", "held out", ORANGE)),
     ),
     _Panel(
         "Losses",
         "loss",
-        (_Curve("critic_loss", "critic", _BLUE), _Curve("generator_loss", "generator", _ORANGE)),
+        (_Curve("critic_loss", "critic", BLUE), _Curve("generator_loss", "generator", ORANGE)),
     ),
     _Panel(
         "Critic scores",
         "mean score",
-        (_Curve("real_score", "real", _BLUE), _Curve("fake_score", "generated", _ORANGE)),
+        (_Curve("real_score", "real", BLUE), _Curve("fake_score", "generated", ORANGE)),
     ),
-    _Panel("Gradient norm of the critic", "mean norm", (_Curve("gradient_norm", "norm", _GREEN),)),
-    _Panel("Gradient penalty", "penalty, weight included", (_Curve("penalty", "penalty", _GREEN),), from_zero=True),
-    _Panel("Learning rate", "learning rate", (_Curve("learning_rate", "learning rate", _GREY),), from_zero=True),
+    _Panel("Gradient norm of the critic", "mean norm", (_Curve("gradient_norm", "norm", GREEN),)),
+    _Panel("Gradient penalty", "penalty, weight included", (_Curve("penalty", "penalty", GREEN),), from_zero=True),
+    _Panel("Learning rate", "learning rate", (_Curve("learning_rate", "learning rate", GREY),), from_zero=True),
 )
 
 
@@ -399,7 +401,7 @@ def save_curves(
     first, last = every_step.min(), every_step.max()
     margin = 0.02 * (last - first) or 1.0
     frame = first - margin, last + margin
-    figure = _figure(11, 0.4 + 2.7 * rows)
+    figure = new_figure(11, 0.4 + 2.7 * rows)
     grid = figure.add_gridspec(rows, 2)
     for index, (panel, series) in enumerate(panels):
         place = grid[0, :] if wide and index == 0 else grid[divmod(index + wide, 2)]
@@ -410,7 +412,7 @@ def save_curves(
             _draw_quality(axes, *series[0][1:], label, *distances)
     if title is not None:
         figure.suptitle(_shortened(title), x=0.01, ha="left", fontsize=13)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _shortened(title: str, length: int = 100) -> str:
@@ -430,7 +432,7 @@ def _draw_quality(
 ) -> None:
     """Draw a tracked distance on an axis of its own, and say how its ranks correlate with those of the estimate."""
     right = axes.twinx()
-    (line,) = right.plot(tracked_steps, distances, color=_GREEN, linewidth=1.6, marker="o", markersize=4)
+    (line,) = right.plot(tracked_steps, distances, color=GREEN, linewidth=1.6, marker="o", markersize=4)
     # A generator begins ten times as far away as it ends: on a linear scale what happens later is a flat line. Where it
     # does not move as far, a logarithmic axis would have a single number on it.
     if distances.max() > 4 * distances.min() > 0:
@@ -440,7 +442,7 @@ def _draw_quality(
         right.yaxis.set_minor_locator(NullLocator())
     else:
         right.yaxis.set_major_locator(MaxNLocator(5))
-    right.set_ylabel(label, fontsize=9, color=_GREEN)
+    right.set_ylabel(label, fontsize=9, color=GREEN)
     right.tick_params(labelsize=8)
     right.spines["top"].set_visible(False)
     axes.legend(

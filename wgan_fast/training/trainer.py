@@ -34,6 +34,8 @@ from .concerns import concerns
 from .config import OWN, TrainConfig
 from .course import Course
 from .data import PLACES, SOURCES, Data, Labels, Split, batches, has_labels, load_data, load_labels, split_labels
+from .description import Description, check_found, check_rebuildable, check_unchanged, load_run_data
+from .device import resolve_device
 from .distributed import Replicas
 from .divergence import DivergedError, LossWatch, advice
 from .files import as_path, write_atomically
@@ -44,19 +46,7 @@ from .log import MetricsLog, ProgressLine
 from .metrics import wasserstein_estimate
 from .optimizers import OptimizerFactory
 from .randomness import NETWORKS, random_state, seed_everything, set_random_state, undisturbed
-from .run import (
-    Description,
-    build_networks,
-    check_found,
-    check_rebuildable,
-    check_unchanged,
-    dealt,
-    draw_noise,
-    generate,
-    latent_dim,
-    load_run_data,
-    resolve_device,
-)
+from .run import build_networks, dealt, draw_noise, generate, latent_dim
 from .stopping import InterruptedTraining, StopRequests, way_on
 from .trial import check_loss, check_networks, try_step
 from .weights import spectral_norm
