@@ -709,7 +709,7 @@ def test_empty_folders_and_files_of_other_kinds_are_named(tmp_path):
         load_data(tmp_path / "empty")
     (tmp_path / "one.png").write_bytes(b"")
     (tmp_path / "people.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match=r"people\.csv is a table: wgan-fast train --data .* in Python TableSynthesizer"):
+    with pytest.raises(InputError, match=r"people\.csv is a table: .* in Python TableSynthesizer"):
         load_data(tmp_path / "people.csv")
     with pytest.raises(InputError, match=r"one\.png is none of"):
         load_data(tmp_path / "one.png")

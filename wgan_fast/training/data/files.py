@@ -200,8 +200,8 @@ def _common_size(files: list[Path]) -> tuple[int, int]:
 
 
 def _is_run(folder: str) -> bool:
-    from ..folder import LOCK_FILE  # which needs this package
     from ..description import CONFIG_FILE
+    from ..folder import LOCK_FILE  # which needs this package
 
     return all(os.path.exists(os.path.join(folder, name)) for name in (CONFIG_FILE, LOCK_FILE))
 
