@@ -131,7 +131,7 @@ def test_every_form_of_a_table_is_read_and_written(
         ("", [], "t.csv is empty"),
         ("a,b\n", [], "the table has 0 rows, and at least 10 are needed to learn from"),
         ("a,b\n1,2\n3,4\n5,6\n", [], "the table has 3 rows, and at least 10"),
-        ("a,b\n1,2\n1,2,3\n" * 9, [], "t.csv"),
+        ("a,b\n1,2\n1,2,3\n" * 9, [], "t.csv has 3 values in line 3, and 2 before it"),
         (b"a,b\n\xff\xfe,2\n", [], "t.csv is not UTF-8: save it as UTF-8"),
         ("a;b\n1;2\n", [], "t.csv is not separated by commas"),
         ("a\n1\n" + "1\n" * 20, [], "nothing to learn"),
@@ -263,6 +263,7 @@ def test_a_resumed_run_keeps_its_settings_and_its_table(workplace: Path, trained
         (["--where", "job"], "where must be NAME=CATEGORY"),
         (["--grid", "3x3"], "Unrecognized options: --grid"),
         (["--seed", "-1"], "seed must be a whole number of at least 0, got -1"),
+        (["--out", "new/rows.csv", "--where", "job=pilot"], "column 'job' has no 'pilot'"),
     ],
 )
 def test_rows_that_cannot_be_made_are_refused(
@@ -459,3 +460,15 @@ def test_a_folder_alone_makes_rows_also_of_what_one_row_had(workplace: Path) -> 
     ended = run_process("sample", "elsewhere", "--n", "6", "--where", "job=pilot", "--out", "rows.csv", cwd=workplace)
     assert ended.returncode == 0, ended.stderr
     assert pd.read_csv("rows.csv")["job"].tolist() == ["pilot"] * 6
+
+
+def test_a_table_in_parts_of_which_little_is_known_is_refused(
+    workplace: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days = [f"{i % 28 + 1:02}/{i % 12 + 1:02}/2024" for i in range(300)]
+    people().assign(day=days).to_csv("t.csv", index=False)
+    monkeypatch.setattr(run_module, "STREAMED", 100)
+    arguments = ["train", "--data", "t.csv", *QUICK, "--stream", "--column"]
+    # Other dates than in ISO 8601 need their form, here as anywhere.
+    assert "say how dates are written" in refused(*arguments, "day=date")
+    main([*arguments, "day=date:%d/%m/%Y", "--out", "run"])

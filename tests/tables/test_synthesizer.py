@@ -175,6 +175,9 @@ def test_a_damaged_folder_is_told(fitted: TableSynthesizer, tmp_path: Path) -> N
         TableSynthesizer.load(seal)
     with pytest.raises(InputError, match="is a file, not a folder"):
         fitted.save(seal)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a run of training: save into another folder"):
+        fitted.save(folder)
 
 
 def test_a_saving_that_is_cut_off_leaves_the_one_before(

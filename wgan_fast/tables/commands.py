@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,12 +40,12 @@ class TrainTable(TableConfig):
         config = TableConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TableConfig)})
         summary = TableRun(config, resume=self.resume is not None).fit()
         print(summary)
-        print(f"make rows:       wgan-fast sample {summary.out} --n 1000 --out rows.csv")
+        print(f"make rows:       wgan-fast sample {shlex.quote(str(summary.out))} --n 1000 --out rows.csv")
 
     @classmethod
     def of(cls, folder: Path) -> "TrainTable":
         """Return the command that goes on with a run."""
-        return cls(**{**vars(TableConfig.read(folder)), "resume": folder})
+        return cls(**{**vars(TableConfig.read(as_path(folder))), "resume": folder})
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,18 @@ class SampleTable:
         """Write the rows and print where they are."""
         _check_installed()
         from ..training.device import resolve_device
-        from .files import write_table
+        from .files import check_out, write_table
         from .synthesizer import TableSynthesizer
 
         if self.n < 1:
             raise InputError(f"n must be at least 1, got {self.n}")
-        path = self.out or self.folder / "rows.csv"
-        with write_table(path) as write:
-            synthesizer = TableSynthesizer.load(self.folder, device=str(resolve_device(self.device)))
-            names = [str(column.name) for column in synthesizer.preparation_.columns]
-            where = pairs(self.where, "where", "NAME=CATEGORY, such as job=nurse", names)
-            write(synthesizer.sample(self.n, where=synthesizer.categories_of(where), seed=self.seed))
+        folder = as_path(self.folder)
+        path = folder / "rows.csv" if self.out is None else as_path(self.out)
+        check_out(path)
+        synthesizer = TableSynthesizer.load(folder, device=str(resolve_device(self.device)))
+        names = [str(column.name) for column in synthesizer.preparation_.columns]
+        where = synthesizer.categories_of(pairs(self.where, "where", "NAME=CATEGORY, such as job=nurse", names))
+        write_table(synthesizer.sample(self.n, where=where, seed=self.seed), path)
         print(path)
 
 
@@ -112,9 +114,10 @@ class EvaluateTable:
 
         if self.samples < 2:
             raise InputError(f"samples must be at least 2, got {self.samples}")
+        folder = as_path(self.folder)
         asked = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "folder"}
-        report = evaluate(self.folder, **asked)
-        path = self.folder / "evaluation.json"
+        report = evaluate(folder, **asked)
+        path = folder / "evaluation.json"
         write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
         print(said(report))
         print(path)

@@ -90,10 +90,14 @@ class TableConfig:
         _ = self.kinds
 
     @property
+    def written(self) -> dict[str, str]:
+        """What ``column`` says of columns by their names, with the form of dates."""
+        return pairs(self.column, "column", "NAME=KIND, such as pay=number")
+
+    @property
     def kinds(self) -> dict[str, str]:
         """What ``column`` says that columns are, by their names."""
-        given = pairs(self.column, "column", "NAME=KIND, such as pay=number")
-        return {name: "date" if kind.startswith("date:") else kind for name, kind in given.items()}
+        return {name: kind.partition(":")[0] for name, kind in self.written.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as plain JSON values."""

@@ -3,8 +3,9 @@
 import contextlib
 import io
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,8 @@ def read_with_positions(
             raise InputError(other) from None
         if isinstance(error, pd.errors.ParserWarning):
             raise InputError(f"{path} has rows with more values than the header has names") from None
+        if ragged := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error)):
+            raise InputError(f"{path} has {ragged[3]} values in line {ragged[2]}, and {ragged[1]} before it") from None
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if table.shape[1] == 1 and (other := _other_separator(path, sep)):
         raise InputError(other)
@@ -210,37 +213,40 @@ def _dates(values: pd.Series, form: str) -> pd.Series:
     return read[0]
 
 
-@contextlib.contextmanager
-def write_table(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
-    """Check that a table can be written to a path, and give what writes it, whole or not at all.
+def check_out(path: Path) -> str:
+    """Return the suffix of the table that is to be written to a path.
 
     Raises:
-        InputError: The path has no suffix of a table, or cannot be written.
+        InputError: It has none, or what it needs is not installed.
     """
-    kind = next((s.lower() for s in reversed(path.suffixes) if s.lower() in SUFFIXES), None)
+    kind = next((suffix.lower() for suffix in reversed(path.suffixes) if suffix.lower() in SUFFIXES), None)
     if kind is None:
         raise InputError(f"out must end in {', '.join(SUFFIXES)}, got {path}")
+    if kind == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise InputError(f"out {path} cannot be written: .parquet needs pip install pyarrow") from None
+    return kind
 
-    def write(table: pd.DataFrame) -> None:
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a table, whole or not at all, in the form that the path's suffixes say.
+
+    Raises:
+        InputError: As ``check_out``; the path cannot be written.
+    """
+    kind = check_out(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with written_atomically(path) as file:
             if kind == ".parquet":
                 table.to_parquet(file, index=False)
             else:
                 packed: Any = _PACKED.get(path.suffix.lower())
                 table.to_csv(file, index=False, sep="\t" if kind == ".tsv" else ",", compression=packed, mode="wb")
-
-    try:
-        if kind == ".parquet":
-            import pyarrow  # noqa: F401
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_name(f".{path.name}.tmp").open("wb").close()
-        yield write
-    except ImportError:
-        raise InputError(f"out {path} cannot be written: .parquet needs pip install pyarrow") from None
     except OSError as error:
         raise InputError(f"out {path} cannot be written: {error.strerror or error}") from error
-    finally:
-        path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
 
 
 def _drawn(parts: Iterable[pd.DataFrame], rows: int, seed: int) -> tuple[pd.DataFrame, Array]:

@@ -26,7 +26,7 @@ from ..training.randomness import TRAINING, seed_everything, undisturbed
 from ..training.stopping import InterruptedTraining, StopRequests, way_on
 from . import judgement, pictures
 from .columns import LEAST_ROWS, Column, columns_of
-from .config import TableConfig, pairs
+from .config import TableConfig
 from .files import is_too_large, read_parts, read_with_positions
 from .preparation import Preparation
 from .synthesizer import TableSynthesizer
@@ -299,10 +299,9 @@ class _Split(NamedTuple):
 
 
 def _split(config: TableConfig) -> _Split:
-    written = pairs(config.column, "column", "NAME=KIND")
     rows = STREAMED if config.stream else config.rows
     table, positions = read_with_positions(
-        config.data, kinds=written, sep=config.sep, decimal=config.decimal, rows=rows, seed=config.seed
+        config.data, kinds=config.written, sep=config.sep, decimal=config.decimal, rows=rows, seed=config.seed
     )
     columns = columns_of(table, config.kinds)
     with Path(config.data).expanduser().open("rb") as file:
@@ -316,9 +315,8 @@ def _split(config: TableConfig) -> _Split:
 
 def _all_but(held_out: set[int], config: TableConfig, like: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """Read the rows of a file part by part, all but those that are held out."""
-    written = pairs(config.column, "column", "NAME=KIND")
     first = 0
-    for part in read_parts(Path(config.data), like, kinds=written, sep=config.sep, decimal=config.decimal):
+    for part in read_parts(Path(config.data), like, kinds=config.written, sep=config.sep, decimal=config.decimal):
         learned = [row not in held_out for row in range(first, first + len(part))]
         first += len(part)
         yield part[learned]

@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..training.checkpoint import Tree, load_checkpoint, save_checkpoint
+from ..training.description import CONFIG_FILE
+from ..training.files import as_path
 from ..training.models import PackedCritic
 from .columns import Column, key, plain
 from .networks import Conditions, Rows, TableGenerator
@@ -146,6 +147,12 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
             values, choices = self.preparation_.coded(table, seed=self.seed, dtype=np.float32)
         else:
             values, choices, self.passed_over_ = self.preparation_.coded_parts(parts, seed=self.seed)
+            if self.passed_over_ > len(values):
+                raise InputError(
+                    f"{self.passed_over_} of {self.passed_over_ + len(values)} rows have what none of the {len(table)} "
+                    "drawn ones has: leave out columns of rare values (--column NAME=identifier), and say how dates "
+                    "are written (--column NAME=date:%d/%m/%Y)"
+                )
         torch.manual_seed(self.seed)
         self._build(torch.from_numpy(choices[:, [n for _, n, _ in self.preparation_.categories]]))
         training = Training(
@@ -212,7 +219,8 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
                     made = made[one_of.argmax(dim=1) == category]
                 made = made[: n - have]
                 have += len(made)
-                tables.append(self.preparation_.inverse(made.double().cpu().numpy()))
+                if len(made):
+                    tables.append(self.preparation_.inverse(made.double().cpu().numpy()))
                 if tried > MOST_TRIES * n + 10_000 and have < n:
                     raise InputError(f"of {tried} rows {have} have what `where` asks for: the combination is too rare")
         return pd.concat(tables[min(1, n) :], ignore_index=True)
@@ -231,9 +239,15 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything that ``sample`` needs into a folder, which is made: safetensors and JSON, no pickle."""
+        """Write everything that ``sample`` needs into a folder, which is made: safetensors and JSON, no pickle.
+
+        Raises:
+            InputError: The folder is a file, or that of a run.
+        """
         check_is_fitted(self, "n_iter_")
-        folder = Path(path).expanduser()
+        folder = as_path(path)
+        if (folder / CONFIG_FILE).exists():  # whose checkpoints would go
+            raise InputError(f"{folder} holds a run of training: save into another folder")
         try:
             save_checkpoint(folder, self.n_iter_, self.state(), keep=1)
         except (FileExistsError, NotADirectoryError):
@@ -246,7 +260,7 @@ class TableSynthesizer(BaseEstimator):  # type: ignore[misc]
         Raises:
             InputError: There is no such folder, or what it holds is damaged.
         """
-        checkpoint = load_checkpoint(Path(path).expanduser())
+        checkpoint = load_checkpoint(as_path(path))
         if checkpoint is None or "preparation" not in checkpoint.state:
             raise InputError(f"{path} holds no table that was learned")
         state = checkpoint.state
