@@ -19,21 +19,9 @@ from wgan_fast.errors import InputError
 from wgan_fast.training import Run, TrainConfig, Trainer
 from wgan_fast.training.cli import main
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 Refused = Callable[..., str]
-
-
-@pytest.fixture(autouse=True)
-def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing them takes a second, most of the time of runs as small as these."""
-    monkeypatch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder; the command line puts it on the path of modules."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    return tmp_path
 
 
 @pytest.fixture
@@ -58,18 +46,6 @@ def refused(workplace: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
         return lines[-1].removeprefix("wgan-fast: error: ")
 
     return run
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("finished") / "run"
-    main(["train", *TINY, "--steps", "4", "--checkpoint-every", "2", "--out", str(out)])
-    return out
-
-
-@pytest.fixture
-def run(finished: Path, workplace: Path) -> Path:
-    return Path(shutil.copytree(finished, workplace / "run"))
 
 
 def mentions(message: str, *fragments: object) -> None:

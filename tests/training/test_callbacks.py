@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from wgan_fast.errors import DivergenceError, InputError
 from wgan_fast.training import Callback, InterruptedTraining, TrainConfig, Trainer
 
-
-@pytest.fixture(autouse=True)
-def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 def points() -> Tensor:

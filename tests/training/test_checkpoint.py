@@ -20,11 +20,7 @@ from wgan_fast.training import Run, Trainer
 from wgan_fast.training.checkpoint import load_checkpoint, load_module, load_optimizer, optimizer_state, save_checkpoint
 from wgan_fast.training.cli import main
 
-
-@pytest.fixture(autouse=True)
-def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing them takes a second, most of the time of runs as small as these."""
-    monkeypatch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,13 @@ from wgan_fast.training.data import has_labels, load_data, load_labels
 from wgan_fast.training.models import MODELS, build
 from wgan_fast.training.plots import save_grid
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 GREYS = {"ash": 0, "bone": 255, "coal": 90}
 """Classes whose images have one grey each."""
 
 SMALL = ["--model", "mlp", "--width", "8", "--latent-dim", "2", "--batch-size", "6", "--n-critic", "2"]
 SMALL += ["--log-every", "1", "--engine", "autograd"]
-
-
-@pytest.fixture(autouse=True)
-def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
 
 
 def greys(n: int = 42, size: int = 5) -> tuple[Any, Any]:

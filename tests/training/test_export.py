@@ -19,6 +19,8 @@ from wgan_fast.training.cli import main
 from wgan_fast.training.export import export_generator
 from wgan_fast.training.run import draw_noise
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 FILES = ["generator.json", "generator.pt2", "generator.safetensors"]
 
 PLAIN = """
@@ -68,12 +70,6 @@ def counts_its_calls(shape):
     calls = []
     return pair(shape, lambda x: calls.append(1) or x * len(calls))
 """
-
-
-@pytest.fixture(autouse=True)
-def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing them takes most of the time of runs as small as these."""
-    monkeypatch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
 
 
 @pytest.fixture

@@ -35,13 +35,10 @@ from wgan_fast.training.data import load_data
 from wgan_fast.training.divergence import DivergedError, LossWatch
 from wgan_fast.training.stopping import StopRequests
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 # Autograd, because preparing the four passes would take most of the time of runs as short as these.
 SHORT = ["train", *TINY, "--engine", "autograd", "--steps", "6", "--checkpoint-every", "100"]
-
-
-@pytest.fixture(autouse=True)
-def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
 
 
 @pytest.fixture(scope="module")

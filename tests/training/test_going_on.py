@@ -26,34 +26,10 @@ from wgan_fast.training import TrainConfig
 from wgan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from wgan_fast.training.cli import main
 
+pytestmark = pytest.mark.usefixtures("no_curves", "workplace")
+
 TRAINED_ON = 1617
 """Digits that are not held out."""
-
-
-@pytest.fixture(autouse=True)
-def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing them takes a second, most of the time of runs as small as these."""
-    monkeypatch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder, and a path of modules that is restored."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("finished") / "run"
-    main(["train", *TINY, "--steps", "4", "--checkpoint-every", "2", "--out", str(out)])
-    return out
-
-
-@pytest.fixture
-def run(finished: Path, workplace: Path) -> Path:
-    return Path(shutil.copytree(finished, workplace / "run"))
 
 
 def train(*arguments: object) -> None:

@@ -14,12 +14,9 @@ from wgan_fast.training import TrainConfig, Trainer
 from wgan_fast.training.cli import main
 from wgan_fast.training.data import load_data
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 Image = pytest.importorskip("PIL.Image")
-
-
-@pytest.fixture(autouse=True)
-def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
 
 
 def write(path: Path, value: int = 0, size: int = 8) -> Path:

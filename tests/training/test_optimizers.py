@@ -17,12 +17,9 @@ from wgan_fast.training import TrainConfig, Trainer
 from wgan_fast.training.cli import main
 from wgan_fast.training.optimizers import _CLASSES
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 SHORT = ["train", *TINY, "--engine", "autograd"]
-
-
-@pytest.fixture(autouse=True)
-def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
 
 
 def networks(bias: bool = True) -> tuple[nn.Module, nn.Module]:

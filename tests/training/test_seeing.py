@@ -20,21 +20,10 @@ from wgan_fast.training.concerns import last_bounded
 from wgan_fast.training.divergence import LossWatch
 from wgan_fast.training.log import ProgressLine, duration
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 SHORT = ["train", *TINY, "--engine", "autograd"]
 METHODS = ["wgan-gp", "wgan-lp", "wgan-clip", "r1", "dragan", "gan", "lsgan", "hinge"]
-
-
-@pytest.fixture
-def real_curves() -> None:
-    """For a test that looks at the curves."""
-
-
-@pytest.fixture(autouse=True)
-def _curves_are_not_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "real_curves" not in request.fixturenames:
-        monkeypatch.setattr(
-            "wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b"")
-        )
 
 
 @pytest.fixture

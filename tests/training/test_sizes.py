@@ -13,12 +13,9 @@ from wgan_fast.errors import InputError
 from wgan_fast.training import Run, TrainConfig, Trainer
 from wgan_fast.training.cli import main
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 Image = pytest.importorskip("PIL.Image")
-
-
-@pytest.fixture(autouse=True)
-def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ from wgan_fast.training.graphed import WARM_UP, GraphedCalls, StaticInputs
 from wgan_fast.training.iteration import for_device, keeps_samples_apart
 from wgan_fast.training.models import build
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 
@@ -33,11 +35,6 @@ OFF = {"fused": False, "generate_ahead": False, "channels_last": False, "engine"
 """The plain loop: every option off."""
 LATENT = 3
 STEPS = 5
-
-
-@pytest.fixture(autouse=True)
-def _curves_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
 
 
 def networks(norm: bool = False) -> tuple[nn.Module, nn.Module]:

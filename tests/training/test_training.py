@@ -31,6 +31,8 @@ from wgan_fast.training.metrics import sliced_wasserstein
 from wgan_fast.training.randomness import TRAINING, seed_everything
 from wgan_fast.training.run import draw_noise
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 @dataclass(frozen=True)
 class Paper:
@@ -65,20 +67,6 @@ PAPERS = {
     # Miyato et al. 2018, table 1, setting C of Adam with n_dis = 5: 2e-4, β = (0, 0.9).
     "hinge": Paper("hinge", "adam", 2e-4, (0.0, 0.9), 5, spectral_norm=True),
 }
-
-
-@pytest.fixture
-def real_curves() -> None:
-    """For a test that looks at the curves."""
-
-
-@pytest.fixture(autouse=True)
-def _curves_are_not_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing them takes a second, most of the time of runs as small as these."""
-    if "real_curves" not in request.fixturenames:
-        monkeypatch.setattr(
-            "wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b"")
-        )
 
 
 def test_every_method_is_known():
