@@ -611,9 +611,9 @@ def test_run_without_a_checkpoint_is_refused(run, refused, command):
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format": 1}', b'{"format": 99, "config": {}}',
-     b'{"format": 1, "config": [], "sample_shape": [1], "kind": "images"}',
-     b'{"format": 1, "config": {"bogus": 1}, "sample_shape": [1], "kind": "images"}',
-     b'{"format": 1, "config": {"steps": -1}, "sample_shape": [1], "kind": "images"}'],
+     b'{"format": 2, "config": [], "sample_shape": [1], "kind": "images"}',
+     b'{"format": 2, "config": {"bogus": 1}, "sample_shape": [1], "kind": "images"}',
+     b'{"format": 2, "config": {"steps": -1}, "sample_shape": [1], "kind": "images"}'],
 )  # fmt: skip
 @pytest.mark.parametrize("command", [["sample"], ["train", "--resume"]])
 def test_damaged_description_of_a_run_is_refused(run, refused, command, content):

@@ -79,33 +79,12 @@ def test_a_size_that_nothing_fits_is_refused_before_anything_is_written(photogra
     assert not (tmp_path / "run").exists()
 
 
-def of_format_1(run: Path, **settings: object) -> None:
-    """Write a run's description as the first format did, which left "auto" as it was given."""
-    path = run / "config.json"
-    description = json.loads(path.read_text())
-    for name in ("flip", "augment"):
-        del description["config"][name]
-    description["config"] |= {"init": "pytorch", **settings}
-    path.write_text(json.dumps(description | {"format": 1}))
-
-
-def test_a_run_from_before_16_pixels_had_networks_samples_and_goes_on_as_the_mlp_it_is(tmp_path):
-    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (30, 16, 16), dtype=np.uint8))
-    out = tmp_path / "run"
-    main(["train", "--data", str(tmp_path / "images.npy"), "--model", "mlp", "--width", "4", "--batch-size", "5",
-          "--steps", "2", "--engine", "autograd", "--out", str(out)])  # fmt: skip
-    samples = Run.load(out).sample(3)
-    of_format_1(out, model="auto")
-    assert torch.equal(Run.load(out).sample(3), samples)
-    main(["train", "--resume", str(out), "--steps", "3"])
-    assert config_of(out)["model"] == "mlp"
-
-
-def test_a_run_from_before_whose_fields_were_bounded_is_refused(tmp_path):
+def test_a_run_of_another_format_is_refused(tmp_path):
     np.save(tmp_path / "fields.npy", np.random.default_rng(0).normal(size=(30, 2, 8, 8)))
     out = tmp_path / "run"
     config = TrainConfig(data=str(tmp_path / "fields.npy"), width=4, batch_size=5, steps=1, out=out, engine="autograd")
     Trainer.from_config(config).fit()
-    of_format_1(out, model="auto")
-    with pytest.raises(InputError, match=r"its generator is bounded to \[-1, 1\], and its data was not: train anew"):
+    path = out / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(InputError, match="its format is 1, this version reads 2"):
         Run.load(out)

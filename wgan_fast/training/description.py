@@ -144,13 +144,11 @@ class Description:
             raise InputError(f"{path.parent} holds no run: it has no {CONFIG_FILE}")
         try:
             values = json.loads(path.read_bytes())
-            if values["format"] not in (1, FORMAT):
-                raise ValueError(f"its format is {values['format']}, this version reads {FORMAT} and 1")
             if values["kind"] == "table":
                 raise ValueError("the run is on a table, which wgan_fast.tables.TableSynthesizer.load reads")
+            if values["format"] != FORMAT:
+                raise ValueError(f"its format is {values['format']}, this version reads {FORMAT}")
             config, shape = TrainConfig.from_json(values["config"]), tuple(values["sample_shape"])
-            if values["format"] == 1:
-                config = _of_format_1(config, shape, values["kind"])
             return cls(
                 config,
                 shape,
@@ -163,25 +161,6 @@ class Description:
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
-
-
-def _of_format_1(config: TrainConfig, sample_shape: tuple[int, ...], kind: str) -> TrainConfig:
-    """Return a configuration of the first format as this version means it.
-
-    It left "auto" as it was given, which meant an MLP wherever the four models below do not fit, and every MLP for
-    samples of three dimensions ended in tanh.
-
-    Raises:
-        ValueError: Nothing that this version builds computes what that generator did.
-    """
-    if kind == "vectors" and len(sample_shape) == 3 and config.model in ("auto", *models.MODELS):
-        raise ValueError("its generator is bounded to [-1, 1], and its data was not: train anew")
-    if config.model != "auto":
-        return config
-    named = ("toy-mlp", "mnist-dcgan", "cifar-dcgan", "dcgan64")
-    return dataclasses.replace(
-        config, model=next((name for name in named if models.MODELS[name].makes(sample_shape)), "mlp")
-    )
 
 
 def listed(classes: tuple[str, ...]) -> str:
