@@ -38,6 +38,7 @@ PACKAGES = [
     "wgan_fast.tables",
     "wgan_fast.training",
     "wgan_fast.training.data",
+    "wgan_fast.training.models",
 ]
 
 CPU_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp"))

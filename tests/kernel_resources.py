@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import triton
-import wgan_fast.kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import CompiledKernel, make_backend
+
+import wgan_fast.kernels
 from wgan_fast.kernels.specialisation import Specialisation
 
 TARGETS = {

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 import kernel_resources  # imports Triton
 import triton
+
 from wgan_fast.kernels import gradient_norm_penalty, mlp_critic_step
 from wgan_fast.kernels.numbers import bits
 

@@ -3,11 +3,15 @@
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from runs import TINY
 
 from wgan_fast.training.cli import main
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @pytest.fixture
@@ -20,7 +24,7 @@ def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Drawing them takes a second, most of the time of runs as small as those of tests."""
     if "real_curves" not in request.fixturenames:
         monkeypatch.setattr(
-            "wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b"")
+            "wgan_fast.training.curves.save_curves", lambda records, path, **options: path.write_bytes(b"")
         )
 
 
@@ -44,3 +48,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(finished: Path, workplace: Path) -> Path:
     """A copy of it in the current folder."""
     return Path(shutil.copytree(finished, workplace / "run"))
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list["Figure"]:
+    """The figures that were saved."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+
+    def remember(figure: Figure, *arguments: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return figures

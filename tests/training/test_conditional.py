@@ -226,6 +226,10 @@ def test_files_walks_and_exports_are_of_the_asked_class_too(place: Path) -> None
     assert np.array_equal(np.load("coal.npy"), coal.numpy())
     main(["sample", "run", "--n", "7", "--out", "all.npy"])
     assert np.array_equal(np.load("all.npy"), run.sample(7, labels=torch.tensor([0, 0, 0, 1, 1, 2, 2])).numpy())
+    main(["sample", "run", "--n", "3", "--out", "images"])
+    told = Path("images/labels.csv").read_text()
+    assert told == "file,label\n00000.png,ash\n00001.png,bone\n00002.png,coal\n"
+    assert len(list(Path("images").iterdir())) == 4
     main(["sample", "run", "--interpolate", "--label", "coal", "--grid", "2x3", "--out", "walk.png"])
     save_grid(run.walk(2, 3, labels=torch.full((6,), 2)), "expected.png", columns=3)
     assert Path("walk.png").read_bytes() == Path("expected.png").read_bytes()
@@ -297,7 +301,16 @@ def test_arrays_bring_their_labels(place: Path) -> None:
     [
         (["--data", "8gaussians"], "conditional needs labels, and none were found for 8gaussians: IDX images"),
         (["--data", "plain.npy"], "none were found for plain.npy: IDX images have them in their file of labels beside"),
-        (["--data", "flat", "--channels", "1"], "none were found for flat:"),
+        (
+            ["--data", "stray", "--channels", "1"],
+            "none were found for stray: a.png lies in none of its subfolders, each",
+        ),
+        (["--data", "strays", "--channels", "1"], "for strays: a.png and 1 more lies in none of its subfolders"),
+        (
+            ["--data", "lone", "--channels", "1"],
+            "all images lie in one subfolder, inner, and every subfolder is a class",
+        ),
+        (["--data", "flat", "--channels", "1"], "all images lie in the folder itself, and every subfolder would be a"),
         (["--data", "few.npz"], "there are 34 labels for 38 samples of few.npz"),
         (["--data", "one.npz"], "conditional needs two or more classes, and one.npz has 7 alone"),
         (["--model", "told:unaware"], "model 'told:unaware' takes no labels: conditional training calls"),
@@ -310,9 +323,12 @@ def test_conditional_training_without_what_it_needs_is_refused(
     np.save("plain.npy", images)
     np.savez("few.npz", images=images, y=names[:-4])
     np.savez("one.npz", images=images, y=np.full(42, 7))
-    (place / "flat" / "inner").mkdir(parents=True)
-    for name in ("flat/a.png", "flat/inner/b.png", "flat/c.png"):
-        Image.fromarray(images[0]).save(name)
+    folders = {"stray": "a inner/b other/c", "strays": "a inner/b c", "lone": "inner/a inner/b", "flat": "a b c"}
+    for folder, names in folders.items():
+        for name in names.split():
+            path = place / folder / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[0]).save(path)
     with pytest.raises(SystemExit) as end:
         main(["train", "--data", "set.npz", *arguments, "--conditional", "--batch-size", "2", "--out", "run"])
     assert end.value.code == 2

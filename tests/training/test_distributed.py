@@ -32,10 +32,10 @@ import ot, torch, torch._dynamo, torch.distributed, torch.utils.tensorboard  # w
 from torch import nn
 
 torch.set_num_threads(1)
-import wgan_fast.training.data, wgan_fast.training.plots
+import wgan_fast.training.curves, wgan_fast.training.data
 from wgan_fast.training import cli
 from wgan_fast.training.divergence import LossWatch
-wgan_fast.training.plots.save_curves = lambda records, path, **options: path.write_bytes(b"")
+wgan_fast.training.curves.save_curves = lambda records, path, **options: path.write_bytes(b"")
 
 from wgan_fast import gradient_penalty
 from wgan_fast.training import TrainConfig, Trainer

@@ -45,7 +45,7 @@ SHORT = ["train", *TINY, "--engine", "autograd", "--steps", "6", "--checkpoint-e
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wgan_fast.training.plots.save_curves", lambda records, path, **options: path.write_bytes(b""))
+        patch.setattr("wgan_fast.training.curves.save_curves", lambda records, path, **options: path.write_bytes(b""))
         main([*SHORT, "--out", str(out)])
     return out
 

@@ -23,7 +23,6 @@ from runs import (
 )
 
 from wgan_fast.training import TrainConfig
-from wgan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from wgan_fast.training.cli import main
 
 pytestmark = pytest.mark.usefixtures("no_curves", "workplace")
@@ -134,6 +133,12 @@ def test_learning_rate_has_a_short_name():
     train(*TINY, "--lr", "0.25", "--steps", "1", "--out", "a")
     train(*TINY, "--lr=0.5", "--steps", "1", "--out", "b")
     assert [config_of(Path(out))["learning_rate"] for out in "ab"] == [0.25, 0.5]
+
+
+def test_learning_rate_is_given_once(capfd):
+    message = refused(capfd, "train", *TINY, "--lr", "0.25", "--learning-rate=0.5", "--out", "a")
+    assert "--lr is --learning-rate: give one of the two" in message
+    assert not Path("a").exists()
 
 
 @pytest.mark.parametrize(
@@ -335,22 +340,6 @@ def test_steps_take_the_place_of_epochs_and_the_other_way(capfd):
     assert message.startswith("epochs is 1, but run/checkpoints/step-00000005.safetensors is at epoch 2.1 already")
 
 
-def test_runs_of_before_resume_as_they_did(run):
-    """Their configuration has no epochs and no marks, their checkpoints do not say what the critic has seen."""
-    train("--resume", Path(shutil.copytree(run, "new")), "--steps", "6")
-    config = json.loads((run / "config.json").read_text())
-    for name in ("marks", "model_folder", "history"):
-        del config[name]
-    for name in ("epochs", "init_from"):
-        del config["config"][name]
-    (run / "config.json").write_text(json.dumps(config))
-    state = load_checkpoint(run).state
-    del state["seen"]
-    save_checkpoint(run, 4, state, keep=1)
-    train("--resume", run, "--steps", "6")
-    assert_same_run(run, Path("new"))
-
-
 # Moved
 
 
@@ -414,5 +403,9 @@ def test_module_of_another_name_goes_on_with_the_same_networks(workplace, capfd)
     sys.modules.pop("first_name")
     shutil.rmtree("__pycache__", ignore_errors=True)
     assert "cannot import 'first_name'" in refused(capfd, "train", "--resume", "run", "--steps", "2")
+    assert "cannot import 'first_name'" in refused(capfd, "sample", "run", "--grid", "1x1")
+    for command in (["sample", "run", "--grid", "1x1"], ["evaluate", "run"], ["export", "run"]):
+        main([*command, "--model", "second_name:build"])
+    assert "model was 'first_name:build', got 'mlp'" in refused(capfd, "sample", "run", "--model", "mlp")
     train("--resume", "run", "--steps", "2", "--model", "second_name:build")
     assert saved(Path("run"))[-1] == 2

@@ -29,7 +29,7 @@ import json, os, pathlib, random, signal, sys, time, traceback
 import numpy as np
 import ot, torch, torch._dynamo, torch.utils.tensorboard  # what training imports late
 
-import wgan_fast.training.data, wgan_fast.training.plots, wgan_fast.training.quality
+import wgan_fast.training.curves, wgan_fast.training.data, wgan_fast.training.quality
 from wgan_fast.training import cli
 
 # A classifier of few steps, and few samples to rate with it, in a cache of these tests' own.
@@ -37,7 +37,7 @@ os.environ["XDG_CACHE_HOME"] = sys.argv[1]
 wgan_fast.training.quality._STEPS, wgan_fast.training.quality._TRACKED = 10, 50
 
 # Drawn after the last checkpoint, the curves would take most of the time of runs as small as these.
-wgan_fast.training.plots.save_curves = lambda records, path, **options: path.write_bytes(b"")
+wgan_fast.training.curves.save_curves = lambda records, path, **options: path.write_bytes(b"")
 
 
 def die():

@@ -17,7 +17,7 @@ from runs import EXAMPLES, TINY, same_bits, tree
 from torch import Tensor, nn
 
 from wgan_fast.errors import InputError
-from wgan_fast.training import Run, TrainConfig, Trainer, plots
+from wgan_fast.training import Run, TrainConfig, Trainer, curves, plots
 from wgan_fast.training import run as runs_module
 from wgan_fast.training.cli import main
 from wgan_fast.training.data import load_data
@@ -43,7 +43,7 @@ MODES = {"grey": "L", "colours": "RGB", "transparent": "RGBA"}
 def _curves_are_not_drawn() -> Iterator[None]:
     """Drawing them takes most of the time of runs as small as these."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save_curves", lambda records, path, **options: path.write_bytes(b""))
+        patch.setattr(curves, "save_curves", lambda records, path, **options: path.write_bytes(b""))
         yield
 
 

@@ -112,7 +112,7 @@ def test_first_picture_and_curves_come_by_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "FIRST_LOOK", 0.0)
     drawn = []
     monkeypatch.setattr(
-        "wgan_fast.training.plots.save_curves",
+        "wgan_fast.training.curves.save_curves",
         lambda records, path, **options: (drawn.append(len(records)), path.write_bytes(b"curves")),
     )
     monkeypatch.setattr(trainer, "LOOKING", 1e-9)

@@ -656,7 +656,7 @@ def test_purposes_do_not_share_random_numbers(tmp_path):
     trainer = trainer_of(tmp_path, steps=1)
     seed_everything(0, TRAINING)
     first_batch = torch.randn(5, 3)
-    assert not torch.equal(first_batch, trainer._fixed_noise[:5])
+    assert not torch.equal(first_batch, trainer._looking.noise[:5])
     torch.manual_seed(0)
     assert not torch.equal(torch.randn(5, 3), first_batch)
 

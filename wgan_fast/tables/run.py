@@ -16,12 +16,12 @@ import torch
 
 from ..errors import DivergenceError, InputError
 from ..training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ..training.curves import save_curves
 from ..training.description import CONFIG_FILE
 from ..training.device import resolve_device
 from ..training.files import as_path, write_atomically
 from ..training.folder import held, make_folder, make_new_folder
 from ..training.log import Board, MetricsLog, ProgressLine
-from ..training.plots import save_curves
 from ..training.randomness import TRAINING, seed_everything, undisturbed
 from ..training.stopping import InterruptedTraining, StopRequests, way_on
 from . import judgement, pictures

@@ -66,8 +66,7 @@ class Description:
 
     def changed(self, config: TrainConfig) -> dict[str, list[Any]]:
         """Return what each setting was that ``config`` changes, and what it becomes."""
-        # Resolved: a run of before the newest settings left them out.
-        before, after = self.config.resolved(self.sample_shape).to_json(), config.to_json()
+        before, after = self.config.to_json(), config.to_json()
         return {name: [before[name], after[name]] for name in after if before[name] != after[name] and name != "out"}
 
     def resumed(self, config: TrainConfig, data: Data, step: int, classes: tuple[str, ...]) -> Self:
@@ -82,8 +81,7 @@ class Description:
         Raises:
             InputError: A setting that must stay was changed, or the data is not what it was.
         """
-        # Resolved: a run of before the newest settings left them out.
-        check_unchanged(self.config.resolved(self.sample_shape), config)
+        check_unchanged(self.config, config)
         self.check_data(data, config.data, classes)
 
     def check_data(self, data: Data, source: str, classes: tuple[str, ...]) -> None:
@@ -154,10 +152,10 @@ class Description:
                 shape,
                 values["kind"],
                 tuple(values["samples"]),
-                tuple(values.get("marks", ())),
-                values.get("model_folder"),
-                tuple(values.get("history", ())),
-                tuple(values.get("classes", ())),
+                tuple(values["marks"]),
+                values["model_folder"],
+                tuple(values["history"]),
+                tuple(values["classes"]),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error

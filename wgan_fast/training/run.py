@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, users_level
 from . import metrics, models, quality
 from .checkpoint import load_checkpoint, load_module
 from .config import MAX_SEED, OWN, TrainConfig
 from .data import load_labels
-from .description import Description, check_found, check_rebuildable, listed, load_run_data
+from .description import Description, check_found, check_rebuildable, check_unchanged, listed, load_run_data
 from .device import resolve_device
 from .files import as_path
 from .randomness import NOISE, stream_seed, undisturbed
@@ -23,6 +24,9 @@ from .weights import spectral_norm
 
 PIECE = 256
 """Samples generated at a time."""
+
+FEW = 100
+"""Samples on each side of a comparison below which chance decides most of it."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Run:
         device: str = "auto",
         generator: nn.Module | None = None,
         critic: nn.Module | None = None,
+        model: str | None = None,
     ) -> Self:
         """Rebuild a run's networks and load its newest whole checkpoint.
 
@@ -66,6 +71,7 @@ class Run:
             generator: A network to load the generator's state into, in place, in eval mode and on the device: for a
                 run whose networks were given as objects. None builds what the run names.
             critic: As ``generator``; such a run needs none to be sampled, only to score and to evaluate.
+            model: ``module:function`` that builds networks of your own now, if another than the run names.
 
         Raises:
             InputError: There is no run, no whole checkpoint, the checkpoint is of another architecture, or the run's
@@ -73,6 +79,10 @@ class Run:
         """
         folder = as_path(folder)
         description = Description.read(folder)
+        if model is not None:
+            config = dataclasses.replace(description.config, model=model)
+            check_unchanged(description.config, config)
+            description = dataclasses.replace(description, config=config)
         description.find_model()
         checkpoint = load_checkpoint(folder)
         if checkpoint is None:
@@ -226,6 +236,9 @@ class Run:
         if not len(found.held_out):
             raise InputError("this run held no data out (holdout 0): there is nothing to evaluate against")
         n = min(samples, len(found.held_out), len(found.train))
+        if n < FEW:
+            message = f"{n} samples on each side are few: a figure says something where it is far from its floor"
+            warnings.warn(message, stacklevel=users_level())
         held_out, train = found.held_out.take(n, seed=seed), found.train.take(n, seed=seed)
         theirs = trained = None
         if labels and self.description.classes:

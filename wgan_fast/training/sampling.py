@@ -1,5 +1,6 @@
 """Many samples as files: images one by one, or everything as one array."""
 
+import csv
 import itertools
 import math
 import shutil
@@ -22,7 +23,7 @@ ARRAY = "x"
 """Name of the array in an .npz file, which ``load_data`` knows."""
 
 
-def save_images(pieces: Iterable[Tensor], n: int, folder: Path) -> None:
+def save_images(pieces: Iterable[Tensor], n: int, folder: Path, classes: NDArray[np.str_] | None = None) -> None:
     """Write images into a new folder, one PNG file each: 00000.png, 00001.png, ...
 
     Pixels are those of ``plots.to_pixels``. The folder is there once all of them are.
@@ -31,6 +32,8 @@ def save_images(pieces: Iterable[Tensor], n: int, folder: Path) -> None:
         pieces: Images ``[K, C, H, W]`` with values in [-1, 1], n in all; C is 1 (grey), 3 (RGB) or 4 (RGBA).
         n: Number of images.
         folder: What is made; its parent exists.
+        classes: The name of each image's class, ``[n]``, for a table beside them, labels.csv with the columns file and
+            label; None writes none. Tools that compare folders of images want no folders in them.
 
     Raises:
         InputError: The folder is there already.
@@ -46,6 +49,10 @@ def save_images(pieces: Iterable[Tensor], n: int, folder: Path) -> None:
         for piece in pieces:
             for pixels in to_pixels(piece):
                 Image.fromarray(pixels).save(unfinished / f"{next(numbers):0{digits}d}.png")
+        if classes is not None:
+            with open(unfinished / "labels.csv", "w", encoding="utf-8", newline="") as file:
+                rows = ((f"{number:0{digits}d}.png", name) for number, name in enumerate(classes))
+                csv.writer(file, lineterminator="\n").writerows([("file", "label"), *rows])
         unfinished.rename(folder)
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import math
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import DivergenceError, InputError, users_level
 from ..losses import LOSSES, AdversarialLoss
-from . import models, plots, quality
+from . import curves, models
 from .banner import banner
 from .callbacks import Callback, TensorBoard
 from .checkpoint import (
@@ -33,7 +32,17 @@ from .checkpoint import (
 from .concerns import concerns
 from .config import OWN, TrainConfig
 from .course import Course
-from .data import PLACES, SOURCES, Data, Labels, Split, batches, has_labels, load_data, load_labels, split_labels
+from .data import (
+    SOURCES,
+    Data,
+    Labels,
+    batches,
+    has_labels,
+    load_data,
+    load_labels,
+    split_labels,
+    why_unlabelled,
+)
 from .description import Description, check_found, check_rebuildable, check_unchanged, load_run_data
 from .device import resolve_device
 from .distributed import Replicas
@@ -43,29 +52,19 @@ from .folder import held, make_folder, make_new_folder, new_folder
 from .init_from import load_networks, with_architecture
 from .iteration import Iteration, IterationResult
 from .log import MetricsLog, ProgressLine
-from .metrics import wasserstein_estimate
+from .looking import Looking
 from .optimizers import OptimizerFactory
 from .randomness import NETWORKS, random_state, seed_everything, set_random_state, undisturbed
-from .run import build_networks, dealt, draw_noise, generate, latent_dim
+from .run import build_networks, generate, latent_dim
 from .stopping import InterruptedTraining, StopRequests, way_on
 from .trial import check_loss, check_networks, try_step
 from .weights import spectral_norm
-
-GRID = 64
-POINTS = 2048
-"""Samples in the pictures written during training; points in a plane are many."""
 
 FIRST_LOOK = 30.0
 """Seconds after which there are a first picture of samples and first curves, however far off the next ones are."""
 
 LOOKING = 0.02
 """Share of the time after that for which the curves are drawn anew."""
-
-CLASS_ROWS, PER_CLASS = 32, 8
-"""The pictures of conditional images: a row for each class, at most as many rows, and samples in a row."""
-
-HELD_OUT = 512
-"""Held-out samples behind the held-out Wasserstein estimate, taken whenever a picture is written."""
 
 
 class Summary(NamedTuple):
@@ -298,19 +297,9 @@ class Trainer:
         if config.init_from is not None and not _under_way(config):
             load_networks(config.init_from, data, self.classes, self.generator, self.ema, self.critic)
         try_step(self._iteration, data.sample_shape, batch_size // self._replicas.world)
-        pictured, self._columns = GRID, math.isqrt(GRID)
-        if data.kind == "vectors" and data.sample_shape in ((1,), (2,)):
-            pictured = POINTS
-        elif self.classes and data.kind == "images":
-            pictured, self._columns = min(len(self.classes), CLASS_ROWS) * PER_CLASS, PER_CLASS
-        self._fixed_noise = draw_noise(pictured, self.latent_dim, config.seed).to(self.device)
-        self._fixed_labels = dealt(min(len(self.classes), CLASS_ROWS), pictured) if self.classes else None
-        self._held_out = _some(data.held_out, HELD_OUT, config.seed)
-        self._held_out_labels = _some(labels.held_out, HELD_OUT, config.seed) if labels and self.classes else None
-        self._tracker = None
-        if config.track and (self._replicas.leads or not len(data.held_out)):
-            self._tracker = quality.tracker(data, labels, seed=config.seed, conditional=config.conditional)
-        self._before = config
+        self._looking = Looking(
+            data, labels, self.classes, config, self.latent_dim, self.device, rates=self._replicas.leads
+        )
         self._checkpoint: tuple[int, Path] | None = None
         self._begun = False
         self._stopped = self._telling = False
@@ -319,11 +308,10 @@ class Trainer:
 
     def _look_at_first_samples(self) -> None:
         """Measure real and generated samples, by which an explosion is told, and note what is unlikely to train."""
-        real = self._held_out if self._held_out is not None else _some(self.data.train, 64, self.config.seed)
-        assert real is not None
+        looking, real = self._looking, self._looking.real
         with undisturbed(self.device, self.config.seed):
-            labels = () if self._fixed_labels is None else (self._fixed_labels[:2].to(self.device),)
-            noise = self._fixed_noise[:2].to(self._iteration.noise_dtype)
+            labels = () if looking.labels is None else (looking.labels[:2],)
+            noise = looking.noise[:2].to(self._iteration.noise_dtype)
             fake = generate(self.generator, noise, *labels).cpu()
             few = self._iteration.laid_out(real[:2].to(self.device))
             inputs = {"noise": (noise, *labels), "real": (few, *(of[: len(few)] for of in labels))}
@@ -388,8 +376,6 @@ class Trainer:
         if checkpoint is None and self._begun:
             raise InputError(f"{self.out} has no checkpoint to go back to: build the Trainer anew")
         self._iteration.seed()
-        if before is not None:
-            self._before = before.config
         if checkpoint is not None:
             self._restore(checkpoint)
         if self._replicas.leads:
@@ -425,7 +411,6 @@ class Trainer:
                 progress.message(f"from step {first + 1} on: {said}")
             records = self._train_to_the_end(progress, stop)
             seconds = time.perf_counter() - started
-        curves = self.out / "curves.png"
         images = (self.step - first) * self._iteration.n_critic * self._iteration.batch_size
         assert self._checkpoint is not None
         summary = Summary(
@@ -436,7 +421,7 @@ class Trainer:
             wasserstein=records[-1].get("wasserstein") if records else None,
             checkpoint=self._checkpoint[1],
             grid=self._grid_path(self.step),
-            curves=curves,
+            curves=self.out / "curves.png",
         )
         if self._replicas.leads:
             if not self._grid_path(self.step).exists():
@@ -560,30 +545,18 @@ class Trainer:
             figures["epoch"] = self._course.epoch(self.step)
         if self._iteration.rewinds:
             figures["rewinds"] = self._iteration.rewinds
-        if held_out and self._held_out is not None and self._replicas.leads:
-            noise = draw_noise(self._held_out.shape[0], self.latent_dim, self.config.seed)
-            labels = self._held_out_labels
-            with undisturbed(self.device, self.config.seed):
-                fake = self._generate(self.generator, noise, labels)
-                real = self._held_out.to(fake)
-                figures["held_out_wasserstein"] = wasserstein_estimate(self.critic, real, fake, labels=labels)
+        if held_out and self._replicas.leads:
+            estimate = self._looking.held_out_wasserstein(self.generator, self.critic)
+            figures |= {} if estimate is None else {"held_out_wasserstein": estimate}
         return figures
 
     def _rate(self, progress: ProgressLine) -> dict[str, Any]:
         """Rate what would be sampled now, where there is a tracker."""
-        if self._tracker is None:
-            return {}
-        noise = draw_noise(self._tracker.samples, self.latent_dim, self.config.seed)
-        with undisturbed(self.device, self.config.seed):
-            fake = self._generate(self.ema or self.generator, noise, self._tracker.labels).float().cpu()
-            figures = self._tracker.rate(fake)
-        said = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
-        progress.message(f"step {self.step}: {said}")
+        figures = self._looking.rate(self.ema or self.generator)
+        if figures:
+            said = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+            progress.message(f"step {self.step}: {said}")
         return figures
-
-    def _generate(self, generator: nn.Module, noise: Tensor, labels: Tensor | None) -> Tensor:
-        condition = () if labels is None else (labels.to(self.device),)
-        return generate(generator, noise.to(self.device), *condition)
 
     def _go_back(self, error: DivergedError, progress: ProgressLine) -> None:
         """Return to the last good checkpoint with half the learning rates.
@@ -614,21 +587,14 @@ class Trainer:
 
     def _save_picture(self) -> None:
         path = self._grid_path(self.step)
-        path.parent.mkdir(exist_ok=True)
-        with undisturbed(self.device, self.config.seed):
-            samples = self._generate(self.ema or self.generator, self._fixed_noise, self._fixed_labels).float().cpu()
-        if self.data.kind == "vectors" and self.data.sample_shape == (2,):
-            real = self.data.train.take(min(samples.shape[0], len(self.data.train)), seed=self.config.seed)
-            plots.save_scatter(samples, real, path, modes=self.data.modes)
-        else:
-            plots.save_grid(samples, path, columns=self._columns)
+        samples = self._looking.save_picture(self.ema or self.generator, path)
         self._tell("on_picture", samples, path)
 
     def _draw_curves(self, records: list[dict[str, Any]]) -> None:
         if self._replicas.leads and records:
             target = self.config.penalty.target if self.config.penalty else None
             title = f"{self.config.method} on {self.data.name}"
-            plots.save_curves(records, self.out / "curves.png", title=title, target=target)
+            curves.save_curves(records, self.out / "curves.png", title=title, target=target)
 
     def _grid_path(self, step: int) -> Path:
         return self.out / "samples" / f"step-{step:08d}.png"
@@ -663,9 +629,7 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state, source, iteration = checkpoint.state, checkpoint.path, self._iteration
-        # Checkpoints did not always say how many samples the critic had seen; settings could not change then.
-        per_step = (self._before.batch_size or 0) * (self._before.n_critic or 0)
-        self._course.begin(checkpoint.step, state.get("seen", checkpoint.step * per_step))
+        self._course.begin(checkpoint.step, state["seen"])
         if checkpoint.step > self._course.steps:
             given, at = f"steps is {self.config.steps}", f"step {checkpoint.step}"
             if self.config.epochs is not None:
@@ -679,7 +643,7 @@ class Trainer:
         for name, optimizer in iteration.optimizers.items():
             load_optimizer(optimizer, state[f"{name}_optimizer"], own=self.config.optimizer == OWN)
         iteration.forget_graphs()
-        iteration.step, iteration.rewinds = checkpoint.step, state.get("rewinds", 0)
+        iteration.step, iteration.rewinds = checkpoint.step, state["rewinds"]
         set_random_state(state["random"], self.device, iteration.rng)
         self._checkpoint = checkpoint.step, source
 
@@ -720,14 +684,10 @@ def _classes(data: Data, labels: Labels | None, config: TrainConfig) -> tuple[st
     if not config.conditional:
         return ()
     if labels is None:
-        raise InputError(f"conditional needs labels, and none were found for {data.name}: {PLACES}")
+        raise InputError(
+            f"conditional needs labels, and none were found for {data.name}: {why_unlabelled(config.data)}"
+        )
     labels.check(data)
     if len(labels.names) < 2:
         raise InputError(f"conditional needs two or more classes, and {data.name} has {labels.names[0]} alone")
     return labels.names
-
-
-def _some(split: Split, n: int, seed: int) -> Tensor | None:
-    """Up to ``n`` samples of a split on the CPU; None where it has none."""
-    n = min(n, len(split))
-    return split.take(n, seed=seed) if n else None

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from wgan_fast.kernels.gradient_norm_penalty import gradient_norm_penalty, gradient_norm_penalty_backward
 
 from wgan_fast import reference
+from wgan_fast.kernels.gradient_norm_penalty import gradient_norm_penalty, gradient_norm_penalty_backward
 from wgan_fast.precision import accumulation_dtype
 
 # Several gradients in a program, one, and the two-stage reduction above 16384 columns; blocks full and not.

@@ -1,9 +1,9 @@
 import pytest
 import torch
 from torch import Tensor
-from wgan_fast.kernels.interpolate import interpolate
 
 from wgan_fast import reference
+from wgan_fast.kernels.interpolate import interpolate
 
 # Rows and columns below, at and above a block, and more columns than one program takes.
 SHAPES = [(1, 1), (3, 5), (63, 7), (100, 3), (7, 2, 6, 8), (3, 2, 3, 4, 5), (1, 3001), (2, 4096), (5, 2100)]

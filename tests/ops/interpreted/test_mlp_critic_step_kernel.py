@@ -6,10 +6,10 @@ import torch
 import triton.language as tl
 from torch import nn
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-from wgan_fast.kernels import mlp_critic_step as kernels
 
 from wgan_fast import CriticStep, reference
 from wgan_fast.engine import fused_mlp
+from wgan_fast.kernels import mlp_critic_step as kernels
 from wgan_fast.ops.registry import launch_on
 
 

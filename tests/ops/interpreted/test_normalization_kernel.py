@@ -1,8 +1,8 @@
 import pytest
 import torch
 from torch import Tensor
-from wgan_fast.kernels import normalization as kernel
 
+from wgan_fast.kernels import normalization as kernel
 from wgan_fast.ops import normalization as plain
 from wgan_fast.ops.registry import launch_on
 

@@ -22,13 +22,12 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ...errors import InputError
 from .files import path_data
-from .labels import PLACES, Labels, has_labels, load_labels, split_labels
+from .labels import Labels, has_labels, load_labels, split_labels, why_unlabelled
 from .named import PACKAGED, SOURCES, TOYS, packaged, toy_data
 from .samples import Items, Options, Source, dense, from_numpy, items_data, tensor_data, warn_of_scales
 from .splits import WHOLE, Data, Reading, Split, check_at_least, check_at_most_split
 
 __all__ = [
-    "PLACES",
     "SOURCES",
     "Data",
     "Labels",
@@ -38,6 +37,7 @@ __all__ = [
     "load_data",
     "load_labels",
     "split_labels",
+    "why_unlabelled",
 ]
 
 

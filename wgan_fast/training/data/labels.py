@@ -17,11 +17,10 @@ from .named import PACKAGED, TOYS, packaged
 from .samples import Options
 from .splits import Array, Data, Split, TensorSplit
 
-PLACES = (
+_PLACES = (
     "IDX images have them in their file of labels beside, .npz in its array y or labels of integers or strings, a "
     "folder of images as one subfolder for each class"
 )
-"""Where labels are looked for."""
 
 
 class Labels(NamedTuple):
@@ -74,6 +73,22 @@ def has_labels(source: str | os.PathLike[str]) -> bool:
     with contextlib.suppress(InputError):
         return source in PACKAGED or _read(source) is not None
     return False
+
+
+def why_unlabelled(source: str | os.PathLike[str]) -> str:
+    """Say why `load_labels` finds no classes in a source, and where it looks for them."""
+    path = Path(source).expanduser()
+    with contextlib.suppress(InputError):
+        if path.is_dir() and idx_images(path, "train") is None:
+            parts = [file.relative_to(path).parts for file in image_files(path)[0]]
+            classes, loose = {part[0] for part in parts if len(part) > 1}, [part[0] for part in parts if len(part) == 1]
+            if classes and loose:
+                more = f" and {len(loose) - 1} more" * (len(loose) > 1)
+                return f"{loose[0]}{more} lies in none of its subfolders, each of which would be a class"
+            if classes:
+                return f"all images lie in one subfolder, {min(classes)}, and every subfolder is a class"
+            return "all images lie in the folder itself, and every subfolder would be a class"
+    return _PLACES
 
 
 def split_labels(
