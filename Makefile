@@ -26,7 +26,7 @@ $(VENV)/package: $(VENV)/environment setup.py $(SOURCES)
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,data,tables,bench,dev]'
 	touch $@
 
-DEMO := --data mnist5k --method wgan-gp --model mnist-dcgan --width 32 --learning-rate 3e-4 --steps 1200 \
+DEMO := --data mnist5k --method wgan-gp --model mnist-dcgan --width 32 --learning-rate 5e-4 --steps 1200 \
 	--sample-every 200 --checkpoint-every 200 --track 100 --out runs/demo
 
 demo: $(VENV)/package  ## Train on 5,000 MNIST digits for a few minutes, draw and rate samples

@@ -1,7 +1,6 @@
 """Optimizers by name and of one's own, clipped gradients, losses of one's own: exact, resumed, refused."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -155,19 +154,6 @@ def test_what_cannot_be_an_optimizer_is_refused(tmp_path, own, settings, message
     with pytest.raises(InputError, match=message):
         trainer_of(tmp_path / "run", own=own, **settings)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_of_before_these_settings_goes_on(tmp_path, capfd):
-    out = tmp_path / "run"
-    main([*SHORT, "--steps", "2", "--out", str(out)])
-    values = json.loads((out / "config.json").read_text())
-    del values["config"]["loss"], values["config"]["clip_gradients"]
-    (out / "config.json").write_text(json.dumps(values))
-    capfd.readouterr()
-    main(["train", "--resume", str(out), "--steps", "3"])
-    assert "from step 3 on: steps 3 (was 2)\n" in capfd.readouterr().err
-    main([*SHORT, "--steps", "3", "--out", str(tmp_path / "whole")])
-    assert_same_checkpoint(newest_checkpoint(out), newest_checkpoint(tmp_path / "whole"))
 
 
 # Clipped gradients
