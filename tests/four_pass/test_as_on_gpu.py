@@ -140,6 +140,7 @@ class Casting(nn.Module):
         torch.manual_seed(0)
         self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 1)
         self.register_buffer("u", torch.randn(8, 8))
+        self.register_buffer("h", torch.randn(8, dtype=torch.bfloat16))
         self.given = forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,6 +161,18 @@ def cast_before_it_is_written(s: Any, x: Tensor) -> Tensor:
     return s.c(linear_(torch.relu(s.a(x)), v.clone(memory_format=torch.contiguous_format).to(x.dtype)))
 
 
+def averaged_before_it_is_written(s: Any, x: Tensor) -> Tensor:
+    wide = s.h.float()
+    s.h.mul_(2)
+    return s.c(torch.relu(s.a(x)) * wide.mean())
+
+
+def added_before_it_is_written(s: Any, x: Tensor) -> Tensor:
+    wide = s.h.float()
+    s.h.mul_(2)
+    return s.c(torch.relu(s.a(x)).float() + wide)
+
+
 def twice(s: Any, x: Tensor) -> Tensor:
     h = torch.relu(s.a(x)).float()
     return ((h + h) * 1.001).sum(1)
@@ -178,6 +191,9 @@ CASTING: dict[str, Callable[[Any, Tensor], Tensor]] = {
         torch.relu(linear_(x.bfloat16(), torch.tanh(s.a.weight.bfloat16()), s.a.bias.bfloat16())).to(x.dtype)
     ),
     "what was cast, twice": twice,
+    "a buffer that is averaged before it is written": averaged_before_it_is_written,
+    "a buffer that is added before it is written": added_before_it_is_written,
+    "a buffer that is averaged": lambda s, x: s.c(torch.relu(s.a(x)) * s.h.float().mean()),
 }
 
 
@@ -195,7 +211,7 @@ def test_casts_read_what_they_would_have_read(name: str, precision: str, gpu: bo
             step = CriticStep(critic, engine="four_pass", precision=precision)
             losses = [step(real, fake, alpha).loss for _ in range(2)]
         gradients = [p.grad.flatten() for p in critic.parameters() if p.grad is not None]
-        made.append([torch.stack(losses), critic.u, torch.cat(gradients)])
+        made.append([torch.stack(losses), critic.u, critic.h, torch.cat(gradients)])
     for ours, theirs in zip(*made):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 

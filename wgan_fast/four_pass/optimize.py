@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from ..precision import accumulation_dtype
 from .operators import IN_PLACE, OUT, on_gpu
 from .record import Recorder
 from .stand_ins import gives_view
@@ -237,12 +238,14 @@ _VIEWS = {aten.slice.Tensor, aten.t.default, aten.view.default, aten.narrow.defa
 
 
 def cast_together(graph: fx.Graph) -> None:
-    """Have a GPU cast its weights together, and its gradients, and add what is of two dtypes as it is."""
+    """Have a GPU cast its weights together, and its gradients, and read as it is what operators cast by themselves."""
     end, overwritten = graph.output_node(), _overwritten(graph)
+    for node in list(graph.nodes):
+        if node.target in _UNCAST:
+            _UNCAST[node.target](node, overwritten)
+    graph.eliminate_dead_code()
     alike: dict[tuple[bool, Any, torch.dtype, torch.dtype], list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.target is aten.add.Tensor:
-            _add_uncast(node)
         if node.target is not aten._to_copy.default or _memory(node.all_input_nodes[0]) in overwritten:
             continue
         source, val, uncast = node.args[0], node.meta["val"], node.all_input_nodes[0].meta["val"]
@@ -264,16 +267,72 @@ def cast_together(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _add_uncast(total: fx.Node) -> None:
-    """Add what was cast for the sum alone as it was: a GPU casts in passing, to the dtype of the other summand."""
+def _before_cast(cast: object, reader: fx.Node, overwritten: set[int | None]) -> fx.Node | None:
+    """Return what was cast on a GPU for one reader alone, and is still as it was when that reads it."""
+    if not isinstance(cast, fx.Node) or cast.target is not aten._to_copy.default or list(cast.users) != [reader]:
+        return None
+    uncast, val = cast.all_input_nodes[0], cast.meta["val"]
+    here = on_gpu(val) and uncast.meta["val"].device == val.device
+    return uncast if here and _memory(uncast) not in overwritten else None
+
+
+def _add_uncast(total: fx.Node, overwritten: set[int | None]) -> None:
+    """Add to what is of the sum's dtype already what was cast to it."""
     one, cast = total.args[:2]
-    if not (isinstance(one, fx.Node) and isinstance(cast, fx.Node) and cast.target is aten._to_copy.default):
+    uncast = _before_cast(cast, total, overwritten)
+    like = total.meta["val"]
+    if not isinstance(one, fx.Node) or not isinstance(cast, fx.Node) or one is cast:
         return
-    uncast, like = cast.all_input_nodes[0], total.meta["val"]
-    only = one is not cast and list(cast.users) == [total]
-    here = on_gpu(like) and uncast.meta["val"].device == like.device == one.meta["val"].device
-    if only and here and torch.result_type(one.meta["val"], uncast.meta["val"]) == one.meta["val"].dtype == like.dtype:
+    if uncast is None or one.meta["val"].device != like.device:
+        return
+    if torch.result_type(one.meta["val"], uncast.meta["val"]) == one.meta["val"].dtype == like.dtype:
         total.replace_input_with(cast, uncast)
+
+
+def _average_uncast(mean: fx.Node, overwritten: set[int | None]) -> None:
+    """Average in the dtype of the cast."""
+    uncast = _before_cast(mean.args[0], mean, overwritten)
+    if uncast is not None and not mean.kwargs:
+        mean.args, mean.kwargs = (uncast,), {"dtype": mean.meta["val"].dtype}
+
+
+def _penalise_uncast(penalty: fx.Node, overwritten: set[int | None]) -> None:
+    """Give the norms, which are of float32, and v in the dtype of the gradient, to which it would be cast."""
+    gradient, *settings = penalty.args
+    uncast = _before_cast(gradient, penalty, overwritten)
+    if uncast is None:
+        return
+    like, wide = uncast.meta["val"], _nodes_of(gradient)[0].meta["val"]
+    seeds = [node for node in penalty.users if node.args[1] == _SEED]
+    casts = [(seed, cast) for seed in seeds for cast in seed.users]
+    if accumulation_dtype(like.dtype) != wide.dtype or like.stride() != wide.stride():
+        return
+    for seed, cast in casts:
+        val = cast.meta["val"]
+        if (
+            cast.target is not aten._to_copy.default
+            or val.dtype != like.dtype
+            or val.stride() != seed.meta["val"].stride()
+        ):
+            return
+    penalty.args = (uncast, *settings)
+    for seed in seeds:
+        seed.meta["val"] = seed.meta["val"].to(like.dtype)
+    for seed, cast in casts:
+        cast.replace_all_uses_with(seed)
+    values = penalty.meta["val"]
+    penalty.meta["val"] = (*values[:_SEED], values[_SEED].to(like.dtype))
+
+
+_SEED = 3
+"""Place of v among the results of ``gradient_norm_penalty``."""
+
+_UNCAST = {
+    aten.add.Tensor: _add_uncast,
+    aten.mean.default: _average_uncast,
+    torch.ops.wgan_fast.gradient_norm_penalty.default: _penalise_uncast,
+}
+"""What a GPU's operators read in another dtype than the graph says, at no cost."""
 
 
 def save_memory(graph: fx.Graph) -> None:

@@ -78,7 +78,7 @@ def gradient_norm_penalty_plain(
     norm = torch.linalg.vector_norm(flat, dim=1, dtype=compute)
     excess, slope = _factor(norm, weight, target, one_sided)
     seed = samples.empty(gradient, gradient.shape[0], gradient.dtype)
-    torch.mul(gradient, per_sample(slope.to(gradient.dtype).repeat_interleave(group_size), gradient), out=seed)
+    torch.mul(gradient, per_sample(slope.repeat_interleave(group_size), gradient), out=seed)
     return excess.square().mean() * weight, norm.mean(), norm, seed
 
 
