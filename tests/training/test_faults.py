@@ -310,7 +310,7 @@ def test_nan_in_data_is_named_before_or_while_training(tmp_path, bad):
 def poison(trainer: Trainer, at: list[int]) -> None:
     """Make a weight infinite before the iterations that are given, once each."""
     iteration, left = trainer._iteration, list(at)
-    set_rates = iteration._set_learning_rates
+    set_rates = iteration._set_numbers
 
     def poisoned() -> None:
         set_rates()
@@ -318,7 +318,7 @@ def poison(trainer: Trainer, at: list[int]) -> None:
             left.pop(0)
             trainer.critic[0].weight.data[0, 0] = torch.inf
 
-    iteration._set_learning_rates = poisoned
+    iteration._set_numbers = poisoned
 
 
 def test_rewinding_goes_back_and_on_with_half_the_learning_rate(tmp_path, capfd):

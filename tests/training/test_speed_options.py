@@ -4,6 +4,7 @@ import copy
 import functools
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import torch
 from PIL import Image
 from runs import TINY, assert_same_run, metrics_of, read_checkpoint, same_bits
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wgan_fast import CriticStep, GradientPenalty, PenaltyConfig
 from wgan_fast.backends import convolves_in_tensor_cores
 from wgan_fast.errors import InputError
+from wgan_fast.four_pass.stand_ins import is_view
 from wgan_fast.points import thinned
-from wgan_fast.training import TrainConfig, Trainer
+from wgan_fast.training import Callback, TrainConfig, Trainer
 from wgan_fast.training.cli import main
 from wgan_fast.training.data import load_data
 from wgan_fast.training.graphed import WARM_UP, GraphedCalls, StaticInputs
@@ -505,6 +508,61 @@ def test_static_inputs_keep_their_place(device):
 def test_static_inputs_refuse_other_batches(batches):
     with pytest.raises(ValueError, match=r"batches must be 2 of \[3, 2\] torch.float32, got"):
         StaticInputs(torch.zeros(3, 2), 2).fill(batches)
+
+
+class Outside(TorchDispatchMode):
+    """Counts the operators that compute between replays: each is a launch of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.found, self.replaying = Counter[str](), False
+        make = GraphedCalls.__init__
+
+        def made(calls: GraphedCalls, function: Callable[..., Any], device: torch.device, **options: Any) -> None:
+            def replayed(*inputs: Any) -> Any:
+                self.replaying = True
+                try:
+                    return function(*inputs)
+                finally:
+                    self.replaying = False
+
+            make(calls, replayed, device, **options)
+
+        monkeypatch.setattr(GraphedCalls, "__init__", made)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.replaying and not is_view(func):
+            self.found[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"data": "8gaussians"}, {"_foreach_copy_": 1, "fill_": 1}),
+        ({"data": "digits"}, {"_foreach_copy_": 1, "fill_": 1}),
+        ({"data": "digits", "conditional": True, "flip": True, "ema": 0.0}, {"_foreach_copy_": 2, "fill_": 0}),
+        ({"data": "digits", "schedule": "linear"}, {"_foreach_copy_": 1, "fill_": 3}),
+    ],
+)
+def test_a_replayed_iteration_leaves_little_outside_of_its_graph(settings, expected, tmp_path, monkeypatch):
+    """Real samples are brought as rows and gathered inside; the watched figures are one tensor, copied to the host."""
+    outside, steps = Outside(monkeypatch), []
+
+    class Steps(Callback):
+        def on_step(self, trainer, result):
+            steps.append(dict(outside.found))
+            outside.found.clear()
+
+    config = TrainConfig(
+        **settings, model="auto", width=4, steps=9, batch_size=8, cuda_graph=True, out=tmp_path / "run", log_every=100,
+        sample_every=100, checkpoint_every=100, engine="autograd",
+    )  # fmt: skip
+    trainer = Trainer.from_config(config, callbacks=[Steps()])
+    with outside:
+        trainer.fit()
+    # The first one makes the buffers, the last one is followed by what ends a run.
+    assert steps[1:-1] == [{name: count for name, count in expected.items() if count}] * 7
 
 
 @needs_cuda

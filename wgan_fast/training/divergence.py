@@ -64,15 +64,12 @@ class LossWatch:
         Raises:
             DivergedError: A checked loss is not finite, or exploded.
         """
-        critic = result.critic
-        losses = (critic.penalty, critic.loss, result.generator_loss, critic.wasserstein, result.stopping)
-        values = torch.stack([loss.double() for loss in losses])
-        copied = None
+        values, copied = result.watched, None
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(torch.cuda.current_stream(losses[0].device))  # not the current device's
+            copied.record(torch.cuda.current_stream(result.watched.device))  # not the current device's
         self._pending.append(_Pending(step, values, copied))
         return self._check(leave=0 if copied is None else 1)
 

@@ -1,4 +1,4 @@
-"""Calls that repeat: replayed as CUDA graphs, from static input buffers that a stream of their own fills."""
+"""Calls that repeat: replayed as CUDA graphs, which read their inputs from static buffers."""
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -17,19 +17,13 @@ WARM_UP = 3
 class StaticInputs:
     """Buffers that always lie at the same address.
 
-    The samples are brought to a staging buffer by a stream of its own while the device still works on the step
-    before, and moved from there to what the graph reads once that step is done.
-
     Args:
         example: A batch like those to come.
         count: How many of them a call takes.
     """
 
     def __init__(self, example: Tensor, count: int) -> None:
-        shape = (count, *example.shape)
-        self.buffer = torch.empty(shape, dtype=example.dtype, device=example.device)
-        self._staging = torch.empty_like(self.buffer)
-        self._stream = _stream(example.device)
+        self.buffer = torch.empty((count, *example.shape), dtype=example.dtype, device=example.device)
 
     def fill(self, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Copy the batches in, and return the views that hold them.
@@ -43,25 +37,9 @@ class StaticInputs:
         ):
             got = ", ".join(f"{list(batch.shape)} {batch.dtype} on {batch.device}" for batch in batches)
             raise ValueError(f"batches must be {len(like)} of {list(like.shape[1:])} {like.dtype}, got {got}")
-        if self._stream is None:
-            self._stage(batches)
-        else:
-            current = torch.cuda.current_stream(like.device)
-            made = current.record_event()  # the batches themselves come from the current stream
-            with torch.cuda.stream(self._stream):
-                self._stream.wait_event(made)
-                self._stage(batches)
-            for batch in batches:
-                batch.record_stream(self._stream)
-            current.wait_stream(self._stream)
-        self.buffer.copy_(self._staging)
-        if self._stream is not None:
-            # The next batches may be staged once these have left.
-            self._stream.wait_stream(torch.cuda.current_stream(like.device))
-        return self.buffer.unbind()
-
-    def _stage(self, batches: Sequence[Tensor]) -> None:
-        torch._foreach_copy_(list(self._staging.unbind()), list(batches))
+        views = like.unbind()
+        torch._foreach_copy_(list(views), list(batches))
+        return views
 
 
 @dataclass

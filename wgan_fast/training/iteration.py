@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,12 +49,13 @@ class IterationResult(NamedTuple):
         critic: The figures of the last critic step; ``penalty`` and ``gradient_norm`` are of the last one that carried
             a penalty, 0 and NaN where none did.
         generator_loss: The generator's loss.
-        stopping: How many processes were asked to stop.
+        watched: ``[5]``, what tells that training goes on: the penalty, the critic's loss, the generator's, the
+            Wasserstein estimate, and how many processes were asked to stop.
     """
 
     critic: CriticStepResult
     generator_loss: Tensor
-    stopping: Tensor
+    watched: Tensor
 
 
 class Iteration:
@@ -77,6 +78,9 @@ class Iteration:
         dtype: Of the critic, and so of the samples that it is given.
         noise_dtype: Of the generator.
         device: Of both networks.
+        replayed: Whether iterations are replayed as CUDA graphs, on a CPU as they would be.
+        read_real: Makes samples of what an iteration is given for real ones, such as rows of data on the device.
+        read_labels: Likewise.
     """
 
     def __init__(
@@ -123,6 +127,11 @@ class Iteration:
         gives_way = asked is None
         self._graphed = GraphedCalls(self._run, self.device, gives_way=gives_way) if config.cuda_graph else None
         self._decay = torch.zeros((), dtype=self.noise_dtype, device=self.device) if config.cuda_graph else None
+        self._known: tuple[float, float] | None = None
+        """The decay and the factor of the learning rates that tensors on the device hold."""
+        self.replayed = self._graphed is not None
+        self.read_real: Callable[[Tensor], Tensor] = as_it_is
+        self.read_labels: Callable[[Tensor], Tensor] = as_it_is
         self._ahead = config.generate_ahead and self.n_critic > 1 and self._may_generate_ahead()
 
     def seed(self) -> None:
@@ -134,7 +143,7 @@ class Iteration:
     def __call__(
         self, reals: Sequence[Tensor], labels: Sequence[Tensor] = (), *, stop: bool = False
     ) -> IterationResult:
-        """Run one iteration on ``n_critic`` batches ``[N, *D]`` of real samples.
+        """Run one iteration on ``n_critic`` batches ``[N, *D]`` of real samples, or on what ``read_real`` takes.
 
         Args:
             reals: The batches; of N samples on each process.
@@ -155,11 +164,9 @@ class Iteration:
             # What a layer draws for itself differs from process to process, and depends on nothing that was before.
             seed_everything(self.config.seed, PROCESS, self.replicas.rank, self.step)
         self.critic_step.steps_taken = (self.step - 1) * self.n_critic
-        self._set_learning_rates()
+        self._set_numbers()
         if self._graphed is None:
             return self._run(reals, labels, stop)
-        assert self._decay is not None
-        self._decay.fill_(self.decay)
         every = self.config.penalty.every if self.config.penalty else 1
         key = self.critic_step.steps_taken % every
         figures: IterationResult = self._graphed(reals, *((labels,) if labels else ()), key=key)
@@ -168,7 +175,8 @@ class Iteration:
     def _run(self, reals: Sequence[Tensor], labels: Sequence[Tensor] = (), stop: bool = False) -> IterationResult:
         critic, generator = self._trained["critic"], self._trained["generator"]
         penalised = None
-        conditions: list[tuple[Tensor, ...]] = [(classes,) for classes in labels] or [()] * len(reals)
+        reals = [self.read_real(real) for real in reals]
+        conditions: list[tuple[Tensor, ...]] = [(self.read_labels(each),) for each in labels] or [()] * len(reals)
         # Before anything else is drawn, so that the order stays what it is where samples are generated ahead.
         reals = [self._changed(self.laid_out(real), "real", self._change_draws("real")) for real in reals]
         for k, (real, condition, (fake, alpha)) in enumerate(zip(reals, conditions, self._fakes(conditions))):
@@ -195,7 +203,9 @@ class Iteration:
         self.replicas.share_buffers(self.generator, self.critic)
         if self.ema is not None:
             update_ema_(self.ema, self.generator, self.decay if self._decay is None else self._decay)
-        return IterationResult(result, loss, stopping)
+        return IterationResult(
+            result, loss, torch.stack([result.penalty, result.loss, loss, result.wasserstein, stopping])
+        )
 
     def _fakes(self, conditions: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Draw generated samples, changed, and α for every critic step, in one order one by one and all at once."""
@@ -306,14 +316,25 @@ class Iteration:
     def _learning_rate_factor(self) -> float:
         return learning_rate_factor(self.config.schedule, max(self.step, 1), self.steps) * 0.5**self.rewinds
 
-    def _set_learning_rates(self) -> None:
+    def _set_numbers(self) -> None:
+        """Bring this step's learning rates and decay to where they are read; to a device where they have changed."""
+        numbers = self.decay, self._learning_rate_factor()
+        before, self._known = self._known, numbers
         for optimizer in self.optimizers.values():
-            set_learning_rates(optimizer, self._learning_rate_factor())
+            set_learning_rates(optimizer, numbers[1], on_device=before is None or before[1] != numbers[1])
+        if self._decay is not None and (before is None or before[0] != numbers[0]):
+            self._decay.fill_(numbers[0])
 
     def forget_graphs(self) -> None:
         """Capture anew: the tensors of the optimizers were replaced."""
+        self._known = None
         if self._graphed is not None:
             self._graphed.clear()
+
+
+def as_it_is(batch: Tensor) -> Tensor:
+    """Read a batch of samples, or of labels, that is one already."""
+    return batch
 
 
 def for_device(config: TrainConfig, device: torch.device, *, alone: bool) -> TrainConfig:

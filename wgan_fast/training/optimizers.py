@@ -130,11 +130,11 @@ def _check_own(optimizer: object) -> None:
         raise InputError(f"optimizer must have a learning rate lr, {type(optimizer).__name__} has none")
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's learning rate to ``factor`` times what it began with."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float, *, on_device: bool = True) -> None:
+    """Set every group's learning rate to ``factor`` times what it began with; one that is a tensor if ``on_device``."""
     for group in optimizer.param_groups:
         rate = group["initial_lr"] * factor
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
+        if not isinstance(group["lr"], Tensor):
             group["lr"] = rate
+        elif on_device:
+            group["lr"].fill_(rate)

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -36,6 +36,7 @@ from .data import (
     SOURCES,
     Data,
     Labels,
+    Split,
     batches,
     has_labels,
     load_data,
@@ -50,7 +51,7 @@ from .divergence import DivergedError, LossWatch, advice
 from .files import as_path, write_atomically
 from .folder import held, make_folder, make_new_folder, new_folder
 from .init_from import load_networks, with_architecture
-from .iteration import Iteration, IterationResult
+from .iteration import Iteration, IterationResult, as_it_is
 from .log import MetricsLog, ProgressLine
 from .looking import Looking
 from .optimizers import OptimizerFactory
@@ -456,21 +457,10 @@ class Trainer:
     def _train(self, progress: ProgressLine, log: MetricsLog, stop: StopRequests) -> None:
         config, iteration, course = self.config, self._iteration, self._course
         # The same rows of both: a batch is decided by the number of samples, the seed and its index alone.
-        reals, labels = (
-            batches(
-                split,
-                iteration.batch_size,
-                seed=config.seed,
-                start=course.next_batch(self.step, iteration.batch_size),
-                device=self.device,
-                workers=config.workers,
-                part=self._replicas.rows(iteration.batch_size),
-                ahead=2 * iteration.n_critic,  # those of the next iteration too
-            )
-            if split is not None
-            else iter(())
-            for split in (self.data.train, self._labels)
-        )
+        reals, iteration.read_real = self._drawn(self.data.train)
+        labels: Iterator[Tensor] = iter(())
+        if self._labels is not None:
+            labels, iteration.read_labels = self._drawn(self._labels)
         logged, since = self.step, time.perf_counter()
         look = since + FIRST_LOOK
         while self.step < course.steps:
@@ -513,6 +503,24 @@ class Trainer:
                 self._save_unless_saved()
                 message = f"stopped after step {self.step} of {course.steps}; {way_on(self.out, config.model)}"
                 raise InterruptedTraining(message, stop.number)
+
+    def _drawn(self, split: Split) -> tuple[Iterator[Tensor], Callable[[Tensor], Tensor]]:
+        """Draw a split's batches from this step on, and say how an iteration reads them.
+
+        Where iterations are replayed and the split lies on the device, they are rows, and reading is replayed too.
+        """
+        config, iteration = self.config, self._iteration
+        begin = self._course.next_batch(self.step, iteration.batch_size)
+        part = self._replicas.rows(iteration.batch_size)
+        resident = split.resident(self.device) if iteration.replayed else None
+        if resident is not None:
+            return resident.rows(iteration.batch_size, seed=config.seed, start=begin, part=part), resident.read
+        ahead = 2 * iteration.n_critic  # those of the next iteration too
+        drawn = batches(
+            split, iteration.batch_size, seed=config.seed, start=begin, device=self.device, workers=config.workers,
+            part=part, ahead=ahead,
+        )  # fmt: skip
+        return drawn, as_it_is
 
     def _read(self, reals: Iterator[Tensor]) -> list[Tensor]:
         """Read the real samples (or labels) of one iteration before it begins: an error leaves nothing half done."""

@@ -82,6 +82,34 @@ class Split(ABC):
         self, batch_size: int, seed: int, start: int, device: torch.device, reading: "Reading"
     ) -> Iterator[Tensor]: ...
 
+    def resident(self, device: torch.device) -> "Resident | None":
+        """Bring the split to a device whole, for batches that are read there by their rows; None if it is not kept."""
+        return None
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A split that lies on a device whole.
+
+    Attributes:
+        data: ``[M, *sample_shape]``, as stored.
+        divisor: What brings bytes to [0, 2]; None for what stays as it is.
+        indices: The rows of the split, ``[len(split)]`` int64.
+    """
+
+    data: Tensor
+    divisor: float | None
+    indices: Tensor
+
+    def rows(self, batch_size: int, *, seed: int, start: int = 0, part: slice = WHOLE) -> Iterator[Tensor]:
+        """Name the rows of the batches that `batches` draws with the same settings: ``[N]`` int64 each."""
+        for rows in _index_batches(self.indices, batch_size, seed, start, self.data.device):
+            yield rows[part]
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Gather rows ``[N]`` as `batches` gives them, without the host."""
+        return _normalise(self.data.index_select(0, rows), self.divisor)
+
 
 @dataclass(frozen=True, eq=False)
 class Data:
@@ -174,12 +202,21 @@ class TensorSplit(Split):
     def _batches(
         self, batch_size: int, seed: int, start: int, device: torch.device, reading: "Reading"
     ) -> Iterator[Tensor]:
-        home = self.data.to(device) if self.data.nbytes <= RESIDENT_BYTES else self.data
-        pin = device.type == "cuda" and home.device.type == "cpu"
-        for rows in _index_batches(self.indices, batch_size, seed, start, home.device):
-            batch = home.index_select(0, rows[reading.part])
+        resident = self.resident(device)
+        if resident is not None:
+            yield from map(resident.read, resident.rows(batch_size, seed=seed, start=start, part=reading.part))
+            return
+        pin = device.type == "cuda" and self.data.device.type == "cpu"
+        for rows in _index_batches(self.indices, batch_size, seed, start, self.data.device):
+            batch = self.data.index_select(0, rows[reading.part])
             batch = batch.pin_memory() if pin else batch
             yield _normalise(batch.to(device, non_blocking=True), self.divisor)
+
+    def resident(self, device: torch.device) -> Resident | None:
+        """As for every split; up to ``RESIDENT_BYTES`` it is kept."""
+        if self.data.nbytes > RESIDENT_BYTES:
+            return None
+        return Resident(self.data.to(device), self.divisor, self.indices)
 
 
 def _leave_the_group(worker: int) -> None:
