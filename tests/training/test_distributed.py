@@ -106,12 +106,12 @@ def terminated(rank, at_step):
 
 
 def diverging(at_step):
-    """Make the generator's loss NaN once, and check losses one step late, as on a GPU."""
+    """Show the generator's loss as NaN once, and check losses one step late, as on a GPU."""
     put, check, steps = LossWatch.put, LossWatch._check, [at_step]
     def late(self, step, result):
         if step in steps:
             steps.remove(step)
-            result = result._replace(generator_loss=result.generator_loss * float("nan"))
+            result.watched[2] = float("nan")
         self._check = lambda leave: check(self, leave=1)
         try:
             return put(self, step, result)
