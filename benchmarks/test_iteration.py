@@ -39,7 +39,8 @@ def our_loop(trainer: Trainer) -> Loop:
     """The trainer's iteration, from reading its data on."""
     iteration = trainer._iteration
     iteration.seed()
-    reals = real_batches(trainer)
+    reals, read = trainer._drawn(trainer.data.train)
+    iteration.reads(read)
     return lambda: iteration(list(itertools.islice(reals, iteration.n_critic)))
 
 

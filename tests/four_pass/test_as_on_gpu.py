@@ -49,6 +49,7 @@ def as_on_gpu(*, gpu: bool = True, moved: bool = True) -> contextlib.ExitStack:
         patch.setattr(module, "on_gpu", lambda x: gpu)
     if not moved:
         patch.setattr(optimize, "_cast_in_one_pass", lambda graph: None)
+        patch.setattr(plan, "leave_uncast", lambda graph: None)
         patch.setattr(plan, "cast_together", lambda graph: None)
     # Plans are kept for all critics of a class: these are for here alone.
     key = planned.FourPassEngine._key
@@ -141,6 +142,10 @@ class Casting(nn.Module):
         self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 1)
         self.register_buffer("u", torch.randn(8, 8))
         self.register_buffer("h", torch.randn(8, dtype=torch.bfloat16))
+        self.register_buffer("one", torch.ones(1, 1, 1, 1))
+        w = torch.randn(2, 3, 2, 2, dtype=torch.bfloat16)
+        self.register_buffer("w", w.to(memory_format=torch.channels_last))
+        self.register_buffer("e", torch.randn(8).to(torch.float8_e4m3fn))
         self.given = forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,6 +178,23 @@ def added_before_it_is_written(s: Any, x: Tensor) -> Tensor:
     return s.c(torch.relu(s.a(x)).float() + wide)
 
 
+@torch.library.custom_op("wgan_fast_tests::contiguous_sum", mutates_args=())
+def contiguous_sum(values: Tensor) -> Tensor:
+    assert values.is_contiguous(), values.stride()
+    return values.sum()
+
+
+@contiguous_sum.register_fake
+def _(values: Tensor) -> Tensor:
+    return values.new_empty(())
+
+
+def laid_out(s: Any, x: Tensor) -> Tensor:
+    """The sum lies as the critic asked for what was widened, which an operator relies on."""
+    total = (s.one + s.w.float().contiguous()).contiguous()
+    return s.c(torch.relu(s.a(x)) * contiguous_sum(total))
+
+
 def twice(s: Any, x: Tensor) -> Tensor:
     h = torch.relu(s.a(x)).float()
     return ((h + h) * 1.001).sum(1)
@@ -194,6 +216,12 @@ CASTING: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a buffer that is averaged before it is written": averaged_before_it_is_written,
     "a buffer that is added before it is written": added_before_it_is_written,
     "a buffer that is averaged": lambda s, x: s.c(torch.relu(s.a(x)) * s.h.float().mean()),
+    "what was widened and laid out, added": laid_out,
+    "a sum of narrowed values, widened": lambda s, x: s.c((torch.relu(s.a(x)).bfloat16() + s.u[0].bfloat16()).float()),
+    "a mean of what was narrowed": lambda s, x: s.c(torch.relu(s.a(x)) * s.a.weight.bfloat16().mean()),
+    "float8, added": lambda s, x: s.c(torch.relu(s.a(x)).float() + s.e.float()),
+    "samples that are read as they are, too": lambda s, x: s.c(torch.relu(s.a(x))).float() + x.square().sum(1, True),
+    "half precision, averaged twice": lambda s, x: s.c(torch.relu(s.a(x)) * (s.h.float().mean() + s.h.float().mean())),
 }
 
 

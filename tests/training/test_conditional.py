@@ -1,8 +1,11 @@
 """Networks that are told the class: labels go beside their samples, and what is asked for is what is made."""
 
+import dataclasses
 import json
+import os
 import struct
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +233,11 @@ def test_files_walks_and_exports_are_of_the_asked_class_too(place: Path) -> None
     told = Path("images/labels.csv").read_text()
     assert told == "file,label\n00000.png,ash\n00001.png,bone\n00002.png,coal\n"
     assert len(list(Path("images").iterdir())) == 4
+    found = load_labels("images")
+    assert found.names == ("ash", "bone", "coal")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_data("images", channels=1)
     main(["sample", "run", "--interpolate", "--label", "coal", "--grid", "2x3", "--out", "walk.png"])
     save_grid(run.walk(2, 3, labels=torch.full((6,), 2)), "expected.png", columns=3)
     assert Path("walk.png").read_bytes() == Path("expected.png").read_bytes()
@@ -285,6 +293,37 @@ def test_classifier_says_how_often_it_agrees(place: Path) -> None:
     assert "label_agreement" not in judge.rate(fake)
 
 
+def test_classes_of_any_name_are_written_beside_their_images(place: Path) -> None:
+    for folder in (os.fsdecode(b"odd/\xff"), 'odd/a, "b"'):
+        for index in range(20):
+            os.makedirs(folder, exist_ok=True)
+            Image.fromarray(greys()[0][index]).save(os.path.join(folder, f"{index}.png"))
+    main(["train", "--data", "odd", "--channels", "1", "--conditional", *SMALL, "--steps", "1", "--out", "run"])
+    main(["sample", "run", "--n", "4", "--out", "images"])
+    assert load_labels("images").names == load_labels("odd").names
+
+
+def test_a_table_that_leaves_an_image_out_is_no_table_of_labels(place: Path) -> None:
+    write_folder(place / "flat")
+    for path in (place / "flat").rglob("*.png"):
+        path.rename(place / "flat" / f"{path.parent.name}{path.name}")
+    (place / "flat" / "labels.csv").write_text("file,label\nash0.png,3\n")
+    with pytest.raises(InputError, match=r"none were found for flat: labels.csv has no label of"):
+        Trainer.from_config(TrainConfig(data="flat", channels=1, conditional=True, out=place / "run"))
+
+
+def test_reasons_are_those_of_what_was_given(place: Path) -> None:
+    (place / "array" / "inner").mkdir(parents=True)
+    for index in range(8):
+        Image.fromarray(greys()[0][index]).save(f"array/inner/{index}.png")
+    pair = build("mlp", (1, 5, 5), width=4, num_classes=3)
+    config = TrainConfig(conditional=True, steps=1, batch_size=6, out=place / "run")
+    with pytest.raises(InputError, match="none were found for array: give them as labels="):
+        Trainer(*pair, greys()[0], config)
+    with pytest.raises(InputError, match="all images lie in one subfolder, inner"):
+        Trainer(*build("mlp", (3, 5, 5), width=4, num_classes=3), "array", dataclasses.replace(config, holdout=0.0))
+
+
 def test_arrays_bring_their_labels(place: Path) -> None:
     images, names = greys()
     settings = TrainConfig(conditional=True, steps=2, batch_size=6, out=Path("run"), engine="autograd")
@@ -305,7 +344,7 @@ def test_arrays_bring_their_labels(place: Path) -> None:
             ["--data", "stray", "--channels", "1"],
             "none were found for stray: a.png lies in none of its subfolders, each",
         ),
-        (["--data", "strays", "--channels", "1"], "for strays: a.png and 1 more lies in none of its subfolders"),
+        (["--data", "strays", "--channels", "1"], "for strays: a.png and 1 more lie in none of its subfolders"),
         (
             ["--data", "lone", "--channels", "1"],
             "all images lie in one subfolder, inner, and every subfolder is a class",

@@ -135,7 +135,7 @@ def test_description_is_enough_to_build_the_generator_again(workplace):
     main(["export", "run"])
     told = json.loads(Path("run/export/generator.json").read_text())
     expected = {
-        "generator": "wgan_fast.training.models.architectures.Generator", "weights": "moving average", "step": 2,
+        "generator": "wgan_fast.training.models.Generator", "weights": "moving average", "step": 2,
         "latent_dim": 5,
         "noise": "standard normal", "dtype": "float32", "sample_shape": [1, 8, 8], "kind": "images", "range": [-1, 1],
     }  # fmt: skip

@@ -135,6 +135,17 @@ def test_learning_rate_has_a_short_name():
     assert [config_of(Path(out))["learning_rate"] for out in "ab"] == [0.25, 0.5]
 
 
+def test_changes_are_given_as_the_papers_code_takes_them():
+    train(*TINY, "--augment", "translation,cutout", "--steps", "1", "--out", "a")
+    assert config_of(Path("a"))["augment"] == ["translation", "cutout"]
+
+
+def test_a_file_takes_the_short_name_too():
+    Path("a.yaml").write_text("lr: 0.125\n")
+    train(*TINY, "--config", "a.yaml", "--steps", "1", "--out", "a")
+    assert config_of(Path("a"))["learning_rate"] == 0.125
+
+
 def test_learning_rate_is_given_once(capfd):
     message = refused(capfd, "train", *TINY, "--lr", "0.25", "--learning-rate=0.5", "--out", "a")
     assert "--lr is --learning-rate: give one of the two" in message
@@ -183,7 +194,7 @@ def test_configuration_of_a_run_makes_the_same_run(run):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.yaml", "lr: 1", "config a.yaml has an unknown setting lr; did you mean learning_rate?"),
+        ("a.yaml", "lr: 1\nlearning_rate: 1", "config a.yaml has an unknown setting lr; did you mean learning_rate?"),
         ("a.json", '{"batchsize": 1}', "config a.json has an unknown setting batchsize; did you mean batch_size?"),
         ("a.yaml", "zzzz: 1", "config a.yaml has an unknown setting zzzz"),
         ("a.yaml", "steps: many", "config a.yaml: steps must be one of int, NoneType, got 'many'"),
@@ -391,7 +402,7 @@ def test_networks_of_ones_own_are_found_again_from_another_folder(workplace):
     assert ended.returncode == 2
     ended = run_process("sample", "run", "--grid", "1x1", cwd=workplace / "elsewhere")
     assert ended.returncode == 2
-    assert "run this where mine lies, or put that folder on PYTHONPATH" in ended.stderr
+    assert "run this where mine lies, put that folder on PYTHONPATH, or give the name that it has now" in ended.stderr
     ended = run_process("sample", "elsewhere/run", "--grid", "1x1", cwd=workplace)
     assert ended.returncode == 0, ended.stderr
 
@@ -406,6 +417,8 @@ def test_module_of_another_name_goes_on_with_the_same_networks(workplace, capfd)
     assert "cannot import 'first_name'" in refused(capfd, "sample", "run", "--grid", "1x1")
     for command in (["sample", "run", "--grid", "1x1"], ["evaluate", "run"], ["export", "run"]):
         main([*command, "--model", "second_name:build"])
-    assert "model was 'first_name:build', got 'mlp'" in refused(capfd, "sample", "run", "--model", "mlp")
+    assert "model is for a run with networks of module:function, and this one's are" in refused(
+        capfd, "sample", "run", "--model", "mlp"
+    )
     train("--resume", "run", "--steps", "2", "--model", "second_name:build")
     assert saved(Path("run"))[-1] == 2

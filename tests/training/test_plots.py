@@ -250,12 +250,13 @@ def test_global_state_of_matplotlib_is_left_alone(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_missing_libraries_are_said_with_the_extra_that_brings_them():
+@pytest.mark.parametrize("module", ["plots", "curves", "figures"])
+def test_missing_libraries_are_said_with_the_extra_that_brings_them(module):
     code = (
         "import sys\n"
         "sys.modules['matplotlib'] = None\n"
         "try:\n"
-        "    import wgan_fast.training.plots\n"
+        f"    import wgan_fast.training.{module}\n"
         "except ImportError as error:\n"
         "    assert \"pip install 'wgan_fast[train]'\" in str(error), error\n"
         "else:\n"

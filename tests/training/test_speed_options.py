@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import subprocess
 import sys
 from collections import Counter
@@ -13,7 +14,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import TINY, assert_same_run, metrics_of, read_checkpoint, same_bits
+from runs import (
+    TINY,
+    assert_same_checkpoint,
+    assert_same_run,
+    metrics_of,
+    newest_checkpoint,
+    read_checkpoint,
+    same_bits,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,9 +33,10 @@ from wgan_fast.four_pass.stand_ins import is_view
 from wgan_fast.points import thinned
 from wgan_fast.training import Callback, TrainConfig, Trainer
 from wgan_fast.training.cli import main
-from wgan_fast.training.data import load_data
+from wgan_fast.training.data import batches, load_data
+from wgan_fast.training.divergence import QUANTITIES
 from wgan_fast.training.graphed import WARM_UP, GraphedCalls, StaticInputs
-from wgan_fast.training.iteration import for_device, keeps_samples_apart
+from wgan_fast.training.iteration import as_it_is, for_device, keeps_samples_apart
 from wgan_fast.training.models import build
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -546,7 +556,7 @@ class Outside(TorchDispatchMode):
     ],
 )
 def test_a_replayed_iteration_leaves_little_outside_of_its_graph(settings, expected, tmp_path, monkeypatch):
-    """Real samples are brought as rows and gathered inside; the watched figures are one tensor, copied to the host."""
+    """Data that is kept is brought as rows and gathered inside; the watched figures are one tensor, for the host."""
     outside, steps = Outside(monkeypatch), []
 
     class Steps(Callback):
@@ -563,6 +573,50 @@ def test_a_replayed_iteration_leaves_little_outside_of_its_graph(settings, expec
         trainer.fit()
     # The first one makes the buffers, the last one is followed by what ends a run.
     assert steps[1:-1] == [{name: count for name, count in expected.items() if count}] * 7
+
+
+def test_rows_that_are_read_later_are_the_batches():
+    split = load_data(np.random.default_rng(0).integers(0, 256, (23, 4, 4), dtype=np.uint8)).train
+    settings = {"seed": 3, "start": 4, "part": slice(2, 5)}
+    resident = split.resident(torch.device("cpu"))
+    rows, drawn = resident.rows(6, **settings), batches(split, 6, **settings)
+    for _ in range(9):  # two epochs and more
+        assert torch.equal(resident.read(next(rows)), next(drawn))
+
+
+@pytest.mark.parametrize("settings", [{"conditional": True}, {"schedule": "cosine", "ema": 0.5}])
+def test_a_run_by_rows_equals_one_by_batches(settings, tmp_path, monkeypatch):
+    """With labels too, over the ends of epochs, and where it goes on."""
+    options = {"width": 4, "batch_size": 500, "n_critic": 2, "data": "digits", "engine": "autograd", **settings}
+    for kept in ("kept", "streamed"):
+        out = tmp_path / kept
+        Trainer.from_config(TrainConfig(**options, steps=3, out=out, cuda_graph=True)).fit()
+        trainer = Trainer.from_run(out, steps=6)
+        trainer.fit(resume=True)
+        assert trainer._iteration._read_real is as_it_is  # the data is not held any longer
+        monkeypatch.setattr("wgan_fast.training.data.splits.RESIDENT_BYTES", 0)
+    assert_same_checkpoint(*(newest_checkpoint(tmp_path / kept) for kept in ("kept", "streamed")))
+
+
+def test_a_rate_that_a_callback_changes_is_the_one_that_is_trained_with(tmp_path):
+    class Faster(Callback):
+        def on_step(self, trainer, result):
+            trainer._iteration.optimizers["critic"].param_groups[0]["initial_lr"] = 0.05
+
+    for graph in (False, True):
+        config = TrainConfig(data="digits", width=4, steps=3, batch_size=8, cuda_graph=graph, out=tmp_path / str(graph))
+        trainer = Trainer.from_config(config, callbacks=[Faster()])
+        trainer.fit()
+        assert float(trainer._iteration.optimizers["critic"].param_groups[0]["lr"]) == pytest.approx(0.05)
+
+
+def test_what_is_watched_is_what_is_measured(tmp_path):
+    trainer = Trainer.from_config(TrainConfig(data="digits", width=4, batch_size=8, out=tmp_path / "run"))
+    result = trainer._iteration(list(itertools.islice(batches(trainer.data.train, 8, seed=0), 5)), stop=True)
+    critic = result.critic
+    measured = critic.penalty, critic.loss, result.generator_loss, critic.wasserstein
+    assert result.watched.tolist() == [*map(float, measured), 1.0]
+    assert len(QUANTITIES) == 4
 
 
 @needs_cuda

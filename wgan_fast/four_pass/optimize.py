@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from ..precision import accumulation_dtype
 from .operators import IN_PLACE, OUT, on_gpu
 from .record import Recorder
 from .stand_ins import gives_view
@@ -237,13 +236,18 @@ def _has_effect(node: fx.Node) -> bool:
 _VIEWS = {aten.slice.Tensor, aten.t.default, aten.view.default, aten.narrow.default, aten.transpose.int}
 
 
-def cast_together(graph: fx.Graph) -> None:
-    """Have a GPU cast its weights together, and its gradients, and read as it is what operators cast by themselves."""
-    end, overwritten = graph.output_node(), _overwritten(graph)
+def leave_uncast(graph: fx.Graph) -> None:
+    """Have a GPU's operators read in half precision what was widened for them alone."""
+    overwritten = _overwritten(graph)
     for node in list(graph.nodes):
         if node.target in _UNCAST:
             _UNCAST[node.target](node, overwritten)
     graph.eliminate_dead_code()
+
+
+def cast_together(graph: fx.Graph) -> None:
+    """Have a GPU cast its weights together, and its gradients."""
+    end, overwritten = graph.output_node(), _overwritten(graph)
     alike: dict[tuple[bool, Any, torch.dtype, torch.dtype], list[fx.Node]] = {}
     for node in graph.nodes:
         if node.target is not aten._to_copy.default or _memory(node.all_input_nodes[0]) in overwritten:
@@ -267,61 +271,56 @@ def cast_together(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _before_cast(cast: object, reader: fx.Node, overwritten: set[int | None]) -> fx.Node | None:
-    """Return what was cast on a GPU for one reader alone, and is still as it was when that reads it."""
+def _before_cast(cast: object, reader: fx.Node, overwritten: set[int | None]) -> Tensor | None:
+    """Return what was widened to float32 on a GPU for one reader alone, and is still as it was when that reads it.
+
+    Operators of a GPU widen what they read by themselves; anything else they would cast first.
+    """
     if not isinstance(cast, fx.Node) or cast.target is not aten._to_copy.default or list(cast.users) != [reader]:
         return None
-    uncast, val = cast.all_input_nodes[0], cast.meta["val"]
-    here = on_gpu(val) and uncast.meta["val"].device == val.device
-    return uncast if here and _memory(uncast) not in overwritten else None
+    uncast, val = cast.all_input_nodes[0].meta["val"], cast.meta["val"]
+    widened = uncast.dtype in (torch.bfloat16, torch.float16) and val.dtype == torch.float32
+    laid_out = cast.kwargs.get("memory_format", torch.preserve_format) is not torch.preserve_format
+    here = on_gpu(val) and uncast.device == val.device and not laid_out
+    return uncast if widened and here and _memory(cast.all_input_nodes[0]) not in overwritten else None
 
 
 def _add_uncast(total: fx.Node, overwritten: set[int | None]) -> None:
-    """Add to what is of the sum's dtype already what was cast to it."""
+    """Add to what is of float32 already what was widened to it."""
     one, cast = total.args[:2]
-    uncast = _before_cast(cast, total, overwritten)
-    like = total.meta["val"]
     if not isinstance(one, fx.Node) or not isinstance(cast, fx.Node) or one is cast:
         return
-    if uncast is None or one.meta["val"].device != like.device:
-        return
-    if torch.result_type(one.meta["val"], uncast.meta["val"]) == one.meta["val"].dtype == like.dtype:
-        total.replace_input_with(cast, uncast)
+    alike = one.meta["val"].device == total.meta["val"].device and one.meta["val"].dtype == torch.float32
+    if alike and one.meta["val"].dim() > 0 and _before_cast(cast, total, overwritten) is not None:
+        total.replace_input_with(cast, cast.all_input_nodes[0])
 
 
 def _average_uncast(mean: fx.Node, overwritten: set[int | None]) -> None:
-    """Average in the dtype of the cast."""
-    uncast = _before_cast(mean.args[0], mean, overwritten)
-    if uncast is not None and not mean.kwargs:
-        mean.args, mean.kwargs = (uncast,), {"dtype": mean.meta["val"].dtype}
+    """Average in float32."""
+    (cast,) = mean.args
+    if not mean.kwargs and isinstance(cast, fx.Node) and _before_cast(cast, mean, overwritten) is not None:
+        mean.args, mean.kwargs = (cast.all_input_nodes[0],), {"dtype": torch.float32}
 
 
 def _penalise_uncast(penalty: fx.Node, overwritten: set[int | None]) -> None:
     """Give the norms, which are of float32, and v in the dtype of the gradient, to which it would be cast."""
     gradient, *settings = penalty.args
     uncast = _before_cast(gradient, penalty, overwritten)
-    if uncast is None:
+    if uncast is None or not isinstance(gradient, fx.Node) or uncast.stride() != gradient.meta["val"].stride():
         return
-    like, wide = uncast.meta["val"], _nodes_of(gradient)[0].meta["val"]
-    seeds = [node for node in penalty.users if node.args[1] == _SEED]
-    casts = [(seed, cast) for seed in seeds for cast in seed.users]
-    if accumulation_dtype(like.dtype) != wide.dtype or like.stride() != wide.stride():
+    casts = [(seed, cast) for seed in penalty.users if seed.args[1] == _SEED for cast in seed.users]
+    if len(casts) != 1:
         return
-    for seed, cast in casts:
-        val = cast.meta["val"]
-        if (
-            cast.target is not aten._to_copy.default
-            or val.dtype != like.dtype
-            or val.stride() != seed.meta["val"].stride()
-        ):
-            return
-    penalty.args = (uncast, *settings)
-    for seed in seeds:
-        seed.meta["val"] = seed.meta["val"].to(like.dtype)
-    for seed, cast in casts:
-        cast.replace_all_uses_with(seed)
-    values = penalty.meta["val"]
-    penalty.meta["val"] = (*values[:_SEED], values[_SEED].to(like.dtype))
+    ((seed, cast),) = casts
+    if cast.target is not aten._to_copy.default:
+        return
+    val = cast.meta["val"]
+    if (val.dtype, val.device, val.stride()) != (uncast.dtype, uncast.device, seed.meta["val"].stride()):
+        return
+    penalty.args = (gradient.all_input_nodes[0], *settings)
+    seed.meta["val"] = val
+    cast.replace_all_uses_with(seed)
+    penalty.meta["val"] = (*penalty.meta["val"][:_SEED], val)
 
 
 _SEED = 3
@@ -332,7 +331,7 @@ _UNCAST = {
     aten.mean.default: _average_uncast,
     torch.ops.wgan_fast.gradient_norm_penalty.default: _penalise_uncast,
 }
-"""What a GPU's operators read in another dtype than the graph says, at no cost."""
+"""What a GPU's operators read in half the precision that the graph says, at no cost."""
 
 
 def save_memory(graph: fx.Graph) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ..training.plots import BLUE, GREY, new_figure, save_figure
+from ..training.figures import BLUE, GREY, new_figure, save_figure
 from .judgement import View, associations, column_distances
 
 MOST_PANELS = 60

@@ -7,17 +7,19 @@ from torch import nn
 
 from .config import OWN, TrainConfig
 from .data import Data
+from .description import listed
 from .iteration import Iteration
 from .models import default_model
 
 
-def banner(config: TrainConfig, data: Data, iteration: Iteration) -> str:
+def banner(config: TrainConfig, data: Data, iteration: Iteration, classes: tuple[str, ...] = ()) -> str:
     """Describe a run in a few aligned lines.
 
     Args:
         config: The resolved configuration.
         data: What it trains on.
         iteration: What trains, its critic's step already tried.
+        classes: What the classes of a conditional run are called.
     """
     model = default_model(data.sample_shape) if config.model == "auto" else config.model.replace(OWN, "your own")
     networks = {"generator": iteration.generator, "critic": iteration.critic}
@@ -26,15 +28,17 @@ def banner(config: TrainConfig, data: Data, iteration: Iteration) -> str:
     bounds += f", weights in [-{config.clip:g}, {config.clip:g}]" if config.clip is not None else ""
     loss = f" with loss {config.loss}" if config.loss not in (None, config.recipe.loss) else ""
     critic_steps = f"{config.n_critic} critic step{'s' * (config.n_critic != 1)}"
+    epochs = f" ({config.epochs:,} epoch{'s' * (config.epochs > 1)})" if config.epochs else ""
     lines = {
         "data": f"{config.data}: {_samples(data)}",
+        **({"classes": listed(classes)} if classes else {}),
         "networks": f"{model}: {sizes}, from noise of length {iteration.latent_dim}",
         "method": f"{config.method}{loss}{bounds}, {critic_steps} to one of the generator, batches of "
         f"{config.batch_size}",
         "optimizer": _optimizer(config, iteration),
         "engine": f"{'four passes' if iteration.critic_step.code else 'autograd'}, {config.precision}, "
         f"{_place(iteration.device)}",
-        "run": f"{config.out}, {iteration.steps:,} steps{f' ({config.epochs:,} epochs)' if config.epochs else ''}",
+        "run": f"{config.out}, {iteration.steps:,} steps{epochs}",
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:{width}}  {line}" for name, line in lines.items())

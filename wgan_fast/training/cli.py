@@ -10,11 +10,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from .. import __version__
 from ..errors import DivergenceError, InputError
-from .config import TrainConfig
+from .config import Change, TrainConfig
 from .files import as_path
 from .settings import close_settings, read_settings
 
@@ -82,9 +82,14 @@ def _defaults(arguments: list[str]) -> Train:
 
 def _parse(arguments: list[str]) -> Any:
     if arguments[:1] == ["train"]:
-        if None not in (_option(arguments, "--lr"), _option(arguments, "--learning-rate")):
+        names = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
+        if "--lr" in names and "--learning-rate" in names:
             raise InputError("--lr is --learning-rate: give one of the two")
         arguments = [re.sub(r"^--lr(?=$|=)", "--learning-rate", argument) for argument in arguments]
+        changes = "|".join(get_args(Change))
+        for at, argument in enumerate(arguments):
+            if re.fullmatch(rf"({changes})(,({changes}))+", argument):  # as the paper's code takes them
+                arguments[at : at + 1] = argument.split(",")
     framed = io.StringIO()
     try:
         with contextlib.redirect_stderr(framed):

@@ -87,8 +87,8 @@ class Sample:
         out: Where to write. The picture: a .png file, RUN/samples/grid-ROWSxCOLUMNS.png by default, with the label
             where one is given; beside it the CSV or the GIF file lies. With --n: a new folder for images as PNG files,
             00000.png and so on, whose 8-bit pixels are round(127.5 (x + 1)), for a conditional run with their classes
-            in labels.csv; or a .npy file, or an .npz file with one array "x", of float32 [N, *shape], images
-            [N, C, H, W] in [-1, 1], all else in the range of the data.
+            in labels.csv; or a .npy file, or an .npz file with the array "x", of float32 [N, *shape], images
+            [N, C, H, W] in [-1, 1], all else in the range of the data, and the classes of a conditional run as "y".
         model: The run's networks of your own, module:function, where they have another name or place now.
         device: "cpu", "cuda", "cuda:1", or "auto".
     """
@@ -242,9 +242,6 @@ class Evaluate:
         if self.samples < 2:
             raise InputError(f"samples must be at least 2, got {self.samples}")
         run = _load(self.folder, self.device, self.model)
-        if sys.stderr.isatty():
-            what = "comparing samples with held-out data"
-            print(f"{what}; where it has classes a classifier of them is trained first, once", file=sys.stderr)
         report = run.evaluate(samples=self.samples, seed=self.seed, data=self.data)
         path = run.folder / "evaluation.json"
         write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())

@@ -8,10 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from .plots import BLUE, GREEN, GREY, ORANGE, new_figure, save_figure  # which says what is not installed
 
-from matplotlib.axes import Axes  # isort: skip
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter  # isort: skip
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+    from .figures import BLUE, GREEN, GREY, ORANGE, new_figure, save_figure
+except ImportError as error:
+    raise ImportError("wgan_fast.training.curves needs Matplotlib: pip install 'wgan_fast[train]'") from error
 
 _MANY = 200  # values from which a curve is drawn smoothed
 
@@ -163,7 +167,7 @@ def _draw_quality(
     if correlation is not None:
         axes.set_title(
             f"{axes.get_title(loc='left')}; Spearman's ρ with the {label}: {correlation:.2f} ({len(pairs)} points)",
-            loc="left", fontsize=11,
+            loc="left", fontsize=10,
         )  # fmt: skip
 
 

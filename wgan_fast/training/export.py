@@ -46,7 +46,7 @@ def export_generator(run: Run, folder: Path) -> list[Path]:
     config = run.description.config
     description = {
         "format": FORMAT,
-        "generator": f"{type(generator).__module__}.{type(generator).__qualname__}",
+        "generator": f"{type(generator).__module__.removesuffix('.architectures')}.{type(generator).__qualname__}",
         "weights": "moving average" if config.ema else "last",
         "step": run.step,
         "noise": "standard normal",

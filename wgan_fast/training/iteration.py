@@ -42,6 +42,9 @@ _PER_SAMPLE = (
 """Layers of which a sample's output is a function of that sample alone, and that neither draw nor keep state."""
 
 
+Read = Callable[[Tensor], Tensor]
+
+
 class IterationResult(NamedTuple):
     """What an iteration measured: 0-dim tensors on the device, averaged over the processes.
 
@@ -78,9 +81,6 @@ class Iteration:
         dtype: Of the critic, and so of the samples that it is given.
         noise_dtype: Of the generator.
         device: Of both networks.
-        replayed: Whether iterations are replayed as CUDA graphs, on a CPU as they would be.
-        read_real: Makes samples of what an iteration is given for real ones, such as rows of data on the device.
-        read_labels: Likewise.
     """
 
     def __init__(
@@ -127,11 +127,11 @@ class Iteration:
         gives_way = asked is None
         self._graphed = GraphedCalls(self._run, self.device, gives_way=gives_way) if config.cuda_graph else None
         self._decay = torch.zeros((), dtype=self.noise_dtype, device=self.device) if config.cuda_graph else None
-        self._known: tuple[float, float] | None = None
-        """The decay and the factor of the learning rates that tensors on the device hold."""
-        self.replayed = self._graphed is not None
-        self.read_real: Callable[[Tensor], Tensor] = as_it_is
-        self.read_labels: Callable[[Tensor], Tensor] = as_it_is
+        self._rates: dict[int, float] = {}
+        self._kept = math.nan
+        """The learning rates of the optimizers' groups, and the decay, that tensors on the device hold."""
+        self._read_real: Read = as_it_is
+        self._read_labels: Read = as_it_is
         self._ahead = config.generate_ahead and self.n_critic > 1 and self._may_generate_ahead()
 
     def seed(self) -> None:
@@ -143,7 +143,7 @@ class Iteration:
     def __call__(
         self, reals: Sequence[Tensor], labels: Sequence[Tensor] = (), *, stop: bool = False
     ) -> IterationResult:
-        """Run one iteration on ``n_critic`` batches ``[N, *D]`` of real samples, or on what ``read_real`` takes.
+        """Run one iteration on ``n_critic`` batches ``[N, *D]`` of real samples, or on what ``reads`` says.
 
         Args:
             reals: The batches; of N samples on each process.
@@ -175,8 +175,8 @@ class Iteration:
     def _run(self, reals: Sequence[Tensor], labels: Sequence[Tensor] = (), stop: bool = False) -> IterationResult:
         critic, generator = self._trained["critic"], self._trained["generator"]
         penalised = None
-        reals = [self.read_real(real) for real in reals]
-        conditions: list[tuple[Tensor, ...]] = [(self.read_labels(each),) for each in labels] or [()] * len(reals)
+        reals = [self._read_real(real) for real in reals]
+        conditions: list[tuple[Tensor, ...]] = [(self._read_labels(each),) for each in labels] or [()] * len(reals)
         # Before anything else is drawn, so that the order stays what it is where samples are generated ahead.
         reals = [self._changed(self.laid_out(real), "real", self._change_draws("real")) for real in reals]
         for k, (real, condition, (fake, alpha)) in enumerate(zip(reals, conditions, self._fakes(conditions))):
@@ -318,16 +318,31 @@ class Iteration:
 
     def _set_numbers(self) -> None:
         """Bring this step's learning rates and decay to where they are read; to a device where they have changed."""
-        numbers = self.decay, self._learning_rate_factor()
-        before, self._known = self._known, numbers
         for optimizer in self.optimizers.values():
-            set_learning_rates(optimizer, numbers[1], on_device=before is None or before[1] != numbers[1])
-        if self._decay is not None and (before is None or before[0] != numbers[0]):
-            self._decay.fill_(numbers[0])
+            set_learning_rates(optimizer, self._learning_rate_factor(), self._rates)
+        if self._decay is not None and self._kept != self.decay:
+            self._kept = self.decay
+            self._decay.fill_(self._kept)
+
+    @property
+    def replayed(self) -> bool:
+        """Whether iterations are replayed as CUDA graphs, on a CPU as they would be."""
+        return self._graphed is not None
+
+    def reads(self, real: Read | None = None, labels: Read | None = None) -> None:
+        """Say how batches are made of what an iteration is given, such as rows ``[N]`` of data on the device.
+
+        Args:
+            real: Makes real samples, ``[N, *D]``; None for what is given samples already.
+            labels: Makes labels, ``[N]`` int64; likewise.
+        """
+        self._read_real, self._read_labels = real or as_it_is, labels or as_it_is
+        self.forget_graphs()
 
     def forget_graphs(self) -> None:
-        """Capture anew: the tensors of the optimizers were replaced."""
-        self._known = None
+        """Capture anew: tensors that the graphs read were replaced."""
+        self._rates.clear()
+        self._kept = math.nan
         if self._graphed is not None:
             self._graphed.clear()
 

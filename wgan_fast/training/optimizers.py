@@ -130,11 +130,15 @@ def _check_own(optimizer: object) -> None:
         raise InputError(f"optimizer must have a learning rate lr, {type(optimizer).__name__} has none")
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float, *, on_device: bool = True) -> None:
-    """Set every group's learning rate to ``factor`` times what it began with; one that is a tensor if ``on_device``."""
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float, written: dict[int, float]) -> None:
+    """Set every group's learning rate to ``factor`` times what it began with.
+
+    One that is a tensor on a device is written to where it changes: ``written`` notes the rates there.
+    """
     for group in optimizer.param_groups:
         rate = group["initial_lr"] * factor
         if not isinstance(group["lr"], Tensor):
             group["lr"] = rate
-        elif on_device:
+        elif written.get(id(group)) != rate:
             group["lr"].fill_(rate)
+            written[id(group)] = rate

@@ -1,6 +1,5 @@
 """Pictures of samples: PNG files, drawn with Pillow and Matplotlib.
 
-Figures are drawn through Matplotlib's object interface: the caller's backend and pyplot state are never touched.
 Every file is written whole or not at all.
 """
 
@@ -20,20 +19,16 @@ from .files import write_atomically
 try:
     import matplotlib
     from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
     from PIL import Image, ImageDraw, ImageFont
 
+    from .figures import BLUE, GREY, ORANGE, new_figure, save_figure
     from .waveforms import SLICES, are_waveforms, draw_waveforms, slices
 except ImportError as error:
     raise ImportError("wgan_fast.training.plots needs Matplotlib and Pillow: pip install 'wgan_fast[train]'") from error
 
 _Samples = Tensor | ArrayLike
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 _SCORES = matplotlib.colormaps["viridis"].with_extremes(bad=GREY)  # which NaN would leave out
 _CELL = 64  # pixels that a small image is enlarged towards
 _FRAME = 192  # pixels that a small image of an animation is enlarged towards
@@ -47,21 +42,6 @@ def _array(samples: _Samples) -> NDArray[np.float32]:
     if isinstance(samples, Tensor):
         samples = samples.detach().float().cpu().numpy()
     return np.asarray(samples, dtype=np.float32)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of a size in inches, apart from pyplot's."""
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
-    figure = Figure(figsize=(width, height), dpi=120, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure into a PNG file, whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(Path(path), buffer.getvalue())
 
 
 def save_grid(

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,8 @@ def load_classifier(images: Tensor, labels: Tensor, classes: int) -> Classifier:
     kept = _read(path, tuple(images.shape[1:]), classes)
     if kept is not None:
         return kept
+    if sys.stderr.isatty():
+        print("wgan-fast: training a classifier of this data, once", file=sys.stderr)
     classifier = train_classifier(images, labels, classes)
     state = classifier.state_dict()
     with contextlib.suppress(OSError):
@@ -277,7 +280,7 @@ class Judge:
             _DISTANCE: metrics.frechet_distance(seen.features, held_out.features),
             **metrics.manifold(held_out.features, seen.features, nearest=min(NEAREST, n - 1))._asdict(),
             "classes_covered": int(((seen.shares > 0) & (seen.shares >= COVERED * held_out.shares)).sum()),
-            "class_entropy": float(-(present * present.log()).sum()),
+            "class_entropy": float((present * -present.log()).sum()),
         }
 
 

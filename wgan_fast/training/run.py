@@ -16,7 +16,7 @@ from . import metrics, models, quality
 from .checkpoint import load_checkpoint, load_module
 from .config import MAX_SEED, OWN, TrainConfig
 from .data import load_labels
-from .description import Description, check_found, check_rebuildable, check_unchanged, listed, load_run_data
+from .description import Description, check_found, check_rebuildable, listed, load_run_data
 from .device import resolve_device
 from .files import as_path
 from .randomness import NOISE, stream_seed, undisturbed
@@ -80,9 +80,12 @@ class Run:
         folder = as_path(folder)
         description = Description.read(folder)
         if model is not None:
-            config = dataclasses.replace(description.config, model=model)
-            check_unchanged(description.config, config)
-            description = dataclasses.replace(description, config=config)
+            config = description.config
+            if ":" not in config.model or ":" not in model:
+                raise InputError(
+                    f"model is for a run with networks of module:function, and this one's are {config.model}"
+                )
+            description = dataclasses.replace(description, config=dataclasses.replace(config, model=model))
         description.find_model()
         checkpoint = load_checkpoint(folder)
         if checkpoint is None:
@@ -237,7 +240,8 @@ class Run:
             raise InputError("this run held no data out (holdout 0): there is nothing to evaluate against")
         n = min(samples, len(found.held_out), len(found.train))
         if n < FEW:
-            message = f"{n} samples on each side are few: a figure says something where it is far from its floor"
+            more = "take more (--samples), or hold out more (--holdout)"
+            message = f"{n} samples on each side are few, and most differences chance: {more}"
             warnings.warn(message, stacklevel=users_level())
         held_out, train = found.held_out.take(n, seed=seed), found.train.take(n, seed=seed)
         theirs = trained = None

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
+from .data.files import LABELS_FILE
 from .files import written_atomically
 from .plots import to_pixels
 
@@ -33,7 +34,7 @@ def save_images(pieces: Iterable[Tensor], n: int, folder: Path, classes: NDArray
         n: Number of images.
         folder: What is made; its parent exists.
         classes: The name of each image's class, ``[n]``, for a table beside them, labels.csv with the columns file and
-            label; None writes none. Tools that compare folders of images want no folders in them.
+            label, which ``load_labels`` reads; None writes none.
 
     Raises:
         InputError: The folder is there already.
@@ -50,7 +51,7 @@ def save_images(pieces: Iterable[Tensor], n: int, folder: Path, classes: NDArray
             for pixels in to_pixels(piece):
                 Image.fromarray(pixels).save(unfinished / f"{next(numbers):0{digits}d}.png")
         if classes is not None:
-            with open(unfinished / "labels.csv", "w", encoding="utf-8", newline="") as file:
+            with open(unfinished / LABELS_FILE, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
                 rows = ((f"{number:0{digits}d}.png", name) for number, name in enumerate(classes))
                 csv.writer(file, lineterminator="\n").writerows([("file", "label"), *rows])
         unfinished.rename(folder)

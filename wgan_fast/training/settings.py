@@ -65,6 +65,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"config {path} must hold settings by their names, such as steps: 2000")
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    if "lr" in values and "learning_rate" not in values:
+        values["learning_rate"] = values.pop("lr")  # as on the command line
     for name in values.keys() - _names():
         close = "".join(f"; did you mean {setting}?" for setting in close_settings(name, _names()))
         raise InputError(f"config {path} has an unknown setting {name}{close}")
@@ -95,7 +97,9 @@ def _parse(path: Path) -> Any:
     if path.suffix == ".json":
         return json.loads(text)
     if importlib.util.find_spec("yaml") is None:
-        raise ValueError("YAML needs pip install pyyaml; a name that ends in .json is read without it")
+        raise ValueError(
+            "YAML needs PyYAML: pip install 'wgan_fast[train]'; a name that ends in .json is read without it"
+        )
     import yaml  # type: ignore[import-untyped,unused-ignore]
 
     try:

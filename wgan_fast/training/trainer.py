@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -51,7 +51,7 @@ from .divergence import DivergedError, LossWatch, advice
 from .files import as_path, write_atomically
 from .folder import held, make_folder, make_new_folder, new_folder
 from .init_from import load_networks, with_architecture
-from .iteration import Iteration, IterationResult, as_it_is
+from .iteration import Iteration, IterationResult, Read
 from .log import MetricsLog, ProgressLine
 from .looking import Looking
 from .optimizers import OptimizerFactory
@@ -155,6 +155,7 @@ class Trainer:
             if isinstance(data, Data):
                 raise InputError("labels of what load_data returned must be what load_labels returned, split alike")
             labels = split_labels(labels, holdout=config.holdout, seed=config.seed)
+        source = data if isinstance(data, str | os.PathLike) else None
         if not isinstance(data, Data):
             _check_apart(config.out, data)
             if labels is None and (config.track or config.conditional) and isinstance(data, str | os.PathLike):
@@ -176,7 +177,7 @@ class Trainer:
         config = dataclasses.replace(config, **given).resolved(data.sample_shape)
         if config.spectral_norm:
             spectral_norm(critic)
-        self._set_up(generator, critic, data, labels, config, callbacks, loss, optimizer)
+        self._set_up(generator, critic, data, labels, config, callbacks, loss, optimizer, source=source)
 
     @classmethod
     def from_config(cls, config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Self:
@@ -206,11 +207,11 @@ class Trainer:
         labels = None
         if config.track or config.conditional:
             labels = load_labels(config.data, holdout=config.holdout, seed=config.seed)
-        classes = _classes(data, labels, config)
+        classes = _classes(data, labels, config, config.data)
         seed_everything(config.seed, NETWORKS)
         generator, critic = build_networks(config, data.sample_shape, data.kind, len(classes))
         trainer = cls.__new__(cls)
-        trainer._set_up(generator, critic, data, labels, config, callbacks)
+        trainer._set_up(generator, critic, data, labels, config, callbacks, source=config.data)
         trainer._named_data = True
         return trainer
 
@@ -248,6 +249,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         loss: AdversarialLoss | None = None,
         optimizer: OptimizerFactory | None = None,
+        source: str | os.PathLike[str] | None = None,
     ) -> None:
         for callback in callbacks:
             if not isinstance(callback, Callback):
@@ -267,12 +269,13 @@ class Trainer:
         batch_size = config.batch_size or 0
         if batch_size > len(data.train):
             n = len(data.train)
-            raise InputError(f"batch_size must be at most the {n} samples to train on, got {batch_size}")
+            held = f" ({len(data.held_out)} more are held out)" if len(data.held_out) else ""
+            raise InputError(f"batch_size must be at most the {n} samples to train on{held}, got {batch_size}")
         self._course = Course(config, data.train)
         self._replicas.check_shared(batch_size=batch_size, penalty_samples=config.penalty_samples)
         self.config = config
         self.data = data
-        self.classes = _classes(data, labels, config)
+        self.classes = _classes(data, labels, config, source)
         self._labels = labels.train if labels and self.classes else None
         self._named_data, self._given_labels = False, labels is not None
         self.out = Path(config.out or "")
@@ -389,7 +392,7 @@ class Trainer:
         self.generator.train()
         self.critic.train()
         if self._replicas.leads:
-            print(banner(self.config, self.data, self._iteration), file=sys.stderr)
+            print(banner(self.config, self.data, self._iteration, self.classes), file=sys.stderr)
             for concern in self._concerns:
                 warnings.warn(concern, stacklevel=users_level())
         first, started = self.step, time.perf_counter()
@@ -444,6 +447,8 @@ class Trainer:
                         with contextlib.suppress(OSError):  # the first error is the one to tell
                             self._draw_curves(log.records)
                         raise
+                    finally:
+                        self._iteration.reads()  # the data on the device is no longer needed
                     self._draw_curves(log.records)
                     return log.records
             except DivergedError as error:
@@ -457,10 +462,9 @@ class Trainer:
     def _train(self, progress: ProgressLine, log: MetricsLog, stop: StopRequests) -> None:
         config, iteration, course = self.config, self._iteration, self._course
         # The same rows of both: a batch is decided by the number of samples, the seed and its index alone.
-        reals, iteration.read_real = self._drawn(self.data.train)
-        labels: Iterator[Tensor] = iter(())
-        if self._labels is not None:
-            labels, iteration.read_labels = self._drawn(self._labels)
+        reals, read_real = self._drawn(self.data.train)
+        labels, read_labels = self._drawn(self._labels) if self._labels is not None else (iter(()), None)
+        iteration.reads(read_real, read_labels)
         logged, since = self.step, time.perf_counter()
         look = since + FIRST_LOOK
         while self.step < course.steps:
@@ -504,23 +508,22 @@ class Trainer:
                 message = f"stopped after step {self.step} of {course.steps}; {way_on(self.out, config.model)}"
                 raise InterruptedTraining(message, stop.number)
 
-    def _drawn(self, split: Split) -> tuple[Iterator[Tensor], Callable[[Tensor], Tensor]]:
+    def _drawn(self, split: Split) -> tuple[Iterator[Tensor], Read | None]:
         """Draw a split's batches from this step on, and say how an iteration reads them.
 
-        Where iterations are replayed and the split lies on the device, they are rows, and reading is replayed too.
+        Where iterations are replayed and the split is kept on the device, they are rows, and reading is replayed too.
         """
         config, iteration = self.config, self._iteration
-        begin = self._course.next_batch(self.step, iteration.batch_size)
-        part = self._replicas.rows(iteration.batch_size)
+        n, begin = iteration.batch_size, self._course.next_batch(self.step, iteration.batch_size)
+        part = self._replicas.rows(n)
         resident = split.resident(self.device) if iteration.replayed else None
         if resident is not None:
-            return resident.rows(iteration.batch_size, seed=config.seed, start=begin, part=part), resident.read
-        ahead = 2 * iteration.n_critic  # those of the next iteration too
+            return resident.rows(n, seed=config.seed, start=begin, part=part), resident.read
         drawn = batches(
-            split, iteration.batch_size, seed=config.seed, start=begin, device=self.device, workers=config.workers,
-            part=part, ahead=ahead,
+            split, n, seed=config.seed, start=begin, device=self.device, workers=config.workers, part=part,
+            ahead=2 * iteration.n_critic,  # those of the next iteration too
         )  # fmt: skip
-        return drawn, as_it_is
+        return drawn, None
 
     def _read(self, reals: Iterator[Tensor]) -> list[Tensor]:
         """Read the real samples (or labels) of one iteration before it begins: an error leaves nothing half done."""
@@ -683,7 +686,9 @@ def _under_way(config: TrainConfig) -> bool:
     return config.out is not None and has_checkpoint(config.out)
 
 
-def _classes(data: Data, labels: Labels | None, config: TrainConfig) -> tuple[str, ...]:
+def _classes(
+    data: Data, labels: Labels | None, config: TrainConfig, source: str | os.PathLike[str] | None
+) -> tuple[str, ...]:
     """Name the classes that a conditional run tells its networks; none where it is not conditional.
 
     Raises:
@@ -692,9 +697,8 @@ def _classes(data: Data, labels: Labels | None, config: TrainConfig) -> tuple[st
     if not config.conditional:
         return ()
     if labels is None:
-        raise InputError(
-            f"conditional needs labels, and none were found for {data.name}: {why_unlabelled(config.data)}"
-        )
+        why = "give them as labels=" if source is None else why_unlabelled(source)
+        raise InputError(f"conditional needs labels, and none were found for {data.name}: {why}")
     labels.check(data)
     if len(labels.names) < 2:
         raise InputError(f"conditional needs two or more classes, and {data.name} has {labels.names[0]} alone")

@@ -99,6 +99,10 @@ def labels_beside(images: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+LABELS_FILE = "labels.csv"
+"""Beside images in one folder: their classes, in the columns file and label."""
+
+
 def idx_labels(path: Path) -> Array:
     """Read labels as ``[N]``."""
     return _read_idx(path, 1)
@@ -236,7 +240,7 @@ def image_files(path: Path) -> tuple[list[Path], list[str]]:
                 suffix = os.path.splitext(name)[1].lower()
                 if suffix in readable:
                     files.append(Path(folder, name))
-                else:
+                elif name != LABELS_FILE:
                     others[suffix or "without an ending"] += 1
     left_out = [f"{count} {suffix}" for suffix, count in sorted(others.items(), key=lambda item: (-item[1], item[0]))]
     left_out += sorted(passed)

@@ -1,6 +1,7 @@
 """The classes of a data set: where they lie, and splits that draw them as the samples are drawn."""
 
 import contextlib
+import csv
 import os
 import zipfile
 import zlib
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .files import idx_images, idx_labels, image_files, labels_beside
+from .files import LABELS_FILE, idx_images, idx_labels, image_files, labels_beside
 from .named import PACKAGED, TOYS, packaged
 from .samples import Options
 from .splits import Array, Data, Split, TensorSplit
 
 _PLACES = (
     "IDX images have them in their file of labels beside, .npz in its array y or labels of integers or strings, a "
-    "folder of images as one subfolder for each class"
+    "folder of images as one subfolder for each class, or in labels.csv with the columns file and label"
 )
 
 
@@ -53,8 +54,9 @@ def load_labels(source: str | os.PathLike[str], *, holdout: float = 0.1, seed: i
     Args:
         source: What the samples were loaded from. "mnist5k" and "digits" have classes, and so have IDX files of
             images beside which lies the file of their labels, as MNIST and Fashion-MNIST are distributed; an .npz
-            file with an array y, ``[N]`` or ``[N, 1]``, of integers or strings; and a folder whose images all lie
-            in two or more subfolders, each of which is a class.
+            file with an array y, ``[N]`` or ``[N, 1]``, of integers or strings; a folder whose images all lie in two
+            or more subfolders, each of which is a class; and a folder whose images all lie in itself, beside a table
+            labels.csv with the columns file and label.
         holdout: As in `load_data`.
         seed: As in `load_data`.
 
@@ -76,18 +78,11 @@ def has_labels(source: str | os.PathLike[str]) -> bool:
 
 
 def why_unlabelled(source: str | os.PathLike[str]) -> str:
-    """Say why `load_labels` finds no classes in a source, and where it looks for them."""
-    path = Path(source).expanduser()
-    with contextlib.suppress(InputError):
+    """Say why `load_labels` finds no classes in what `load_data` has read; of others than folders, where it looks."""
+    if source not in PACKAGED and source not in TOYS:
+        path = Path(source).expanduser()
         if path.is_dir() and idx_images(path, "train") is None:
-            parts = [file.relative_to(path).parts for file in image_files(path)[0]]
-            classes, loose = {part[0] for part in parts if len(part) > 1}, [part[0] for part in parts if len(part) == 1]
-            if classes and loose:
-                more = f" and {len(loose) - 1} more" * (len(loose) > 1)
-                return f"{loose[0]}{more} lies in none of its subfolders, each of which would be a class"
-            if classes:
-                return f"all images lie in one subfolder, {min(classes)}, and every subfolder is a class"
-            return "all images lie in the folder itself, and every subfolder would be a class"
+            return _classes_of_folder(path)[1]
     return _PLACES
 
 
@@ -156,8 +151,37 @@ def _read_npz(path: Path) -> tuple[Array, None] | None:
 
 
 def _read_folder(path: Path) -> tuple[Array, None] | None:
-    parts = [file.relative_to(path).parts for file in image_files(path)[0]]
-    classes = {part[0] for part in parts}
-    if len(classes) < 2 or any(len(part) == 1 for part in parts):
+    classes, _ = _classes_of_folder(path)
+    return None if classes is None else (classes, None)
+
+
+def _classes_of_folder(path: Path) -> tuple[Array | None, str]:
+    """Return the class of every image of a folder, or None and why there are none."""
+    files = image_files(path)[0]
+    parts = [file.relative_to(path).parts for file in files]
+    classes, loose = {part[0] for part in parts if len(part) > 1}, [part[0] for part in parts if len(part) == 1]
+    if not classes:
+        told = _told(path / LABELS_FILE)
+        if told is None:
+            return None, "all images lie in the folder itself, and every subfolder would be a class"
+        if missing := [name for name in loose if name not in told]:
+            return None, f"{LABELS_FILE} has no label of {missing[0]}"
+        return np.array([told[name] for name in loose]), ""
+    if loose:
+        more = f" and {len(loose) - 1} more lie" if len(loose) > 1 else " lies"
+        return None, f"{loose[0]}{more} in none of its subfolders, each of which would be a class: move what is none"
+    if len(classes) < 2:
+        return (
+            None,
+            f"all images lie in one subfolder, {min(classes)}, and every subfolder is a class: give another folder",
+        )
+    return np.array([part[0] for part in parts]), ""
+
+
+def _told(path: Path) -> dict[str, str] | None:
+    """Read a table of files and their labels; None where there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            return {row["file"]: row["label"] for row in csv.DictReader(file)}
+    except (OSError, KeyError, csv.Error):
         return None
-    return np.array([part[0] for part in parts]), None

@@ -262,6 +262,9 @@ def _build_own(
     name: str, shape: _Shape, latent_dim: int | None, num_classes: int | None
 ) -> tuple[nn.Module, nn.Module]:
     module_name, _, function_name = name.partition(":")
+    if module_name.endswith(".py"):
+        dotted = module_name.removesuffix(".py").replace("/", ".")
+        raise InputError(f"model {name!r} names a file, and a module is wanted: {dotted}:{function_name}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -269,12 +272,15 @@ def _build_own(
     except (ImportError, ValueError) as error:  # ValueError: an empty module name
         where = ""
         if isinstance(error, ModuleNotFoundError) and error.name and module_name.split(".")[0] == error.name:
-            where = f"; run this where {error.name} lies, or put that folder on PYTHONPATH"
+            where = (
+                f"; run this where {error.name} lies, put that folder on PYTHONPATH, or give the name that it has now"
+            )
         raise InputError(f"model {name!r}: cannot import {module_name!r}: {error}{where}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise InputError(f"model {name!r}: module {module_name!r} has no function {function_name!r}")
     if num_classes is None:
+        _check_takes_no_classes(name, function)
         pair = function(shape)
     else:
         _check_takes_classes(name, function)
@@ -312,3 +318,11 @@ def _check_takes_classes(name: str, function: Callable[..., object]) -> None:
             f"model {name!r} takes no labels: conditional training calls function(sample_shape, num_classes=K), for "
             f"generator(noise, labels) and critic(samples, labels); {error}"
         ) from error
+
+
+def _check_takes_no_classes(name: str, function: Callable[..., object]) -> None:
+    try:
+        inspect.signature(function).bind(())
+    except TypeError as error:
+        classes = ": networks that are told the class need --conditional" if "num_classes" in str(error) else ""
+        raise InputError(f"model {name!r} must take the shape of a sample alone; {error}{classes}") from error
