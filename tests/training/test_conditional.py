@@ -307,9 +307,19 @@ def test_a_table_that_leaves_an_image_out_is_no_table_of_labels(place: Path) -> 
     write_folder(place / "flat")
     for path in (place / "flat").rglob("*.png"):
         path.rename(place / "flat" / f"{path.parent.name}{path.name}")
-    (place / "flat" / "labels.csv").write_text("file,label\nash0.png,3\n")
-    with pytest.raises(InputError, match=r"none were found for flat: labels.csv has no label of"):
-        Trainer.from_config(TrainConfig(data="flat", channels=1, conditional=True, out=place / "run"))
+    for table in ("file,label\nash0.png,3\n", "id,kind\nash0.png,3\n", ""):
+        (place / "flat" / "labels.csv").write_text(table)
+        with pytest.raises(InputError, match=r"for flat: labels.csv has no label of .* in its columns file and label"):
+            Trainer.from_config(TrainConfig(data="flat", channels=1, conditional=True, out=place / "run"))
+
+
+def test_a_table_as_spreadsheets_write_it_is_read(place: Path) -> None:
+    (place / "flat").mkdir()
+    for index in range(4):
+        Image.fromarray(greys()[0][index]).save(f"flat/{index}.png")
+    rows = "".join(f"{index}.png,{'ab'[index % 2]}\r\n" for index in range(4))
+    Path("flat/labels.csv").write_text("file,label\r\n" + rows, encoding="utf-8-sig", newline="")
+    assert load_labels("flat").names == ("a", "b")
 
 
 def test_reasons_are_those_of_what_was_given(place: Path) -> None:

@@ -164,24 +164,23 @@ def _classes_of_folder(path: Path) -> tuple[Array | None, str]:
         told = _told(path / LABELS_FILE)
         if told is None:
             return None, "all images lie in the folder itself, and every subfolder would be a class"
-        if missing := [name for name in loose if name not in told]:
-            return None, f"{LABELS_FILE} has no label of {missing[0]}"
+        if missing := [name for name in loose if not told.get(name)]:
+            return None, f"{LABELS_FILE} has no label of {missing[0]} in its columns file and label"
         return np.array([told[name] for name in loose]), ""
     if loose:
-        more = f" and {len(loose) - 1} more lie" if len(loose) > 1 else " lies"
-        return None, f"{loose[0]}{more} in none of its subfolders, each of which would be a class: move what is none"
+        stray = f"{loose[0]} and {len(loose) - 1} more lie" if len(loose) > 1 else f"{loose[0]} lies"
+        return None, f"{stray} in none of its subfolders, each of which would be a class: leave none there"
     if len(classes) < 2:
-        return (
-            None,
-            f"all images lie in one subfolder, {min(classes)}, and every subfolder is a class: give another folder",
-        )
+        return None, f"all images lie in one subfolder, {min(classes)}, and every subfolder is a class"
     return np.array([part[0] for part in parts]), ""
 
 
 def _told(path: Path) -> dict[str, str] | None:
-    """Read a table of files and their labels; None where there is none."""
+    """Read a table of files and their labels; empty where its columns are others, None where there is no table."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             return {row["file"]: row["label"] for row in csv.DictReader(file)}
-    except (OSError, KeyError, csv.Error):
+    except OSError:
         return None
+    except (KeyError, csv.Error):
+        return {}

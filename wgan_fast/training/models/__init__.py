@@ -80,8 +80,9 @@ class ModelSpec:
 
 
 SIDES = (16, 32, 64, 128, 256)
-_SIDES = ", ".join(map(str, SIDES[:-1])) + f" or {SIDES[-1]}"
 """Image sizes that a DCGAN is made for."""
+
+_SIDES = ", ".join(map(str, SIDES[:-1])) + f" or {SIDES[-1]}"
 
 SMALL = 1024
 """Values in the largest samples, of more dimensions than one, that an MLP is chosen for."""
