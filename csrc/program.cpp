@@ -24,8 +24,10 @@ namespace {
 // side passes; and the depth up to which a panel fits beside it.
 constexpr int64_t kRowBytes = 384 * 1024;
 constexpr int64_t kDepth = 2560, kDepthOfBlocks = 1024;
-// Rows up to which the right side is read where it lies.
-constexpr int64_t kDirectRows = 28;
+// Rows up to which the right side is read where it lies; as in wgan_fast/four_pass/program.py.
+constexpr int64_t kFewRows = 48;
+// Panels from which on laying out the left side costs less than reading it from as many lines as it has rows.
+constexpr int64_t kManyPanels = 12;
 // Depth of the right side that a thread lays out at a time.
 constexpr int64_t kPackedDepth = 32;
 constexpr int64_t kBlockElements = 8192;
@@ -104,16 +106,20 @@ class Scratch {
 // tasks of each; a thread goes on when all are done. So the threads are woken once, and meet without the
 // system's help.
 //
-// Whoever comes first takes all the tasks there are: a thread that comes late, or never, is not waited for.
+// Each begins with its own share of the tasks, so that it finds in its cache what it made of the same rows a
+// phase ago, and then helps the others: a thread that comes late, or never, is not waited for.
 class Worker {
  public:
-  struct Phase {
-    alignas(64) std::atomic<int64_t> next{0};
-    alignas(64) std::atomic<int64_t> done{0};
+  struct alignas(64) Counter {
+    std::atomic<int64_t> value{0};
   };
 
-  // With no phases: the only one.
-  Worker(Phase* phases, int64_t threads) : phase_(phases), threads_(phases == nullptr ? 1 : threads) {}
+  // How many counters phases take.
+  static int64_t counters(int64_t phases, int64_t threads) { return phases * (threads + 1); }
+
+  // With no counters: the only one.
+  Worker(Counter* counters, int64_t threads, int64_t number)
+      : counters_(counters), threads_(counters == nullptr ? 1 : threads), number_(number) {}
 
   int64_t threads() const { return threads_; }
 
@@ -124,11 +130,19 @@ class Worker {
       for (int64_t task = 0; task < tasks; ++task) run(task);
       return;
     }
-    Phase& phase = *phase_++;
     int64_t mine = 0;
-    for (int64_t task; (task = phase.next.fetch_add(1, std::memory_order_relaxed)) < tasks; ++mine) run(task);
-    if (mine > 0) phase.done.fetch_add(mine, std::memory_order_acq_rel);
-    for (int64_t spins = 0; phase.done.load(std::memory_order_acquire) < tasks; ++spins)
+    for (int64_t i = 0; i < threads_; ++i) {
+      const int64_t owner = (number_ + i) % threads_, end = tasks * (owner + 1) / threads_;
+      std::atomic<int64_t>& taken = counters_[owner].value;
+      const auto next = [&] {
+        return tasks * owner / threads_ + taken.fetch_add(1, std::memory_order_relaxed);
+      };
+      for (int64_t task; (task = next()) < end; ++mine) run(task);
+    }
+    std::atomic<int64_t>& done = counters_[threads_].value;
+    counters_ += threads_ + 1;
+    if (mine > 0) done.fetch_add(mine, std::memory_order_acq_rel);
+    for (int64_t spins = 0; done.load(std::memory_order_acquire) < tasks; ++spins)
       spins < kSpins ? pause() : std::this_thread::yield();
   }
 
@@ -141,8 +155,8 @@ class Worker {
 #endif
   }
 
-  Phase* phase_;
-  const int64_t threads_;
+  Counter* counters_;
+  const int64_t threads_, number_;
 };
 
 // A product cut into tiles; how they are laid out depends on its shape alone.
@@ -154,12 +168,16 @@ class Product {
         panels_(ceil_div(kernel.columns, t.columns)),
         tiles_(ceil_div(kernel.rows, t.rows)) {
     const Segment& first = segment(0);
+    while (applied_ < kernel.statements && applies(kernel.first_statement()[applied_])) ++applied_;
     dots_ = kernel.segments == 1 && kernel.columns == 1 && first.a.column == 1 && first.b.row == 1;
     unit_ = kernel.bf16 != 0 && !dots_ ? 2 : 1;
     for (int64_t s = 0; s < kernel.segments; ++s) depth_ += units(segment(s));
-    direct_ = unit_ == 1 && kernel.kept == 0 && kernel.segments == 1 && first.b.column == 1 &&
-              kernel.rows <= kDirectRows;
-    packs_rows_ = unit_ == 2 || kernel.segments > 1 || (first.a.column != 1 && kernel.rows > 1 && depth_ > 1);
+    const bool in_place = unit_ == 1 && !dots_ && kernel.kept == 0 && kernel.segments == 1 &&
+                          kernel.rows <= kFewRows && kernel.columns > 1;
+    turned_ = in_place && first.b.row == 1;
+    direct_ = in_place && first.b.column == 1 && !turned_;
+    packs_rows_ = unit_ == 2 || (panels_ >= kManyPanels && kernel.rows > 1) || kernel.segments > 1 ||
+                  (first.a.column != 1 && kernel.rows > 1 && depth_ > 1);
     along_depth_ = unit_ == 2 && first.a.column == 1;
     blocks_ = depth_ <= kDepth || kernel.kept != 0 ? 1 : ceil_div(depth_, kDepthOfBlocks);
     longest_ = ceil_div(depth_, blocks_);
@@ -168,7 +186,8 @@ class Product {
   // Floats that `run` needs.
   int64_t scratch() const {
     if (dots_) return 0;
-    return longest_ * (panels_ * t_.columns + (packs_rows_ ? kernel_.rows : 0));
+    if (turned_) return depth_ * in_panels(kernel_.rows);
+    return longest_ * (in_panels(kernel_.columns) + (packs_rows_ ? kernel_.rows : 0));
   }
 
   double operations() const { return 2.0 * kernel_.rows * kernel_.columns * depth_ * unit_; }
@@ -177,6 +196,7 @@ class Product {
 
   void run(float* const* memory, float* scratch, Worker& worker) const {
     if (dots_) return run_dots(memory, worker);
+    if (turned_) return run_turned(memory, scratch, worker);
     float* const right = kernel_.kept != 0 ? kernel_.right.at(memory, 0, 0) : scratch;
     float* const left = scratch + (kernel_.kept != 0 ? 0 : longest_ * panels_ * t_.columns);
     for (int64_t block = 0; block < blocks_; ++block) {
@@ -191,10 +211,30 @@ class Product {
   int64_t units(const Segment& s) const { return ceil_div(s.depth, unit_); }
   int64_t row(int64_t tile) const { return kernel_.rows * tile / tiles_; }
   int64_t width(int64_t panel) const { return std::min(t_.columns, kernel_.columns - panel * t_.columns); }
+  int64_t in_panels(int64_t columns) const { return ceil_div(columns, t_.columns) * t_.columns; }
   bool packed(int64_t panel) const { return !direct_ || width(panel) < t_.columns; }
 
-  void finish(float* const* memory, int64_t r0, int64_t r1, int64_t c0, int64_t c1) const {
-    for (int64_t s = 0; s < kernel_.statements; ++s)
+  // Whether a statement makes the product, in place, what can be made of a tile in registers.
+  bool applies(const Statement& s) const {
+    const View& to = kernel_.to;
+    const auto is_product = [&](const View& view) { return std::memcmp(&view, &to, sizeof to) == 0; };
+    const View& other = s.from[1];
+    switch (static_cast<Code>(s.code)) {
+      case Code::kAdd:
+      case Code::kAddRelu:
+      case Code::kAddLeakyRelu:
+        if (other.row != 0 || other.column != 1) return false;
+        break;
+      case Code::kSigns:
+        return t_.applies != 0 && is_product(s.from[0]);
+      default:
+        break;
+    }
+    return (t_.applies >> s.code & 1) != 0 && is_product(s.from[0]) && is_product(s.to);
+  }
+
+  void finish(float* const* memory, int64_t r0, int64_t r1, int64_t c0, int64_t c1, int64_t first = 0) const {
+    for (int64_t s = first; s < kernel_.statements; ++s)
       t_.run(kernel_.first_statement()[s], memory, r0, r1, c0, c1);
   }
 
@@ -218,6 +258,32 @@ class Product {
         *kernel_.to.at(memory, r, 0) =
             static_cast<float>(t_.dot(depth_, segment(0).a.at(memory, r, 0), segment(0).b.at(memory, 0, 0)));
       finish(memory, begin, end, 0, 1);
+    });
+  }
+
+  // The few rows take the place of the columns: they are laid out, and the right side is read where it lies.
+  void run_turned(float* const* memory, float* scratch, Worker& worker) const {
+    const Segment& s = segment(0);
+    constexpr int64_t kDepthOfParts = 64;
+    worker.share(ceil_div(depth_, kDepthOfParts), [&](int64_t task) {
+      const int64_t k = task * kDepthOfParts;
+      t_.pack(std::min(kDepthOfParts, depth_ - k), kernel_.rows, s.a.at(memory, 0, k), s.a.column, s.a.row,
+              scratch + k * t_.columns, depth_ * t_.columns);
+    });
+    worker.share(panels_, [&](int64_t panel) {
+      float block[32 * 32];
+      const int64_t c0 = panel * t_.columns, columns = width(panel), parts = ceil_div(columns, t_.rows);
+      for (int64_t r0 = 0; r0 < kernel_.rows; r0 += t_.columns) {
+        const int64_t rows = std::min(t_.columns, kernel_.rows - r0);
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t begin = columns * part / parts, end = columns * (part + 1) / parts;
+          t_.multiply(end - begin, rows, depth_, s.b.at(memory, 0, c0 + begin), s.b.column, s.b.row,
+                      scratch + r0 * depth_, t_.columns, block + begin * t_.columns, t_.columns, false,
+                      nullptr);
+        }
+        t_.turn(rows, columns, block, t_.columns, kernel_.to.at(memory, r0, c0), kernel_.to.row);
+        finish(memory, r0, r0 + rows, c0, c0 + columns);
+      }
     });
   }
 
@@ -298,27 +364,31 @@ class Product {
     const int64_t a_depth = along_depth_ ? 1 : packs_rows_ ? r1 - r0 : depth == 1 ? 1 : only.a.column;
     const auto multiply = unit_ == 2 ? t_.multiply16 : t_.multiply;
     float* const c = kernel_.to.at(memory, r0, c0);
+    const bool whole = c1 - c0 == t_.columns;
+    const Applied applied{kernel_.first_statement(), applied_, memory, r0, c0};
     fetch(memory, r0, r1, c0, c1);
-    if (c1 - c0 == t_.columns || 2 * (c1 - c0) == t_.columns) {
-      multiply(r1 - r0, c1 - c0, depth, a, a_row, a_depth, b, b_depth, c, kernel_.to.row, begin > 0);
+    if (whole || 2 * (c1 - c0) == t_.columns) {
+      multiply(r1 - r0, c1 - c0, depth, a, a_row, a_depth, b, b_depth, c, kernel_.to.row, begin > 0,
+               last && whole ? &applied : nullptr);
     } else {
       float edge[16 * 32];
-      multiply(r1 - r0, c1 - c0, depth, a, a_row, a_depth, b, b_depth, edge, t_.columns, false);
+      multiply(r1 - r0, c1 - c0, depth, a, a_row, a_depth, b, b_depth, edge, t_.columns, false, nullptr);
       for (int64_t i = 0; i < r1 - r0; ++i)
         for (int64_t j = 0; j < c1 - c0; ++j) {
           float& to = c[i * kernel_.to.row + j];
           to = edge[i * t_.columns + j] + (begin > 0 ? to : 0);
         }
     }
-    if (last) finish(memory, r0, r1, c0, c1);
+    if (last) finish(memory, r0, r1, c0, c1, whole ? applied_ : 0);
   }
 
   const Kernel& kernel_;
   const Tiles& t_;
   const int64_t panels_, tiles_;
   int64_t depth_ = 0, blocks_ = 1, longest_ = 0;  // in units
+  int64_t applied_ = 0;                           // statements that are applied to tiles
   int64_t unit_ = 1;                              // elements of depth that a word holds
-  bool dots_ = false, direct_ = false, packs_rows_ = false, along_depth_ = false;
+  bool dots_ = false, turned_ = false, direct_ = false, packs_rows_ = false, along_depth_ = false;
 };
 
 void run_statements(const Kernel& kernel, const Tiles& t, float* const* memory, Worker& worker) {
@@ -485,11 +555,11 @@ std::vector<Tensor> run_program(const Tensor& program, const std::vector<Tensor>
   };
   const int64_t threads = operations < kAlone ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
   if (threads == 1) {
-    run_all(Worker(nullptr, 1));
+    run_all(Worker(nullptr, 1, 0));
   } else {
-    const std::unique_ptr<Worker::Phase[]> shared(new Worker::Phase[phases]);
-    torch::stable::parallel_for(0, threads, 1,
-                                [&](int64_t, int64_t) { run_all(Worker(shared.get(), threads)); });
+    const std::unique_ptr<Worker::Counter[]> shared(new Worker::Counter[Worker::counters(phases, threads)]);
+    torch::stable::parallel_for(
+        0, threads, 1, [&](int64_t number, int64_t) { run_all(Worker(shared.get(), threads, number)); });
   }
   return outputs;
 }

@@ -29,6 +29,26 @@ struct Number {
   }
 };
 
+// What a statement computes, in the order of wgan_fast/four_pass/program.py.
+enum class Code : int64_t {
+  kCopy,
+  kAdd,
+  kMultiply,
+  kDivide,
+  kScale,
+  kLeakyRelu,
+  kRelu,
+  kLeakyReluBackward,
+  kThresholdBackward,
+  kMask,
+  kLerp,
+  kAddRelu,
+  kAddLeakyRelu,
+  kSigns,
+  kGate,
+  kGateLeaky,
+};
+
 // `to = f(from...)`, element by element.
 struct Statement {
   int64_t code;
@@ -95,16 +115,29 @@ struct Instruction {
   }
 };
 
+// Statements that a product applies to a tile, whose first row and column these are, before it is written.
+struct Applied {
+  const Statement* first;
+  int64_t count;
+  float* const* memory;
+  int64_t row, column;
+};
+
 // The inner loops, compiled for one instruction set.
 struct Tiles {
   const char* name;
   int64_t rows;     // of a tile, at most
   int64_t columns;  // of a tile: those of a panel, two vectors
 
+  // Codes of the statements that `multiply` can apply, as bits.
+  uint64_t applies;
+
   // c (rows × columns, `c_row` apart) = or += a b, where half a panel or a whole one is written; a and b with
-  // elements `a_depth` and `b_depth` apart in depth, b's columns side by side.
+  // elements `a_depth` and `b_depth` apart in depth, b's columns side by side. To a whole one, statements may
+  // be applied that overwrite c with what they make of it.
   void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
-                   int64_t a_depth, const float* b, int64_t b_depth, float* c, int64_t c_row, bool add);
+                   int64_t a_depth, const float* b, int64_t b_depth, float* c, int64_t c_row, bool add,
+                   const Applied* applied);
   // Lays columns of b out for multiply in panels, `to_panel` apart; with zeros up to a whole one.
   void (*pack)(int64_t depth, int64_t columns, const float* b, int64_t b_depth, int64_t b_column, float* to,
                int64_t to_panel);
@@ -113,11 +146,14 @@ struct Tiles {
   // The same with values rounded to bfloat16, two in depth to a word, and depths counted in such words; null
   // where the processor has none. A left side whose rows run along the depth is laid out row by row.
   void (*multiply16)(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
-                     int64_t a_depth, const float* b, int64_t b_depth, float* c, int64_t c_row, bool add);
+                     int64_t a_depth, const float* b, int64_t b_depth, float* c, int64_t c_row, bool add,
+                     const Applied* applied);
   void (*pack16)(int64_t depth, int64_t columns, const float* b, int64_t b_depth, int64_t b_column, float* to,
                  int64_t to_panel);
   void (*pack_rows16)(int64_t depth, int64_t rows, const float* a, int64_t a_row, int64_t a_depth, float* to,
                       int64_t to_row);
+  // Writes what `from` has in columns, `from_row` apart, in rows.
+  void (*turn)(int64_t rows, int64_t columns, const float* from, int64_t from_row, float* to, int64_t to_row);
   double (*dot)(int64_t count, const float* a, const float* b);
   // Runs a statement on rows r0 to r1 and columns c0 to c1.
   void (*run)(const Statement& statement, float* const* memory, int64_t r0, int64_t r1, int64_t c0,

@@ -18,26 +18,6 @@
 namespace wgan_fast {
 namespace {
 
-// In the order of wgan_fast/four_pass/program.py.
-enum class Code : int64_t {
-  kCopy,
-  kAdd,
-  kMultiply,
-  kDivide,
-  kScale,
-  kLeakyRelu,
-  kRelu,
-  kLeakyReluBackward,
-  kThresholdBackward,
-  kMask,
-  kLerp,
-  kAddRelu,
-  kAddLeakyRelu,
-  kSigns,
-  kGate,
-  kGateLeaky,
-};
-
 namespace plain {
 #define NAME "plain"
 #define VECTOR 4

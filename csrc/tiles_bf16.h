@@ -25,8 +25,8 @@ inline __m512i side_by_side(const float* from) {
 template <int kRows, int kVectors, bool kPackedA>
 inline __attribute__((always_inline)) void multiply_rows16(int64_t depth, const uint32_t* a, int64_t a_row,
                                                            int64_t a_depth, const uint32_t* b, float* c,
-                                                           int64_t c_row, bool add) {
-  __m512 sum[kRows][kVectors];
+                                                           int64_t c_row, bool add, const Applied* applied) {
+  Vector sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
@@ -46,31 +46,25 @@ inline __attribute__((always_inline)) void multiply_rows16(int64_t depth, const 
     a += kPackedA ? a_depth : 1;
     b += 32;
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {
-      float* const to = c + i * c_row + j * 16;
-      _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sum[i][j]) : sum[i][j]);
-    }
+  write_tile(sum, c, c_row, add, applied);
 }
 
 template <int kRows, int kVectors>
 void multiply_tile16(int64_t depth, const uint32_t* a, int64_t a_row, int64_t a_depth, const uint32_t* b,
-                     float* c, int64_t c_row, bool add) {
+                     float* c, int64_t c_row, bool add, const Applied* applied) {
   if (a_depth == 1)
-    multiply_rows16<kRows, kVectors, false>(depth, a, a_row, a_depth, b, c, c_row, add);
+    multiply_rows16<kRows, kVectors, false>(depth, a, a_row, a_depth, b, c, c_row, add, applied);
   else
-    multiply_rows16<kRows, kVectors, true>(depth, a, a_row, a_depth, b, c, c_row, add);
+    multiply_rows16<kRows, kVectors, true>(depth, a, a_row, a_depth, b, c, c_row, add, applied);
 }
 
 void multiply16(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
-                const float* b, int64_t, float* c, int64_t c_row, bool add) {
+                const float* b, int64_t, float* c, int64_t c_row, bool add, const Applied* applied) {
   const auto *const left = reinterpret_cast<const uint32_t*>(a), *const right =
                                                                      reinterpret_cast<const uint32_t*>(b);
   with_rows(rows, [&]<int kRows>() {
     (columns <= 16 ? multiply_tile16<kRows, 1> : multiply_tile16<kRows, 2>)(depth, left, a_row, a_depth,
-                                                                            right, c, c_row, add);
+                                                                            right, c, c_row, add, applied);
   });
 }
 

@@ -15,10 +15,102 @@ inline __attribute__((always_inline)) void store(float* to, const Vector& vector
   std::memcpy(to, &vector, sizeof vector);
 }
 
+#if defined(__x86_64__) && VECTOR == 16
+#define BIT(code) (uint64_t{1} << static_cast<int64_t>(Code::code))
+constexpr uint64_t kApplies =
+    BIT(kAdd) | BIT(kAddRelu) | BIT(kAddLeakyRelu) | BIT(kSigns) | BIT(kMask) | BIT(kGate) | BIT(kGateLeaky);
+#undef BIT
+
+// As `run` does in memory.
+template <int kRows>
+inline __attribute__((always_inline)) void apply_to_tile(Vector (&tile)[kRows][2], const Applied& applied) {
+  for (const Statement* s = applied.first; s < applied.first + applied.count; ++s) {
+    const auto with_tile = [&](const auto& f) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) f(tile[i][j], i, j);
+    };
+    const auto code = static_cast<Code>(s->code);
+    const auto p = static_cast<float>(s->numbers[0].value());
+    const __m512 all_p = _mm512_set1_ps(p), zero = _mm512_setzero_ps();
+    if (code == Code::kSigns) {
+      auto* const to =
+          reinterpret_cast<uint32_t*>(s->to.at(applied.memory, applied.row, 0)) + applied.column / 32;
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        uint32_t bits = 0;
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j)
+          bits |= static_cast<uint32_t>(p != 0 ? _mm512_cmp_ps_mask(tile[i][j], zero, _CMP_NLE_UQ)
+                                               : _mm512_cmp_ps_mask(tile[i][j], zero, _CMP_GT_OQ))
+                  << 16 * j;
+        to[i * s->to.row] = bits;
+      }
+    } else if (code == Code::kAdd || code == Code::kAddRelu || code == Code::kAddLeakyRelu) {
+      const float* const row = s->from[1].at(applied.memory, 0, applied.column);
+      const Vector both[2] = {load(row), load(row + VECTOR)};
+      if (code == Code::kAdd)
+        with_tile([&](Vector& x, int, int j) { x += p * both[j]; });
+      else
+        with_tile([&](Vector& x, int, int j) { x += both[j]; });
+      if (code == Code::kAddRelu)  // of two zeros, or with what is no number, the second
+        with_tile([&](Vector& x, int, int) { x = _mm512_max_ps(zero, x); });
+      else if (code == Code::kAddLeakyRelu)
+        with_tile([&](Vector& x, int, int) {
+          x = _mm512_mask_mul_ps(x, _mm512_cmp_ps_mask(x, zero, _CMP_NGT_UQ), x, all_p);
+        });
+    } else {
+      const int64_t row = s->from[1].row;
+      const auto* const words =
+          reinterpret_cast<const uint32_t*>(s->from[1].at(applied.memory, applied.row, 0)) +
+          applied.column / 32;
+      const auto with_bits = [&](const auto& f) {
+        with_tile(
+            [&](Vector& x, int i, int j) { x = f(x, static_cast<__mmask16>(words[i * row] >> 16 * j)); });
+      };
+      if (code == Code::kMask)
+        with_bits(
+            [&](__m512 x, __mmask16 bits) { return _mm512_mul_ps(x, _mm512_maskz_mov_ps(bits, all_p)); });
+      else if (code == Code::kGate)
+        with_bits([&](__m512 x, __mmask16 bits) { return _mm512_maskz_mov_ps(bits, x); });
+      else
+        with_bits([&](__m512 x, __mmask16 bits) {
+          return _mm512_mask_mul_ps(x, static_cast<__mmask16>(~bits), x, all_p);
+        });
+    }
+  }
+}
+#else
+constexpr uint64_t kApplies = 0;
+
+template <int kRows>
+void apply_to_tile(Vector (&)[kRows][2], const Applied&) {}
+#endif
+
+// Writes a tile, after what is to be applied to it.
+template <int kRows, int kVectors>
+inline __attribute__((always_inline)) void write_tile(Vector (&tile)[kRows][kVectors], float* c,
+                                                      int64_t c_row, bool add, const Applied* applied) {
+  if (add) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) tile[i][j] = load(c + i * c_row + j * VECTOR) + tile[i][j];
+  }
+  if constexpr (kVectors == 2 && kApplies != 0)
+    if (applied != nullptr) apply_to_tile(tile, *applied);
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) store(c + i * c_row + j * VECTOR, tile[i][j]);
+}
+
 template <int kRows, int kVectors, bool kPackedA>
 inline __attribute__((always_inline)) void multiply_rows(int64_t depth, const float* a, int64_t a_row,
                                                          int64_t a_depth, const float* b, int64_t b_depth,
-                                                         float* c, int64_t c_row, bool add) {
+                                                         float* c, int64_t c_row, bool add,
+                                                         const Applied* applied) {
   Vector sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
@@ -37,22 +129,16 @@ inline __attribute__((always_inline)) void multiply_rows(int64_t depth, const fl
     a += kPackedA ? a_depth : 1;
     b += b_depth;
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {
-      float* const to = c + i * c_row + j * VECTOR;
-      store(to, add ? load(to) + sum[i][j] : sum[i][j]);
-    }
+  write_tile(sum, c, c_row, add, applied);
 }
 
 template <int kRows, int kVectors>
 void multiply_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b,
-                   int64_t b_depth, float* c, int64_t c_row, bool add) {
+                   int64_t b_depth, float* c, int64_t c_row, bool add, const Applied* applied) {
   if (a_depth == 1)
-    multiply_rows<kRows, kVectors, false>(depth, a, a_row, a_depth, b, b_depth, c, c_row, add);
+    multiply_rows<kRows, kVectors, false>(depth, a, a_row, a_depth, b, b_depth, c, c_row, add, applied);
   else
-    multiply_rows<kRows, kVectors, true>(depth, a, a_row, a_depth, b, b_depth, c, c_row, add);
+    multiply_rows<kRows, kVectors, true>(depth, a, a_row, a_depth, b, b_depth, c, c_row, add, applied);
 }
 
 // Calls `call` with the height of a tile as a constant.
@@ -65,25 +151,25 @@ inline __attribute__((always_inline)) void with_rows(int64_t rows, const Call& c
 }
 
 void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
-              const float* b, int64_t b_depth, float* c, int64_t c_row, bool add) {
+              const float* b, int64_t b_depth, float* c, int64_t c_row, bool add, const Applied* applied) {
   with_rows(rows, [&]<int kRows>() {
     (columns <= VECTOR ? multiply_tile<kRows, 1> : multiply_tile<kRows, 2>)(depth, a, a_row, a_depth, b,
-                                                                            b_depth, c, c_row, add);
+                                                                            b_depth, c, c_row, add, applied);
   });
 }
 
 // VECTOR rows of VECTOR elements into as many columns: interleaved by halves, log2(VECTOR) times,
 // where the compiler has GCC's shuffle.
 inline __attribute__((always_inline)) void transpose(const float* from, int64_t from_row, float* to,
-                                                     int64_t to_row) {
+                                                     int64_t to_row, int64_t count = VECTOR) {
 #ifdef __clang__
   for (int i = 0; i < VECTOR; ++i)
-    for (int j = 0; j < VECTOR; ++j) to[j * to_row + i] = from[i * from_row + j];
+    for (int j = 0; j < VECTOR; ++j) to[j * to_row + i] = i < count ? from[i * from_row + j] : 0;
 #else
   typedef int32_t Lanes __attribute__((vector_size(4 * VECTOR)));
   Vector rows[VECTOR];
 #pragma GCC unroll 16
-  for (int i = 0; i < VECTOR; ++i) rows[i] = load(from + i * from_row);
+  for (int i = 0; i < VECTOR; ++i) rows[i] = i < count ? load(from + i * from_row) : Vector{};
 #pragma GCC unroll 4
   for (int width = 1; width < VECTOR; width *= 2) {
     Lanes low, high;
@@ -141,8 +227,29 @@ void pack_rows(int64_t depth, int64_t rows, const float* a, int64_t a_row, int64
   // A whole vector at a time: what is too much of it is overwritten by the next, and the last do without.
   if (a_row == 1 && rows <= VECTOR && a_depth + rows >= VECTOR)
     for (; k + 1 < depth && (depth - k) * rows >= VECTOR; ++k) store(to + k * rows, load(a + k * a_depth));
+  if (a_depth == 1 && rows <= VECTOR)
+    for (; k + 2 * VECTOR <= depth; k += VECTOR) {
+      alignas(64) float block[VECTOR * VECTOR];
+      transpose(a + k, a_row, block, VECTOR, rows);
+      for (int64_t i = 0; i < VECTOR; ++i) store(to + (k + i) * rows, load(block + i * VECTOR));
+    }
   for (; k < depth; ++k)
     for (int64_t i = 0; i < rows; ++i) to[k * rows + i] = a[i * a_row + k * a_depth];
+}
+
+void turn(int64_t rows, int64_t columns, const float* from, int64_t from_row, float* to, int64_t to_row) {
+  for (int64_t r = 0; r < rows; r += VECTOR)
+    for (int64_t c = 0; c < columns; c += VECTOR) {
+      const float* const block = from + c * from_row + r;
+      float* const place = to + r * to_row + c;
+      if (r + VECTOR <= rows && c + VECTOR <= columns) {
+        transpose(block, from_row, place, to_row);
+        continue;
+      }
+      for (int64_t i = 0; i < std::min<int64_t>(VECTOR, rows - r); ++i)
+        for (int64_t j = 0; j < std::min<int64_t>(VECTOR, columns - c); ++j)
+          place[i * to_row + j] = block[j * from_row + i];
+    }
 }
 
 double dot(int64_t count, const float* a, const float* b) {
@@ -323,5 +430,5 @@ void draw(uint64_t seed, int64_t first, int64_t count, uint32_t keep, uint32_t* 
   }
 }
 
-constexpr Tiles kTiles = {NAME,    ROWS,    kColumns, multiply, pack, pack_rows, nullptr,
-                          nullptr, nullptr, dot,      run,      sum,  draw};
+constexpr Tiles kTiles = {NAME,    ROWS,    kColumns, kApplies, multiply, pack, pack_rows, nullptr,
+                          nullptr, nullptr, turn,     dot,      run,      sum,  draw};

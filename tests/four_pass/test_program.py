@@ -52,10 +52,10 @@ def same(function: Callable[..., object], *examples: Tensor, rtol: float = 2e-6,
     return made
 
 
-@pytest.mark.parametrize("rows", [1, 2, 6, 7, 13, 14, 15, 28, 29, 33, 70])
+@pytest.mark.parametrize("rows", [1, 2, 6, 7, 13, 14, 15, 28, 29, 33, 47, 48, 49, 70])
 def test_products_of_every_shape(rows):
     generator = torch.Generator().manual_seed(rows)
-    for columns, depth in product([1, 2, 8, 15, 16, 17, 31, 32, 33, 63], (1, 2, 16, 33)):
+    for columns, depth in product([1, 2, 8, 15, 16, 17, 31, 32, 33, 63, 97], (1, 2, 16, 33)):
         a = torch.randn(rows, depth, generator=generator)
         b = torch.randn(depth, columns, generator=generator)
         same(
@@ -99,6 +99,26 @@ def test_elementwise_operators_on_values_at_the_edge(function, columns):
     x = EDGES.repeat_interleave(10).repeat(columns).view(-1, columns)
     y = EDGES.repeat(10).repeat(columns).view(-1, columns)
     same(function, x, y)
+
+
+@pytest.mark.parametrize("columns", [32, 48, 97, 400])
+@pytest.mark.parametrize("rows", [3, 48, 60])
+def test_what_follows_a_product_on_values_at_the_edge(rows, columns):
+    """Such as is applied to its tiles while they are in registers."""
+    x = EDGES.repeat(rows)[:rows, None].contiguous()
+    one, bias = torch.ones(1, columns), EDGES.repeat_interleave(7).repeat(columns)[:columns].contiguous()
+    v = EDGES.flip(0).repeat(rows)[:rows, None].contiguous()
+
+    def follows(activation, backward, *slope):
+        def function(x, one, bias, v):
+            a = activation(torch.addmm(bias, x, one), *slope)
+            d = backward(v @ one, a, *(slope or (0,)), *[True] * len(slope))
+            return [a, d, (v @ one) + 0.5 * bias, aten.threshold_backward(v @ one + bias, a, 0), v @ one + x]
+
+        return function
+
+    same(follows(aten.relu, aten.threshold_backward), x, one, bias, v)
+    same(follows(aten.leaky_relu, aten.leaky_relu_backward, 0.2), x, one, bias, v)
 
 
 def test_rows_columns_and_numbers_are_broadcast():

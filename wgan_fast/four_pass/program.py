@@ -37,8 +37,9 @@ ARENA = 0
 MOST_BF16 = 1.5e9
 """FLOPs of a graph in bfloat16 from which on oneDNN's products, one by one, are faster. Measured on Zen 4, the time of
 oneDNN's to that of programs: 1.5 at 0.17e9, 1.7 at 0.48e9, 0.97 at 2.7e9, 0.82 at 6.6e9."""
-PANEL, KEPT_DEPTH = 32, 2560
-"""Columns of a product's tile, at most; depth up to which its right side is laid out in one block."""
+PANEL, KEPT_DEPTH, FEW_ROWS = 32, 2560, 48
+"""Columns of a product's tile, at most; depth up to which its right side is laid out in one block; rows up to which a
+product reads its right side where it lies."""
 
 
 class UnwrittenError(Exception):
@@ -337,7 +338,7 @@ class _Writer:
         for instruction in self.instructions:
             if isinstance(instruction, Kernel) and len(instruction.segments) == 1 and instruction.columns > 1:
                 _, right, depth = instruction.segments[0]
-                if depth <= KEPT_DEPTH:
+                if depth <= KEPT_DEPTH and (instruction.rows > FEW_ROWS or instruction.bf16):
                     place = right.buffer, right.offset, right.row, right.column
                     known.setdefault((instruction.bf16, place, instruction.columns, depth), []).append(instruction)
         for (*_, columns, depth), kernels in known.items():
