@@ -238,16 +238,18 @@ class Product {
       t_.run(kernel_.first_statement()[s], memory, r0, r1, c0, c1);
   }
 
-  // Has what `finish` will touch brought near while the product is computed.
+  // Has what a tile is written to, and what `finish` will touch, brought near while it is computed.
   void fetch(float* const* memory, int64_t r0, int64_t r1, int64_t c0, int64_t c1) const {
-    const auto each = [&](const View& view) {
+    const auto each = [&](const View& view, const auto& prefetch) {
       if (view.column != 1 || view.row == 0) return;
       for (int64_t r = r0; r < r1; ++r)
-        for (int64_t c = c0; c < c1; c += 16) __builtin_prefetch(view.at(memory, r, c));
+        for (int64_t c = c0; c < c1; c += 16) prefetch(view.at(memory, r, c));
     };
+    each(kernel_.to, [](const float* at) { __builtin_prefetch(at, 1); });
     for (int64_t s = 0; s < kernel_.statements; ++s)
       for (const View& view : kernel_.first_statement()[s].from)
-        if (view.offset != kernel_.to.offset || view.base != kernel_.to.base) each(view);
+        if (view.offset != kernel_.to.offset || view.base != kernel_.to.base)
+          each(view, [](const float* at) { __builtin_prefetch(at); });
   }
 
   void run_dots(float* const* memory, Worker& worker) const {
