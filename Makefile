@@ -126,6 +126,7 @@ report: $(VENV)/package  ## The tables of README.md and docs/ from the committed
 	$(BIN)/python -m wgan_fast.bench.report README.md benchmarks/results
 	$(BIN)/python -m wgan_fast.bench.scaling docs/scaling.md benchmarks/results/scaling
 	$(BIN)/python benchmarks/gpu/report.py docs/gpu.md benchmarks/results/gpu
+	$(BIN)/python benchmarks/gpu/cost.py docs/gpu_cost.md benchmarks/results/gpu
 	$(BIN)/python benchmarks/forms.py --out benchmarks/results/forms --report docs/forms.md
 	$(BIN)/python benchmarks/tables.py --out benchmarks/results/tables --report docs/tables.md
 

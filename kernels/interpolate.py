@@ -1,6 +1,6 @@
-"""Interpolates x̂ = αx + (1−α)x̃ on a GPU: one read of real and fake, one write.
+"""Interpolates x̂ = αx + (1−α)x̃ on a GPU, alone or behind real and fake: one read of these, one write.
 
-``reference.interpolate`` is the plain form.
+``reference.interpolate`` is the plain form, and ``wgan_fast.ops.assemble`` that of the whole batch.
 """
 
 import torch
@@ -12,6 +12,14 @@ from .specialisation import Specialisation
 
 _TILE_BYTES = 8192
 """What one program reads of the wider input: 4 loads of 16 bytes a thread, of each input."""
+
+
+@triton.jit
+def _mix(b_real, b_fake, b_alpha):
+    # From the nearer end, as torch.lerp: both ends come out bit for bit.
+    near_fake = b_alpha < 0.5
+    b_step = tl.where(near_fake, b_alpha, b_alpha - 1) * (b_real - b_fake)
+    return tl.where(near_fake, b_fake, b_real) + b_step
 
 
 # N stays an argument where it is 1: a constant cannot be widened to 64 bits.
@@ -46,12 +54,44 @@ def interpolate_fwd_kernel(
     b_real = tl.load(p_real + o, mask=m).to(COMPUTE)
     b_fake = tl.load(p_fake + o, mask=m).to(COMPUTE)
 
-    # From the nearer end, as torch.lerp: both ends come out bit for bit.
-    near_fake = b_alpha < 0.5
-    b_step = tl.where(near_fake, b_alpha, b_alpha - 1) * (b_real - b_fake)
-    b_mixed = tl.where(near_fake, b_fake, b_real) + b_step
-
+    b_mixed = _mix(b_real, b_fake, b_alpha)
     tl.store(p_out + o, b_mixed.to(p_out.dtype.element_ty), mask=m)
+
+
+@triton.jit(do_not_specialize=["N"])
+def assemble_kernel(
+    p_real,  # [N, D]
+    p_fake,  # [N, D]
+    p_alpha,  # [N // group_size]
+    p_out,  # [3N, D]
+    N,
+    D,
+    group_size,
+    inner,  # how many elements of a sample that lie side by side in the output lie D / inner apart in the input
+    COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program copies and mixes a tile of BLOCK_N samples and BLOCK_D of their elements, in the output's order."""
+    columns = tl.cdiv(D, BLOCK_D)
+    i_n = tl.program_id(0) // columns
+    i_d = tl.program_id(0) % columns
+    # 64 bits from here: a batch may pass 2^31 elements.
+    o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    m_n = o_n < N
+    m = m_n[:, None] & (o_d[None, :] < D)
+    o_in = o_n[:, None] * D + (o_d % inner * (D // inner) + o_d // inner)[None, :]  # [BLOCK_N, BLOCK_D]
+    o_out = o_n[:, None] * D + o_d[None, :]
+    size = N.to(tl.int64) * D
+
+    b_alpha = tl.load(p_alpha + o_n // group_size, mask=m_n, other=0).to(COMPUTE)[:, None]
+    b_real = tl.load(p_real + o_in, mask=m)
+    b_fake = tl.load(p_fake + o_in, mask=m)
+    b_mixed = _mix(b_real.to(COMPUTE), b_fake.to(COMPUTE), b_alpha)
+    tl.store(p_out + o_out, b_real.to(p_out.dtype.element_ty), mask=m)
+    tl.store(p_out + size + o_out, b_fake.to(p_out.dtype.element_ty), mask=m)
+    tl.store(p_out + 2 * size + o_out, b_mixed.to(p_out.dtype.element_ty), mask=m)
 
 
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor, out: Tensor) -> None:
@@ -84,6 +124,52 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor, out: Tensor) -> None:
     )
 
 
+def assemble(real: Tensor, fake: Tensor, alpha: Tensor, out: Tensor, *, transposed: bool) -> None:
+    """Write x, x̃ and x̂, mixed in the dtype of ``alpha``, one behind the other.
+
+    Args:
+        real: x ``[N, C, *]``, floating point; each sample dense in memory, one after another.
+        fake: x̃, likewise.
+        alpha: α ``[N // group_size]``, float32 or float64.
+        out: ``[3N, C, *]``, floating point, dense.
+        transposed: Whether ``out`` has its channels last in memory where the samples have them first, or the other
+            way round; else all lie alike.
+    """
+    N = real.shape[0]
+    D = real.numel() // N
+    inner = 1
+    if transposed:
+        inner = real.shape[1] if out.stride(1) == 1 else D // real.shape[1]
+    tile = _TILE_BYTES // real.element_size()
+    BLOCK_D = min(triton.next_power_of_2(D), tile)
+    BLOCK_N = tile // BLOCK_D
+    alpha = alpha.contiguous()
+    assemble_kernel[(triton.cdiv(N, BLOCK_N) * triton.cdiv(D, BLOCK_D),)](
+        real,
+        fake,
+        alpha,
+        out,
+        N,
+        D,
+        N // alpha.shape[0],
+        inner,
+        COMPUTE=tl.float64 if alpha.dtype == torch.float64 else tl.float32,
+        BLOCK_N=BLOCK_N,
+        BLOCK_D=BLOCK_D,
+    )
+
+
+def _assemble_specialisation(name: str, out: str, inner: int, block: tuple[int, int]) -> Specialisation:
+    return Specialisation(
+        name,
+        assemble_kernel,
+        {"p_real": "*fp32", "p_fake": "*fp32", "p_alpha": "*fp32", "p_out": f"*{out}", "N": "i32"}
+        | ({"D": "i32:16"} if inner == 1 else {"D": "i32:16", "inner": "i32"}),
+        {"group_size": 1, "COMPUTE": tl.float32, "BLOCK_N": block[0], "BLOCK_D": block[1]}
+        | ({"inner": 1} if inner == 1 else {}),
+    )
+
+
 def _specialisation(name: str, real: str, fake: str, D: str, block: tuple[int, int]) -> Specialisation:
     return Specialisation(
         name,
@@ -111,4 +197,7 @@ SPECIALISATIONS = [
     _specialisation("bfloat16", "bf16", "bf16", "i32:16", (1, 4096)),
     _specialisation("float32, narrow", "fp32", "fp32", "i32", (1024, 2)),
     _specialisation("float32, one column", "fp32", "fp32", "1", (2048, 1)),
+    _assemble_specialisation("float32", "fp32", 1, (1, 2048)),
+    _assemble_specialisation("bfloat16", "bf16", 1, (1, 2048)),
+    _assemble_specialisation("bfloat16, channels last", "bf16", 3, (1, 2048)),
 ]

@@ -7,13 +7,16 @@ the cache. All gradients of the weights at once would not fit on chip beside the
 registers, a quarter of a multiprocessor's. So the second kernel is one product over all rows for each layer, in parts
 of the rows that are summed in a fixed order. ``wgan_fast.ops.mlp_critic_step`` has the plain form.
 
-Parameters and their gradients are one vector: weight ``[H, D]``, bias ``[H]``, then ``[H, H]`` and ``[H]`` for every
-further hidden layer, then ``[1, H]`` and ``[1]``. D and H are filled up with zeros to multiples of 16, which tensor
-cores and vector loads want; a unit that is not there has no activation and no cotangent.
+Layer l of L maps H_l numbers to H_{l+1}, where H_0 = D. Parameters and their gradients are one vector: weight ``[H_1,
+H_0]``, bias ``[H_1]``, and so on, then ``[1, H_L]`` and ``[1]``. Activations and cotangents are one as well, ``[3N,
+H_1]``, ``[3N, H_2]`` and so on. Widths are filled up with zeros to multiples of 16, which tensor cores and vector loads
+want; a unit that is not there has no activation and no cotangent. A kernel is told them in one number, a byte for each,
+so that one compiled form serves every critic of as many layers.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import triton
@@ -30,6 +33,22 @@ _BLOCK = 64
 """Columns of a program of the first kernel, and side of the block of a gradient that one of the second holds."""
 _PARTS = 32
 """Parts of the rows at most."""
+_UNIT = tl.constexpr(16)
+"""What divides the width of every layer as the kernels see it."""
+MOST_LAYERS, MOST_WIDTH = 6, 255 * 16
+"""How many hidden layers one number tells the widths of, and how wide they may be."""
+
+
+@triton.jit
+def _width(widths, layer):
+    """H_l."""
+    return ((widths >> (8 * layer)) & 255).to(tl.int32) * _UNIT
+
+
+@triton.jit
+def _at(row, width):
+    """Where a row of a matrix begins."""
+    return tl.cast(row, tl.int64) * width
 
 
 @triton.jit
@@ -43,8 +62,7 @@ def _layer(
     m_n,  # [BLOCK_N]
     K,
     J,
-    stride_k,
-    stride_j,
+    BACK: tl.constexpr,  # whether w is [K, J], as cotangents pass it; else [J, K]
     SLOPE: tl.constexpr,
     DOT: tl.constexpr,
     SUM: tl.constexpr,
@@ -64,7 +82,10 @@ def _layer(
         for i_k in range(0, K, BLOCK_K):
             o_k = i_k + tl.arange(0, BLOCK_K)
             b_in = tl.load(p_in + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None], other=0)
-            b_w = tl.load(p_w + o_k[:, None] * stride_k + o_j[None, :] * stride_j, mask=m_j, other=0)
+            if BACK:
+                b_w = tl.load(p_w + o_k[:, None] * J + o_j[None, :], mask=m_j, other=0)
+            else:
+                b_w = tl.load(p_w + o_k[:, None] + o_j[None, :] * K, mask=m_j, other=0)
             b_out = tl.dot(b_in.to(DOT), b_w.to(DOT), b_out, input_precision=PRECISION, out_dtype=SUM)
         o_out = o_n[:, None] * J + o_j[None, :]
         m_out = m_n[:, None] & m_j
@@ -79,21 +100,20 @@ def _layer(
     return b_squares
 
 
-@triton.jit(do_not_specialize=["weight"])
+@triton.jit(do_not_specialize=["weight", "widths"])
 def mlp_critic_step_rows_kernel(
     p_real,  # [N, columns]
     p_fake,  # [N, columns]
     p_alpha,  # [N]
     p_parameters,
     p_x,  # [3N, D]: real, fake, v
-    p_a,  # [LAYERS, 3N, H]: activations of real and fake, tangents
-    p_delta,  # [LAYERS, 3N, H]
+    p_a,  # [3N, H_1], [3N, H_2], ...: activations of real and fake, tangents
+    p_delta,  # likewise
     p_norm,  # [N]
     p_figures,  # [tiles, 4]: shares of both mean scores, the penalty, the mean norm
     N,
     columns,
-    D,
-    H,
+    widths,  # D, H_1, ... in units of 16, a byte each
     weight,  # its bits
     LAYERS: tl.constexpr,
     SLOPE: tl.constexpr,
@@ -112,17 +132,13 @@ def mlp_critic_step_rows_kernel(
     o_n = tl.arange(0, BLOCK_N)
     o_j = tl.arange(0, BLOCK_J)
     m_n = i_t * BLOCK_N + o_n < N
-    # 64 bits, because activations may pass 2^31 elements; from the first row on 32 do.
-    first = i_b.to(tl.int64) * N + i_t * BLOCK_N
-    size = tl.cast(N, tl.int64) * 3 * H
-    p_x += first * D
-    p_a += first * H
-    p_delta += first * H
+    first = i_b * N + i_t * BLOCK_N
+    D = _width(widths, 0)
+    p_x += first.to(tl.int64) * D
     p_alpha += i_t * BLOCK_N
     p_norm += i_t * BLOCK_N
     p_real += i_t.to(tl.int64) * BLOCK_N * columns
     p_fake += i_t.to(tl.int64) * BLOCK_N * columns
-    inner = H * D + H
     one = tl.full([], 1.0, SUM)
     each = one / N
 
@@ -139,46 +155,62 @@ def mlp_critic_step_rows_kernel(
         o_x = o_n[:, None] * D + i_j + o_j[None, :]
         tl.store(p_x + o_x, b_x.to(p_x.dtype.element_ty), mask=m_n[:, None] & (i_j + o_j[None, :] < D))
 
-    p_bias = p_parameters + H * D
+    # Of the layer at hand: where its weights are, where its output's memory is, and this program's rows in that.
+    J = _width(widths, 1)
+    # That in 64 bits: activations may pass 2^31 elements.
+    o_w = D * 0
+    o_a = tl.zeros([], tl.int64)
     _layer(
-        p_x, p_parameters, p_bias, None, p_a, o_n, m_n, D, H, 1, D,
+        p_x, p_parameters, p_parameters + J * D, None, p_a + _at(first, J), o_n, m_n, D, J, False,
         SLOPE, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_J,
     )  # fmt: skip
+    o_w += J * D + J
     for layer in range(1, LAYERS):
-        p_w = p_parameters + inner + (layer - 1) * (H * H + H)
-        p_in = p_a + (layer - 1) * size
+        K = _width(widths, layer)
+        J = _width(widths, layer + 1)
+        p_in = p_a + o_a + _at(first, K)
+        o_a += _at(3 * N, K)
+        p_w = p_parameters + o_w
         _layer(
-            p_in, p_w, p_w + H * H, None, p_in + size, o_n, m_n, H, H, 1, H,
+            p_in, p_w, p_w + J * K, None, p_a + o_a + _at(first, J), o_n, m_n, K, J, False,
             SLOPE, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_J,
         )  # fmt: skip
+        o_w += J * K + J
 
-    p_last = p_parameters + inner + (LAYERS - 1) * (H * H + H)
+    H = _width(widths, LAYERS)
+    p_last = p_parameters + o_w
     seed = tl.where(i_b == 2, one, tl.where(i_b == 0, -each, each))
     b_score = tl.zeros([BLOCK_N], SUM) + tl.load(p_last + H).to(SUM)
     tl.debug_barrier()
     for i_j in range(0, H, BLOCK_J):
-        o_a = (LAYERS - 1) * size + o_n[:, None] * H + i_j + o_j[None, :]
+        o_last = o_a + _at(first, H) + o_n[:, None] * H + i_j + o_j[None, :]
         m = m_n[:, None] & (i_j + o_j[None, :] < H)
-        b_a = tl.load(p_a + o_a, mask=m, other=0).to(SUM)
+        b_a = tl.load(p_a + o_last, mask=m, other=0).to(SUM)
         b_last = tl.load(p_last + i_j + o_j, mask=i_j + o_j < H, other=0).to(SUM)[None, :]
         b_score += tl.sum(b_a * b_last, 1)
         b_delta = tl.where(b_a > 0, seed * b_last, seed * b_last * SLOPE)
-        tl.store(p_delta + o_a, b_delta.to(p_delta.dtype.element_ty), mask=m)
+        tl.store(p_delta + o_last, b_delta.to(p_delta.dtype.element_ty), mask=m)
     score = tl.sum(tl.where(m_n, b_score, 0), 0) * each
 
     for layer in range(LAYERS - 1, 0, -1):
-        p_w = p_parameters + inner + (layer - 1) * (H * H + H)
-        p_in = p_delta + layer * size
+        K = _width(widths, layer)
+        J = _width(widths, layer + 1)
+        o_w -= J * K + J
+        p_in = p_delta + o_a + _at(first, J)
+        o_a -= _at(3 * N, K)
+        o_out = o_a + _at(first, K)
         _layer(
-            p_in, p_w, None, p_a + (layer - 1) * size, p_in - size, o_n, m_n, H, H, H, 1,
+            p_in, p_parameters + o_w, None, p_a + o_out, p_delta + o_out, o_n, m_n, J, K, True,
             SLOPE, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_J,
         )  # fmt: skip
 
     if i_b != 2:
         tl.store(p_figures + i_t * 4 + i_b, score)
     else:
+        J = _width(widths, 1)
+        o_out = _at(first, J)
         b_squares = _layer(
-            p_delta, p_parameters, None, None, p_x, o_n, m_n, H, D, D, 1,
+            p_delta + o_out, p_parameters, None, None, p_x, o_n, m_n, J, D, True,
             SLOPE, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_J,
         )  # fmt: skip
         b_norm = tl.sqrt(b_squares)
@@ -197,28 +229,34 @@ def mlp_critic_step_rows_kernel(
             m = m_n[:, None] & (i_j + o_j[None, :] < D)
             b_g = tl.load(p_x + o_x, mask=m, other=0).to(SUM)
             tl.store(p_x + o_x, (b_g * b_factor[:, None]).to(p_x.dtype.element_ty), mask=m)
+        # Tangents take the place of activations, which are what their sign gates.
         _layer(
-            p_x, p_parameters, None, p_a, p_a, o_n, m_n, D, H, 1, D,
+            p_x, p_parameters, None, p_a + o_out, p_a + o_out, o_n, m_n, D, J, False,
             SLOPE, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_J,
         )  # fmt: skip
+        o_w = J * D + J
         for layer in range(1, LAYERS):
-            p_w = p_parameters + inner + (layer - 1) * (H * H + H)
-            p_in = p_a + (layer - 1) * size
+            K = _width(widths, layer)
+            J = _width(widths, layer + 1)
+            p_in = p_a + o_a + _at(first, K)
+            o_a += _at(3 * N, K)
+            o_out = o_a + _at(first, J)
             _layer(
-                p_in, p_w, None, p_in + size, p_in + size, o_n, m_n, H, H, 1, H,
+                p_in, p_parameters + o_w, None, p_a + o_out, p_a + o_out, o_n, m_n, K, J, False,
                 SLOPE, DOT, SUM, PRECISION, BLOCK_N, BLOCK_K, BLOCK_J,
             )  # fmt: skip
+            o_w += J * K + J
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["widths"])
 def mlp_critic_step_weights_kernel(
     p_x,  # [3N, D]
-    p_a,  # [LAYERS, 3N, H]
-    p_delta,  # [LAYERS, 3N, H]
+    p_a,  # [3N, H_1], [3N, H_2], ...
+    p_delta,  # likewise
     p_parts,  # [parts, parameters]
     N,
-    D,
-    H,
+    widths,  # D, H_1, ... in units of 16, a byte each
+    sides,  # blocks along a side of the widest layer
     parameters,
     share,
     LAYERS: tl.constexpr,
@@ -229,17 +267,22 @@ def mlp_critic_step_weights_kernel(
     BLOCK: tl.constexpr,
 ):
     """A block of δᵀ [a; t] over a part of the rows, and Σ δ over the rows of the loss."""
-    blocks = tl.cdiv(tl.maximum(H, D), BLOCK)
-    i_i = tl.program_id(0) // blocks
-    i_j = tl.program_id(0) % blocks
+    i_i = tl.program_id(0) // sides
+    i_j = tl.program_id(0) % sides
     i_l = tl.program_id(1)
     i_p = tl.program_id(2)
     o_i = i_i * BLOCK + tl.arange(0, BLOCK)
     o_j = i_j * BLOCK + tl.arange(0, BLOCK)
-    size = tl.cast(N, tl.int64) * 3 * H
-    columns = tl.where(i_l == 0, D, H)
+    rows = tl.cast(N, tl.int64) * 3
+    K = _width(widths, i_l)
     p_out = p_parts + i_p.to(tl.int64) * parameters
-    p_out += tl.where(i_l == 0, 0, H * D + H + (i_l - 1) * (H * H + H))
+    p_in = p_a
+    for layer in range(0, i_l):
+        before = _width(widths, layer)
+        J = _width(widths, layer + 1)
+        p_out += J * before + J
+        p_in += tl.where(layer == 0, 0, rows * before)
+        p_delta += rows * J
     begin = i_p * share
     end = tl.minimum(begin + share, 3 * N)
 
@@ -251,35 +294,36 @@ def mlp_critic_step_weights_kernel(
             b_sum = tl.zeros([BLOCK], SUM)
             for i_r in range(begin, end, BLOCK_R):
                 o_r = i_r + tl.arange(0, BLOCK_R)
-                m = (o_r[:, None] < end) & (o_j[None, :] < H)
-                o = (LAYERS - 1) * size + o_r.to(tl.int64)[:, None] * H + o_j[None, :]
-                b_in = tl.load(p_a + o, mask=m, other=0).to(SUM)
+                m = (o_r[:, None] < end) & (o_j[None, :] < K)
+                b_in = tl.load(p_in + o_r.to(tl.int64)[:, None] * K + o_j[None, :], mask=m, other=0).to(SUM)
                 b_seed = tl.where(o_r < N, -each, tl.where(o_r < 2 * N, each, one))
                 b_sum += tl.sum(b_in * b_seed[:, None], 0)
-            tl.store(p_out + o_j, b_sum, mask=o_j < H)
+            tl.store(p_out + o_j, b_sum, mask=o_j < K)
             if i_j == 0:
                 # Scores of real and fake are subtracted, so their bias has no gradient.
-                tl.store(p_out + H, 0.0)
+                tl.store(p_out + K, 0.0)
     else:
+        J = _width(widths, i_l + 1)
+        # Layers are of different widths: some have fewer blocks.
+        end = tl.where((i_i * BLOCK < J) & (i_j * BLOCK < K), end, begin)
         b_sum = tl.zeros([BLOCK, BLOCK], SUM)
         b_bias = tl.zeros([BLOCK], SUM)
         for i_r in range(begin, end, BLOCK_R):
             o_r = i_r + tl.arange(0, BLOCK_R)
-            rows = o_r.to(tl.int64)[:, None]
+            rows_r = o_r.to(tl.int64)[:, None]
             m_r = o_r[:, None] < end
-            o = i_l * size + rows * H + o_i[None, :]
-            b_delta = tl.load(p_delta + o, mask=m_r & (o_i[None, :] < H), other=0)
+            b_delta = tl.load(p_delta + rows_r * J + o_i[None, :], mask=m_r & (o_i[None, :] < J), other=0)
+            m_in = m_r & (o_j[None, :] < K)
             if i_l == 0:
-                b_in = tl.load(p_x + rows * D + o_j[None, :], mask=m_r & (o_j[None, :] < D), other=0)
+                b_in = tl.load(p_x + rows_r * K + o_j[None, :], mask=m_in, other=0)
             else:
-                o = (i_l - 1) * size + rows * H + o_j[None, :]
-                b_in = tl.load(p_a + o, mask=m_r & (o_j[None, :] < H), other=0)
+                b_in = tl.load(p_in + rows_r * K + o_j[None, :], mask=m_in, other=0)
             b_sum = tl.dot(tl.trans(b_delta).to(DOT), b_in.to(DOT), b_sum, input_precision=PRECISION, out_dtype=SUM)
             b_bias += tl.sum(tl.where(o_r[:, None] < 2 * N, b_delta.to(SUM), 0), 0)
-        m = (o_i[:, None] < H) & (o_j[None, :] < columns)
-        tl.store(p_out + o_i[:, None] * columns + o_j[None, :], b_sum, mask=m)
+        m = (o_i[:, None] < J) & (o_j[None, :] < K)
+        tl.store(p_out + o_i[:, None] * K + o_j[None, :], b_sum, mask=m)
         if i_j == 0:
-            tl.store(p_out + H * columns + o_i, b_bias, mask=o_i < H)
+            tl.store(p_out + J * K + o_i, b_bias, mask=o_i < J)
 
 
 def _blocks(N: int) -> dict[str, int]:
@@ -288,11 +332,18 @@ def _blocks(N: int) -> dict[str, int]:
     return {"BLOCK_N": most if 64 * least < N else least, "BLOCK_K": 16, "BLOCK_J": _BLOCK}
 
 
-def _options(rows: int, precision: str) -> dict[str, int]:
-    """What keeps the first kernel from spilling: with a third stage it does on gfx942, with half the warps on sm_80."""
-    options = {"num_warps": 8 if rows == _ROWS[1] else 4, "num_stages": 2}
-    # Left to itself, ptxas spills where that lets more programs run at a time.
-    return options | ({"maxnreg": 255} if rows == _ROWS[0] or precision == "fp32" else {})
+def _options(rows: int, precision: str, amd: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """What keeps both kernels from spilling.
+
+    The first does with a third stage on gfx942, with half the warps on sm_80. Left to itself, ptxas spills where that
+    lets more programs run at a time; told to use all registers, it does for large batches in float32 on sm_100.
+    """
+    large = rows == _ROWS[1]
+    second = {"num_warps": 4} | ({"num_stages": 2} if precision == "fp32" else {})
+    if amd:
+        return {"num_warps": 4, "num_stages": 2}, second
+    first = {"num_warps": 8 if large else 4, "num_stages": 2}
+    return first | ({} if large and precision == "fp32" else {"maxnreg": 255}), second
 
 
 def mlp_critic_step(
@@ -324,14 +375,15 @@ def mlp_critic_step(
     """
     N, columns = real.shape
     layers = len(parameters) // 2 - 1
-    D, H = (triton.cdiv(size, 16) * 16 for size in (columns, parameters[0].shape[0]))
-    shapes = [(H, D), (H,), *[(H, H), (H,)] * (layers - 1), (1, H), (1,)]
+    sizes = [triton.cdiv(p.shape[1], 16) * 16 for p in parameters[::2]]  # D, H_1, ...
+    shapes = [shape for before, size in pairwise(sizes) for shape in ((size, before), (size,))]
+    shapes += [(1, sizes[-1]), (1,)]
     packed = torch.cat([_filled_up(p, shape).flatten() for p, shape in zip(parameters, shapes)])
 
     half = precision == "bf16"
     kept = torch.bfloat16 if half else real.dtype
-    x = real.new_empty(3 * N, D, dtype=kept)
-    a, delta = real.new_empty(2, layers, 3 * N, H, dtype=kept)
+    x = real.new_empty(3 * N, sizes[0], dtype=kept)
+    a, delta = real.new_empty(2, 3 * N * sum(sizes[1:]), dtype=kept)
     norm = torch.empty_like(alpha)
     settings = {
         "LAYERS": layers,
@@ -340,21 +392,32 @@ def mlp_critic_step(
         "PRECISION": "tf32" if precision == "tf32" else "ieee",
     }
     blocks = _blocks(N)
-    options = _options(blocks["BLOCK_N"], precision)
-    if torch.version.hip:
-        options.pop("maxnreg", None)
+    first, second = _options(blocks["BLOCK_N"], precision, amd=torch.version.hip is not None)
     tiles = triton.cdiv(N, blocks["BLOCK_N"])
     figures = real.new_empty(tiles, 4)
+    widths = _in_one(sizes)
     mlp_critic_step_rows_kernel[(tiles, 3)](
-        real, fake, alpha, packed, x, a, delta, norm, figures, N, columns, D, H, bits(weight),
-        SLOPE=negative_slope, TARGET=target, ONE_SIDED=one_sided, **settings, **blocks, **options,
+        real, fake, alpha, packed, x, a, delta, norm, figures, N, columns, widths, bits(weight),
+        SLOPE=negative_slope, TARGET=target, ONE_SIDED=one_sided, **settings, **blocks, **first,
     )  # fmt: skip
     count = min(_PARTS, triton.cdiv(3 * N, 4 * _BLOCK))
     share = triton.cdiv(3 * N, count)
     parts = packed.new_empty(count, packed.numel())
-    sides = triton.cdiv(max(H, D), _BLOCK)
+    sides = triton.cdiv(max(sizes), _BLOCK)
     mlp_critic_step_weights_kernel[(sides * sides, layers + 1, count)](
-        x, a, delta, parts, N, D, H, packed.numel(), share, **settings, BLOCK_R=32, BLOCK=_BLOCK, num_warps=4
+        x,
+        a,
+        delta,
+        parts,
+        N,
+        widths,
+        sides,
+        packed.numel(),
+        share,
+        **settings,
+        BLOCK_R=32,
+        BLOCK=_BLOCK,
+        **second,
     )
     # Copied, in one launch: what an operator returns must not share memory.
     gradients = torch._foreach_mul(parts.sum(0).split([math.prod(shape) for shape in shapes]), 1.0)
@@ -363,6 +426,11 @@ def mlp_critic_step(
         norm,
         [_part(gradient.view(shape), p) for gradient, shape, p in zip(gradients, shapes, parameters)],
     )
+
+
+def _in_one(widths: Sequence[int]) -> int:
+    """All widths in one number, which Triton never takes for one of 32 bits."""
+    return sum(width // 16 << 8 * i for i, width in enumerate(widths)) | 1 << 8 * (1 + MOST_LAYERS)
 
 
 def _filled_up(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -387,17 +455,18 @@ def _specialisations(
     buffers = {"p_x": f"*{kept}", "p_a": f"*{kept}", "p_delta": f"*{kept}"}
     rows = {f"p_{n}": "*fp32" for n in ("real", "fake", "alpha", "parameters")}
     rows |= buffers | {"p_norm": "*fp32", "p_figures": "*fp32"}
-    rows |= {"N": "i32:16", "columns": columns, "D": "i32:16", "H": "i32:16", "weight": "i64"}
+    rows |= {"N": "i32:16", "columns": columns, "widths": "i64", "weight": "i64"}
     penalty = {"SLOPE": 0.2, "TARGET": 1.0, "ONE_SIDED": False}
-    weights = {**buffers, "p_parts": "*fp32", **{n: rows[n] for n in ("N", "D", "H")}}
+    weights = {**buffers, "p_parts": "*fp32", "N": "i32:16", "widths": "i64", "sides": "i32"}
     weights |= {"parameters": "i32", "share": "i32:16"}
     blocks = _blocks(N)
     constants = {**shared, **penalty, **blocks}
-    options = _options(blocks["BLOCK_N"], precision)
-    warps = options.pop("num_warps")
+    first, second = _options(blocks["BLOCK_N"], precision, amd=False)
+    amd = _options(blocks["BLOCK_N"], precision, amd=True)
+    sides = {**shared, "BLOCK_R": 32, "BLOCK": _BLOCK}
     return [
-        Specialisation(name, mlp_critic_step_rows_kernel, rows, constants, warps, options),
-        Specialisation(name, mlp_critic_step_weights_kernel, weights, {**shared, "BLOCK_R": 32, "BLOCK": _BLOCK}),
+        Specialisation(name, mlp_critic_step_rows_kernel, rows, constants, options=first, amd=amd[0]),
+        Specialisation(name, mlp_critic_step_weights_kernel, weights, sides, options=second, amd=amd[1]),
     ]
 
 

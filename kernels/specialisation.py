@@ -17,6 +17,7 @@ class Specialisation:
         constants: The value of every ``tl.constexpr``, and of every integer argument that is 1, which the JIT folds.
         num_warps: Warps of one program.
         options: Further options of the compiler, such as ``num_stages``; a target ignores what it does not know.
+        amd: What takes their place, and that of ``num_warps``, on AMD's GPUs, whose warps are twice as wide.
     """
 
     name: str
@@ -25,3 +26,4 @@ class Specialisation:
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     options: Mapping[str, int] = field(default_factory=dict)
+    amd: Mapping[str, int] = field(default_factory=dict)

@@ -59,7 +59,8 @@ def compile_for(target: GPUTarget, entry: Specialisation) -> CompiledKernel:
             attributes[(position,)] = backend.parse_attr("D")
     signature = {name: kind.removesuffix(":16") for name, kind in zip(entry.kernel.arg_names, types)}
     source = ASTSource(entry.kernel, signature, dict(entry.constants), attributes)
-    return triton.compile(source, target=target, options={"num_warps": entry.num_warps, **entry.options})
+    options = {"num_warps": entry.num_warps, **entry.options, **(entry.amd if target.backend == "hip" else {})}
+    return triton.compile(source, target=target, options=options)
 
 
 def resources_of(kernel: CompiledKernel) -> Resources:

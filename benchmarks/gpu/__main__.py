@@ -24,12 +24,14 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import bandwidths
+import cost
 import iterations
 import report
 import right
 import targets
 from session import Session
 
+from wgan_fast.bench import report as bench_report
 from wgan_fast.bench import results
 
 PARTS = {"right": right.run, "targets": targets.run, "iterations": iterations.run, "bandwidths": bandwidths.run}
@@ -57,6 +59,8 @@ def main() -> int:
     for part in options.parts or PARTS:
         PARTS[part](session)
     print(report.section([json.loads(session.path.read_text())]))
+    if len(costs := cost.rows([json.loads(session.path.read_text())], measured_alone=True)) > 1:
+        print(bench_report.table(costs))
     print(f"wrote {session.path}; failed or wrong: {', '.join(session.failed) or 'nothing'}")
     return 1 if session.failed else 0
 

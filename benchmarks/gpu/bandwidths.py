@@ -25,7 +25,8 @@ ROUNDS = 30
 CACHES = 4
 """How many times the GPU's last cache one operand is, so that nothing is read from there."""
 CPU_BYTES = 1 << 18
-WIDTHS, PRECISIONS = (64, 128, 256), ("fp32", "tf32", "bf16")
+WIDTHS, PRECISIONS = ("64", "128", "256", "512", "512-256", "1024-512"), ("fp32", "tf32", "bf16")
+"""Of the hidden layers of an MLP; two of one width, or as they are told."""
 MLP_SECONDS = 0.5
 MLP_TARGET = 3.0
 """How many times as fast as the compiled four-pass graph the fused step is to be, both as CUDA graphs, at width 128."""
@@ -247,21 +248,22 @@ def taken_at_any_width(device: str) -> AbstractContextManager[Any]:
     """Have the step take the fused operator wherever it can, for a measurement of where it should."""
     if device == "cpu":
         return nullcontext()
-    return mock.patch.dict(fused_mlp.MEASURED, {torch.cuda.get_device_capability(): max(WIDTHS)})
+    return mock.patch.dict(fused_mlp.MEASURED, {torch.cuda.get_device_capability(): fused_mlp.MOST_WIDTH})
 
 
-def mlp_pair(width: int, device: str) -> tuple[dict[str, nn.Module], tuple[Tensor, Tensor, Tensor]]:
+def mlp_pair(widths: str, device: str) -> tuple[dict[str, nn.Module], tuple[Tensor, Tensor, Tensor]]:
     """An MLP that runs in four passes, its copy that the fused step takes, and real, fake and α."""
     N, D = (4096, 32) if device == "cuda" else (64, 3)
-    layers = [nn.Linear(D, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)]
+    first, second = map(int, (widths.split("-") * 2)[:2])
+    layers = [nn.Linear(D, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 1)]
     critics = {"four_pass": Unfused(*layers).to(device), "ours": nn.Sequential(*copy.deepcopy(layers)).to(device)}
     real, fake = torch.randn(2, N, D, device=device).unbind()
     return critics, (real, fake, torch.rand(N, device=device))
 
 
-def mlp_step(width: int, precision: str, session: Session) -> Found:
+def mlp_step(widths: str, precision: str, session: Session) -> Found:
     """The fused step of an MLP against the four-pass graph, compiled and each also as a CUDA graph."""
-    critics, batches = mlp_pair(width, session.device)
+    critics, batches = mlp_pair(widths, session.device)
     with arithmetic(precision), taken_at_any_width(session.device):
         steps: dict[str, Call] = {}
         for name, critic in critics.items():
@@ -332,6 +334,6 @@ def run(session: Session) -> None:
 
     for name in KERNELS:
         session.item(f"bandwidth/{name}", functools.partial(measure, name, session))
-    for width, precision in itertools.product(WIDTHS, PRECISIONS) if session.on_gpu else [(16, "fp32")]:
-        session.item(f"fused-mlp/{width}/{precision}", functools.partial(mlp_step, width, precision, session))
+    for widths, precision in itertools.product(WIDTHS, PRECISIONS) if session.on_gpu else [("16", "fp32")]:
+        session.item(f"fused-mlp/{widths}/{precision}", functools.partial(mlp_step, widths, precision, session))
     session.item("sanitizer", functools.partial(sanitizer, session))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bandwidths import KERNELS, mlp_pair, taken_at_any_width
+from bandwidths import KERNELS, WIDTHS, mlp_pair, taken_at_any_width
 from session import PRECISIONS, Found, Session, arithmetic, graphed
 from torch import Tensor
 
@@ -43,9 +43,9 @@ def run(session: Session) -> None:
     for model, penalty in itertools.product(models, ["wgan-gp", "r1-r2"]):
         session.item(f"right/step/{model}/{penalty}", functools.partial(steps, model, penalty, session))
     session.item("right/training", functools.partial(training, session))
-    for width, precision in itertools.product((64, 128, 256) if session.on_gpu else (16,), ("fp32", "tf32", "bf16")):
-        key = f"right/fused-mlp/{width}/{precision}"
-        session.item(key, functools.partial(fused_mlp, width, precision, session))
+    for widths, precision in itertools.product(WIDTHS if session.on_gpu else ["16"], PRECISIONS):
+        key = f"right/fused-mlp/{widths}/{precision}"
+        session.item(key, functools.partial(fused_mlp, widths, precision, session))
     session.item("right/tests", functools.partial(tests, "tests", begun, TEST_SECONDS, session))
     begun = start_tests("engine", [f"--device={session.device}", *(str(ROOT / name) for name in ENGINE_TESTS)], session)
     session.item("right/engine", functools.partial(tests, "engine", begun, ENGINE_SECONDS, session))
@@ -181,10 +181,10 @@ def training(session: Session) -> Found:
     return found | {"told": f"{found['wasserstein']}, apart {found['distance']}"}
 
 
-def fused_mlp(width: int, precision: str, session: Session) -> Found:
+def fused_mlp(widths: str, precision: str, session: Session) -> Found:
     """The fused step and the four passes against float64."""
     with arithmetic(precision), taken_at_any_width(session.device):
-        critics, (real, fake, alpha) = mlp_pair(width, session.device)
+        critics, (real, fake, alpha) = mlp_pair(widths, session.device)
         truth = CriticStep(copy.deepcopy(critics["four_pass"]).double())
         truth(real.double(), fake.double(), alpha.double())
         exact = joined([p.grad for p in truth.critic.parameters()])

@@ -5,7 +5,6 @@ as their cause. Triton kernels and cuBLAS may launch more than one kernel for an
 """
 
 import collections
-import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -21,9 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from wgan_fast import CriticStep
 from wgan_fast.bench import variants, workloads
-from wgan_fast.engine import planned
-from wgan_fast.four_pass import optimize, plan
-from wgan_fast.four_pass.operators import base, linear, structure
+from wgan_fast.bench.as_on_gpu import as_on_gpu
 from wgan_fast.four_pass.stand_ins import is_view
 
 EXPECTED = Path(__file__).with_name("gpu_counts.json")
@@ -35,31 +32,6 @@ FORMS = {
     "bf16, channels last": ("bf16", True),
 }
 CASES = [f"{model}/{form}" for model in MODELS for form in FORMS if "last" not in form or "-mlp" not in model != "amp"]
-
-
-def as_on_gpu(*, gpu: bool = True, moved: bool = True) -> contextlib.ExitStack:
-    """Plan as for a GPU with tensor cores, and have the CPU run what only that has; casts moved, or where they are."""
-
-    def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return a.to(dtype) @ b.to(dtype)
-
-    stack, patch = contextlib.ExitStack(), pytest.MonkeyPatch()
-    for module in (base, linear, optimize, structure):
-        patch.setattr(module, "on_gpu", lambda x: gpu)
-    if not moved:
-        patch.setattr(optimize, "_cast_in_one_pass", lambda graph: None)
-        patch.setattr(plan, "leave_uncast", lambda graph: None)
-        patch.setattr(plan, "cast_together", lambda graph: None)
-    # Plans are kept for all critics of a class: these are for here alone.
-    key = planned.FourPassEngine._key
-    patch.setattr(planned.FourPassEngine, "_key", lambda *args: (*key(*args), "as on a GPU", gpu, moved))
-    patch.setattr(linear, "convolves_in_tensor_cores", lambda dtype, device: gpu and dtype == torch.bfloat16)
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("mm.dtype", product, "CPU")
-    stack.callback(library._destroy)
-    stack.callback(patch.undo)
-    return stack
 
 
 class Counted(TorchDispatchMode):

@@ -225,9 +225,6 @@ CHANGES: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
     "a hook": lambda critic: critic[2].register_forward_hook(lambda module, args, out: 2 * out).remove,
     "a frozen bias": lambda critic: changed(critic[2].bias, requires_grad=False),
     "another module": lambda critic: replaced(critic, {3: nn.Tanh()}),
-    "another width": lambda critic: replaced(
-        critic, {1: nn.Sequential(nn.Linear(5, 8), nn.LeakyReLU(0.2)), 2: nn.Linear(8, 9)}
-    ),
     "no bias": lambda critic: replaced(critic, {2: nn.Linear(9, 9, bias=False)}),
     "another slope": lambda critic: changed(critic[3], negative_slope=0.5),
     "a forward method": lambda critic: with_another_forward(critic[2]),
@@ -249,6 +246,16 @@ def test_a_change_of_the_critic_is_noticed(change: Callable[[nn.Module], Callabl
     undo = change(critic)
     assert_equal_steps(critic, steps, *batch, operator=False)
     undo()
+    assert_equal_steps(critic, steps, *batch, operator=True)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_other_widths_are_taken_as_they_are() -> None:
+    critic = chain(nn.Flatten(), nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 1))
+    steps = pair_of_steps(critic)
+    batch = *random_pair(7, 5), torch.rand(7, dtype=torch.float64)
+    assert_equal_steps(critic, steps, *batch, operator=True)
+    replaced(critic, {1: nn.Linear(5, 12), 3: nn.Linear(12, 9)})
     assert_equal_steps(critic, steps, *batch, operator=True)
 
 
@@ -351,6 +358,10 @@ def test_float32_samples_and_an_outer_autocast_do_not_take_it() -> None:
     assert calls.count == 0
 
 
+def deep(layers: int) -> list[nn.Module]:
+    return [module for _ in range(layers) for module in (nn.ReLU(), nn.Linear(4, 4))]
+
+
 def chain(*modules: nn.Module) -> nn.Module:
     return nn.Sequential(*modules).double()
 
@@ -366,10 +377,11 @@ def chain(*modules: nn.Module) -> nn.Module:
         (chain(nn.Linear(6, 4), nn.Sequential(nn.Tanh()), nn.Linear(4, 1)), "operator tanh"),
         (chain(nn.Linear(6, 4, bias=False), nn.ReLU(), nn.Linear(4, 1)), "no bias"),
         (chain(nn.Linear(6, 300), nn.ReLU(), nn.Linear(300, 1)), "wider than 256"),
-        (chain(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1)), "equally wide"),
+        (chain(nn.Linear(6, 4), *deep(6), nn.ReLU(), nn.Linear(4, 1)), "more than 6 hidden"),
         (chain(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 4), nn.LeakyReLU(), nn.Linear(4, 1)), "activations differ"),
         (chain(nn.Linear(6, 4).requires_grad_(False), nn.ReLU(), nn.Linear(4, 1)), "frozen"),
         (chain(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1)), None),
+        (chain(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1)), None),
         (chain(nn.Flatten(), nn.Sequential(nn.Linear(6, 4), nn.ReLU()), nn.Linear(4, 1), nn.Flatten(0)), None),
     ],
 )

@@ -16,6 +16,8 @@ MEASURED = {(9, 0): 64}
 
 Than four passes, both as CUDA graphs, in float32 and in TF32 (docs/gpu.md). What was not measured runs in four passes.
 """
+MOST_LAYERS, MOST_WIDTH = 6, 4080
+"""Hidden layers that the operator takes at most, and how wide at most these and the inputs are."""
 _RESHAPES = {
     "view", "reshape", "_unsafe_view", "flatten", "squeeze", "alias", "contiguous",
 }  # fmt: skip
@@ -100,10 +102,11 @@ def fused_mlp(captured: Captured, samples: Tensor, *, group_size: int = 1) -> Fu
     if len(set(parameters)) < len(parameters) or not set(parameters) <= set(captured.trainable):
         return "some of its parameters are shared, frozen or computed"
     weights = [p.meta["val"] for p in parameters[::2]]
-    width = weights[0].shape[0]
-    inputs = [*widths, *[width] * (len(linear) - 1)]
+    inputs = [*widths, *[w.shape[0] for w in weights[:-1]]]
     if [tuple(w.shape) for w in weights] != list(zip([*inputs[1:], 1], inputs)):
-        return "its hidden layers are not equally wide, or it does not map such samples to one score"
+        return "it does not map such samples to one score"
+    if len(weights) > 1 + MOST_LAYERS or max(inputs) > MOST_WIDTH:
+        return f"it has more than {MOST_LAYERS} hidden layers, or layers wider than {MOST_WIDTH}"
     if max(inputs) > most:
         return f"it is wider than {most}, up to where it was measured to be faster on this GPU (docs/gpu.md)"
     if any(p.meta["val"].dtype != samples.dtype or p.meta["val"].device != samples.device for p in parameters):

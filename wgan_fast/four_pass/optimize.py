@@ -236,6 +236,52 @@ def _has_effect(node: fx.Node) -> bool:
 _VIEWS = {aten.slice.Tensor, aten.t.default, aten.view.default, aten.narrow.default, aten.transpose.int}
 
 
+def assemble(graph: fx.Graph) -> None:
+    """Have a GPU mix, join, cast and lay out the samples of a step in one pass over them."""
+    overwritten = _overwritten(graph)
+    for node in list(graph.nodes):
+        if node.target is not aten.cat.default or len(node.args[0]) != 3 or node.args[1:] not in ((), (0,)):
+            continue
+        real, fake, mixed = node.args[0]
+        val = node.meta["val"]
+        if mixed.target is not torch.ops.wgan_fast.interpolate.default or mixed.args[:2] != (real, fake):
+            continue
+        alike = {x.meta["val"].dtype for x in (real, fake)} == {val.dtype}
+        read = [node, *mixed.all_input_nodes]
+        if not on_gpu(val) or not alike or list(mixed.users) != [node] or {_memory(x) for x in read} & overwritten:
+            continue
+        readers = list(node.users)
+        whole = readers[0] if len(readers) == 1 and _narrows(readers[0]) else node
+        made = whole.meta["val"]
+        if (channels_last := _channels_last(made)) is None:
+            continue
+        with graph.inserting_before(node):
+            arguments = (real, fake, mixed.args[2], made.dtype, channels_last)
+            together = graph.call_function(torch.ops.wgan_fast.assemble.default, arguments)
+        together.meta.update(whole.meta)
+        whole.replace_all_uses_with(together)
+    graph.eliminate_dead_code()
+
+
+def _narrows(node: fx.Node) -> bool:
+    """Whether a node casts to half precision, however it lays that out."""
+    return (
+        node.target is aten._to_copy.default
+        and node.kwargs.keys() <= {"dtype", "memory_format"}
+        and node.meta["val"].dtype in (torch.bfloat16, torch.float16)
+    )
+
+
+def _channels_last(val: Tensor) -> bool | None:
+    """Whether a batch lies with its channels last, or contiguously; None for anything else."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for last in (False, val.dim() in layouts):
+        layout = layouts[val.dim()] if last else torch.contiguous_format
+        if torch.empty(val.shape, device="meta", memory_format=layout).stride() == val.stride():
+            return last
+    return None
+
+
 def leave_uncast(graph: fx.Graph) -> None:
     """Have a GPU's operators read in half precision what was widened for them alone."""
     overwritten = _overwritten(graph)
@@ -254,7 +300,7 @@ def cast_together(graph: fx.Graph) -> None:
             continue
         source, val, uncast = node.args[0], node.meta["val"], node.all_input_nodes[0].meta["val"]
         given, leaves = source.op == "placeholder", list(node.users) == [end]
-        if (given or leaves) and on_gpu(val) and val.device == uncast.device and val.stride() == uncast.stride():
+        if (given or leaves) and on_gpu(val) and val.device == uncast.device and _in_one_order(val, uncast):
             alike.setdefault((given, val.device, uncast.dtype, val.dtype), []).append(node)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     groups = [(given, dtype, nodes) for (given, _, _, dtype), nodes in alike.items() if len(nodes) > 1]
@@ -264,11 +310,22 @@ def cast_together(graph: fx.Graph) -> None:
             together.meta.update(nodes[0].meta, val=[node.meta["val"] for node in nodes])
             for i, node in enumerate(nodes):
                 one = graph.call_function(operator.getitem, (together, i))
+                val, uncast = node.meta["val"], node.all_input_nodes[0].meta["val"]
                 one.meta.update(node.meta)
+                if val.stride() != uncast.stride():  # of one channel: the same memory, called channels-last
+                    one.meta["val"] = torch.empty_like(uncast, dtype=val.dtype)
+                    one = graph.call_function(aten.as_strided.default, (one, val.shape, val.stride()))
+                    one.meta.update(node.meta)
                 node.replace_all_uses_with(one)
     for _, _, nodes in groups:  # one of them may be what the others were put before
         for node in nodes:
             graph.erase_node(node)
+
+
+def _in_one_order(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a shape have their elements at the same places, whatever their strides are called."""
+    strides = zip(one.shape, one.stride(), other.stride())
+    return all(size == 1 or here == there for size, here, there in strides)
 
 
 def _before_cast(cast: object, reader: fx.Node, overwritten: set[int | None]) -> Tensor | None:

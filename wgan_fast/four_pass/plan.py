@@ -17,7 +17,7 @@ from .counting import Cost, Counter
 from .flat import FlatStep, Layout
 from .independence import CoupledError, Dims, batch_dims, opaque
 from .objective import Objective, RefusedError, Schedule
-from .optimize import cast_together, cut, finish, leave_uncast, save_memory
+from .optimize import assemble, cast_together, cut, finish, leave_uncast, save_memory
 from .passes import AffinePrefix, Roles, Run, affine_prefix, number_values
 from .program import Program, program_of
 from .record import Recorder
@@ -236,6 +236,7 @@ class Plan(FlatStep):
         programs = [program_of(piece, leaves=i < recorder.piece) for i, piece in enumerate(pieces)]
         for piece in pieces:
             if self.in_place:  # a compiler does this by itself
+                assemble(piece.graph)
                 leave_uncast(piece.graph)
                 cast_together(piece.graph)
                 save_memory(piece.graph)

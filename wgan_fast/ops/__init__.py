@@ -1,6 +1,7 @@
 """The package's operators, one file each: schema, plain form, what it returns without data, derivative, launch."""
 
 from . import normalization as normalization
+from .assemble import assemble as assemble
 from .cast import cast as cast
 from .clip_weights import clip_weights_ as clip_weights_
 from .clipped_rmsprop import clipped_rmsprop_ as clipped_rmsprop_

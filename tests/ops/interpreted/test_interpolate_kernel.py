@@ -4,6 +4,7 @@ from torch import Tensor
 
 from wgan_fast import reference
 from wgan_fast.kernels.interpolate import interpolate
+from wgan_fast.ops.registry import launch_on
 
 # Rows and columns below, at and above a block, and more columns than one program takes.
 SHAPES = [(1, 1), (3, 5), (63, 7), (100, 3), (7, 2, 6, 8), (3, 2, 3, 4, 5), (1, 3001), (2, 4096), (5, 2100)]
@@ -98,3 +99,36 @@ def test_non_finite_values_stay_in_their_place(bad: float) -> None:
     interpolate(real, fake, alpha, out)
     assert not out[1, 2].isfinite()
     assert out.isfinite().sum() == 14
+
+
+FIRST, LAST = torch.contiguous_format, torch.channels_last
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float64,) * 2]
+)
+@pytest.mark.parametrize("given", [(FIRST, FIRST), (LAST, LAST), (FIRST, LAST)])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", [(4, 3, 6, 7), (2, 1, 5, 5), (2, 40, 9, 11), (2, 5, 1, 1)])
+def test_the_batch_of_a_step_in_one_pass(shape, last, given, dtypes, group_size):
+    launch_on("CPU", "assemble")
+    real, fake = (samples(shape, dtypes[0]).contiguous(memory_format=form) for form in given)
+    alpha = alpha_for(dtypes[0], shape[0] // group_size)
+    made = torch.ops.wgan_fast.assemble(real, fake, alpha, dtypes[1], last)
+    assert made.is_contiguous(memory_format=LAST if last else FIRST)
+    x, y, mixed = made.chunk(3)
+    assert_rounded(x, real.double())
+    assert_rounded(y, fake.double())
+    assert_rounded(mixed, expected(real, fake, alpha), compute=alpha.dtype)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 2100), (2, 3, 4), (2, 3, 2, 3, 4)])
+def test_the_batch_of_a_step_of_any_dimensions(shape):
+    launch_on("CPU", "assemble")
+    real, fake, alpha = samples(shape, torch.float32), samples(shape, torch.float32), alpha_for(torch.float32, shape[0])
+    last = len(shape) == 5
+    made = torch.ops.wgan_fast.assemble(real, fake, alpha, torch.float32, last)
+    expected_rows = torch.cat([real.double(), fake.double(), expected(real, fake, alpha)])
+    assert_rounded(made, expected_rows)
+    assert made.is_contiguous(memory_format=torch.channels_last_3d if last else FIRST)

@@ -1,4 +1,5 @@
 import warnings
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,12 +14,10 @@ from wgan_fast.kernels import mlp_critic_step as kernels
 from wgan_fast.ops.registry import launch_on
 
 
-def critic(D: int, H: int, layers: int, slope: float) -> nn.Sequential:
+def critic(D: int, widths: list[int], slope: float) -> nn.Sequential:
     torch.manual_seed(0)
-    modules = [nn.Linear(D, H), nn.LeakyReLU(slope)]
-    for _ in range(layers - 1):
-        modules += [nn.Linear(H, H), nn.LeakyReLU(slope)]
-    return nn.Sequential(*modules, nn.Linear(H, 1), nn.Flatten(0)).double()
+    modules = [m for a, b in pairwise([D, *widths]) for m in (nn.Linear(a, b), nn.LeakyReLU(slope))]
+    return nn.Sequential(*modules, nn.Linear(widths[-1], 1), nn.Flatten(0)).double()
 
 
 def truth(made, real, fake, alpha, **penalty):
@@ -33,17 +32,21 @@ def truth(made, real, fake, alpha, **penalty):
 # Widths and batches below, at and above a block; one hidden layer and several.
 @pytest.mark.parametrize("rows", [16, 64])
 @pytest.mark.parametrize(
-    ("N", "D", "H", "layers", "slope", "penalty"),
+    ("N", "D", "widths", "slope", "penalty"),
     [
-        (5, 2, 7, 1, 0.0, {}),
-        (67, 3, 20, 2, 0.2, {"one_sided": True, "target": 0.3}),
-        (64, 16, 64, 3, 0.0, {"weight": 3.0}),
-        (33, 70, 65, 2, 0.1, {"target": 0.0}),
+        (5, 2, [7], 0.0, {}),
+        (67, 3, [20] * 2, 0.2, {"one_sided": True, "target": 0.3}),
+        (64, 16, [64] * 3, 0.0, {"weight": 3.0}),
+        (33, 70, [65] * 2, 0.1, {"target": 0.0}),
+        (40, 5, [70, 33], 0.2, {}),
+        (21, 40, [17, 130, 64, 9], 0.0, {}),
+        (18, 40, [512, 256], 0.0, {}),
+        (7, 3, [4, 9, 17, 5, 33, 8], 0.3, {}),
     ],
 )
-def test_float64_equals_autograd(N, D, H, layers, slope, penalty, rows, monkeypatch):
+def test_float64_equals_autograd(N, D, widths, slope, penalty, rows, monkeypatch):
     monkeypatch.setattr(kernels, "_ROWS", (rows, rows))
-    made = critic(D, H, layers, slope)
+    made = critic(D, widths, slope)
     real, fake = torch.randn(2, N, D, dtype=torch.float64).unbind()
     alpha = torch.rand(N, dtype=torch.float64)
     options = {"weight": 10.0, "target": 1.0, "one_sided": False} | penalty
@@ -88,10 +91,10 @@ ROUNDOFF = {"fp32": 2.0**-24, "tf32": 2.0**-24, "bf16": 2.0**-9}
 
 # Widths and batches that 16 divides and that it does not.
 @pytest.mark.usefixtures("_launched_on_a_cpu", "_dots_of_bfloat16")
-@pytest.mark.parametrize(("N", "D", "H", "layers"), [(37, 3, 20, 2), (64, 32, 32, 3)])
+@pytest.mark.parametrize(("N", "D", "widths"), [(37, 3, [20, 20]), (64, 32, [32] * 3), (37, 5, [48, 17])])
 @pytest.mark.parametrize("precision", ROUNDOFF)
-def test_the_operator_keeps_the_precision_that_it_is_told(precision, N, D, H, layers):
-    made = critic(D, H, layers, 0.2)
+def test_the_operator_keeps_the_precision_that_it_is_told(precision, N, D, widths):
+    made = critic(D, widths, 0.2)
     real, fake = torch.randn(2, N, D, dtype=torch.float64).unbind()
     alpha = torch.rand(N, dtype=torch.float64)
     options = {"weight": 10.0, "target": 1.0, "one_sided": False}
@@ -100,7 +103,7 @@ def test_the_operator_keeps_the_precision_that_it_is_told(precision, N, D, H, la
     expected = truth(made, real, fake, alpha, **options)
     # On a gradient's way each layer is passed three times and two more products follow; each rounds both its sides,
     # and a third and fourth time where what it gives is kept and where signs near 0 turn.
-    bound = 4 * (3 * layers + 2) * ROUNDOFF[precision]
+    bound = 4 * (3 * len(widths) + 2) * ROUNDOFF[precision]
     gradient = torch.cat([g.flatten() for g in gradients]).double()
     error = (gradient - expected[2]).norm() / expected[2].norm()
     assert error <= bound
@@ -119,7 +122,7 @@ def test_a_critic_step_runs_the_kernels(monkeypatch):
         "mlp_critic_step",
         lambda *args, run=kernels.mlp_critic_step: launched.append(run(*args)) or launched[-1],
     )
-    made = critic(3, 20, 2, 0.2)
+    made = critic(3, [20, 12], 0.2)
     real, fake = torch.randn(2, 19, 3, dtype=torch.float64).unbind()
     alpha = torch.rand(19, dtype=torch.float64)
     result = CriticStep(made)(real, fake, alpha)

@@ -32,6 +32,43 @@ def assert_as_exact(actual: Tensor, ours: Tensor, exact: Tensor) -> None:
     assert (actual.double() - exact).norm() <= 2 * (ours.double() - exact).norm() + floor
 
 
+# Chunks across positions and across channels, full and not.
+CUT = [
+    ((2, 6, 40, 41), 2, False, True),
+    ((1, 6, 40, 41), 1, True, True),
+    ((1, 5000), 1, True, True),
+    ((2, 900, 3, 3), 1, False, False),
+    ((3, 12, 40, 40), 3, False, True),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "groups", "last", "affine"), CUT)
+def test_few_large_groups_are_cut(
+    shape: tuple[int, ...], groups: int, last: bool, affine: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "_TILE", 512)
+    monkeypatch.setattr(kernel, "_ENOUGH", 20)
+    cut = kernel._cut(shape[0] * groups, shape[1] // groups, torch.Size(shape[2:]).numel(), last or len(shape) == 2)
+    assert cut["chunks"] > 1
+    test_equals_the_formulas(shape, groups, last, affine, dtype)
+
+
+def test_groups_that_fill_a_gpu_or_are_small_are_not_cut() -> None:
+    assert kernel._cut(kernel._ENOUGH, 1000, 1000, False)["chunks"] == 1
+    assert kernel._cut(1, 2, 100, False)["chunks"] == 1
+
+
+def test_the_variance_of_what_lies_far_from_zero_survives_the_cut() -> None:
+    x = 1000 + torch.randn(1, 4, 200, 200)
+    out, (mean, rstd) = torch.empty_like(x), torch.empty(2, 1, 1)
+    kernel.forward(x, None, None, 1, EPS, out, mean, rstd, last=False)
+    assert kernel._cut(1, 4, 40_000, False)["chunks"] > 1
+    torch.testing.assert_close(
+        rstd.double(), 1 / (x.double().var(correction=0) + EPS).sqrt().view(1, 1), rtol=1e-5, atol=0
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "groups", "last", "affine"), CASES)
 def test_equals_the_formulas(shape: tuple[int, ...], groups: int, last: bool, affine: bool, dtype: torch.dtype) -> None:
