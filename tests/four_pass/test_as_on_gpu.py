@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from wgan_fast import CriticStep
 from wgan_fast.bench import variants, workloads
 from wgan_fast.bench.as_on_gpu import as_on_gpu
+from wgan_fast.four_pass import optimize
 from wgan_fast.four_pass.stand_ins import is_view
 
 EXPECTED = Path(__file__).with_name("gpu_counts.json")
@@ -103,6 +104,41 @@ def test_in_bf16_it_errs_as_plain_pytorch_does(case: str) -> None:
     with as_on_gpu():
         ours = gradients(variants.ours(made, precision=precision), made.alpha)
     assert (ours - truth).norm() <= 2 * (naive - truth).norm()
+
+
+@pytest.mark.parametrize("model", ["dcgan-28", "dcgan-64"])
+def test_a_first_layer_over_padded_channels_errs_no_more(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, precision = workload(f"{model}/bf16, channels last")
+    channels = made.real.shape[1]
+    exact = made.double()
+    truth = gradients(variants.naive(exact), exact.alpha)
+    naive = gradients(variants.naive(made, precision=precision), made.alpha)
+    monkeypatch.setenv(optimize.PAD_CHANNELS, "1")
+    with as_on_gpu():
+        # Of a class of its own: plans are kept for all critics of one, whatever the environment said.
+        made.critic.__class__ = type("Padded", (type(made.critic),), {})
+        ours_ = variants.ours(made, precision=precision)
+        ours = gradients(ours_, made.alpha)
+        with Convolved() as convolved:
+            ours_(made.alpha)
+    assert (ours - truth).norm() <= 2 * (naive - truth).norm()
+    # Over the whole batch, forward and for the weight's gradient; the points' gradient and tangents as before.
+    first = [name for name, x in convolved.found if x.shape[1] in (channels, 8)]
+    assert [name for name, x in convolved.found if x.shape[1] == 8] == ["convolution", "convolution_backward"]
+    assert len(first) == 4
+
+
+class Convolved(TorchDispatchMode):
+    """Remembers which convolutions run, over what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._opname.startswith("convolution"):
+            self.found.append((func._opname, args[func._opname.endswith("backward")]))
+        return func(*args, **(kwargs or {}))
 
 
 class Casting(nn.Module):

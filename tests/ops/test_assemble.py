@@ -30,7 +30,17 @@ def test_it_is_what_mixing_joining_and_casting_give(form, dtype, last, given_las
     assert made.dtype == dtype
 
 
-@pytest.mark.parametrize("last", [False, True])
-def test_the_operator_is_registered_correctly(last):
-    arguments = (*pair(4, 3, 2, 5), torch.rand(4), torch.bfloat16, last)
+@pytest.mark.parametrize("given_last", [False, True])
+def test_further_channels_are_zero(given_last):
+    real, fake = pair(6, 3, 4, 5, last=given_last)
+    alpha = torch.rand(6)
+    made = ASSEMBLE(real, fake, alpha, torch.bfloat16, True, 8)
+    assert made.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(made[:, :3], ASSEMBLE(real, fake, alpha, torch.bfloat16, True))
+    assert (made[:, 3:] == 0).all()
+
+
+@pytest.mark.parametrize(("last", "channels"), [(False, 0), (True, 0), (True, 8)])
+def test_the_operator_is_registered_correctly(last, channels):
+    arguments = (*pair(4, 3, 2, 5), torch.rand(4), torch.bfloat16, last, channels)
     torch.library.opcheck(torch.ops.wgan_fast.assemble, arguments)

@@ -10,34 +10,42 @@ from . import samples
 from .registry import kernels, operator
 
 
-def _empty(real: Tensor, fake: Tensor, alpha: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+def _empty(
+    real: Tensor, fake: Tensor, alpha: Tensor, dtype: torch.dtype, channels_last: bool, channels: int = 0
+) -> Tensor:
+    N, *shape = real.shape
     layout = torch.channels_last if real.dim() == 4 else torch.channels_last_3d
     return torch.empty(
-        (3 * real.shape[0], *real.shape[1:]),
+        (3 * N, channels, *shape[1:]) if channels else (3 * N, *shape),
         dtype=dtype,
         device=real.device,
         memory_format=layout if channels_last else torch.contiguous_format,
     )
 
 
-def _launch(real: Tensor, fake: Tensor, alpha: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    out = _empty(real, fake, alpha, dtype, channels_last)
+def _launch(
+    real: Tensor, fake: Tensor, alpha: Tensor, dtype: torch.dtype, channels_last: bool, channels: int = 0
+) -> Tensor:
     # Kernels take samples in the order of what they write, or the transposed one: channels first for last.
-    other = _empty(real, fake, alpha, dtype, not channels_last) if real.dim() in (4, 5) else out
-    given = next((like for like in (out, other) if samples.layout_reason(real, like) is None), out)
+    alike = _empty(real[:1], fake, alpha, real.dtype, channels_last)
+    other = _empty(real[:1], fake, alpha, real.dtype, not channels_last) if real.dim() in (4, 5) else alike
+    given = next((like for like in (alike, other) if samples.layout_reason(real, like) is None), alike)
+    out = _empty(real, fake, alpha, dtype, channels_last, channels)
     with torch.cuda.device_of(real):  # type: ignore[no-untyped-call]
         kernels("interpolate").assemble(
-            samples.arranged(real, given), samples.arranged(fake, given), alpha, out, transposed=given is not out
+            samples.arranged(real, given), samples.arranged(fake, given), alpha, out, transposed=given is not alike
         )
     return out
 
 
 @operator(
-    "assemble(Tensor real, Tensor fake, Tensor alpha, ScalarType dtype, bool channels_last) -> Tensor",
+    "assemble(Tensor real, Tensor fake, Tensor alpha, ScalarType dtype, bool channels_last, int channels=0) -> Tensor",
     fake=_empty,
     launch=_launch,
 )
-def assemble(real: Tensor, fake: Tensor, alpha: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+def assemble(
+    real: Tensor, fake: Tensor, alpha: Tensor, dtype: torch.dtype, channels_last: bool, channels: int = 0
+) -> Tensor:
     """Write one batch after the other.
 
     Args:
@@ -46,12 +54,17 @@ def assemble(real: Tensor, fake: Tensor, alpha: Tensor, dtype: torch.dtype, chan
         alpha: α, one per group of samples, in the accumulation dtype.
         dtype: Of the result; what is mixed is rounded once.
         channels_last: How it is laid out, for images and volumes; else it is contiguous.
+        channels: How many it has, with channels last: further ones are 0. 0 for those of the samples.
 
     Returns:
         x, x̃ and x̂ = αx + (1−α)x̃, ``[3N, *D]``.
     """
-    out = _empty(real, fake, alpha, dtype, channels_last)
-    for rows, batch in zip(out.chunk(3), (real, fake)):
+    out = _empty(real, fake, alpha, dtype, channels_last, channels)
+    given = out
+    if channels:
+        out[:, real.shape[1] :] = 0
+        given = out[:, : real.shape[1]]
+    for rows, batch in zip(given.chunk(3), (real, fake)):
         rows.copy_(batch)
-    torch.ops.wgan_fast.interpolate_into(out.chunk(3)[2], real, fake, alpha)
+    torch.ops.wgan_fast.interpolate_into(given.chunk(3)[2], real, fake, alpha)
     return out
