@@ -223,7 +223,9 @@ class Product {
       case Code::kAdd:
       case Code::kAddRelu:
       case Code::kAddLeakyRelu:
-        if (other.row != 0 || other.column != 1) return false;
+        // A row for all: of a product of one row that may be itself, which is not written yet.
+        if (other.row != 0 || other.column != 1 || (other.base == to.base && other.offset == to.offset))
+          return false;
         break;
       case Code::kSigns:
         return t_.applies != 0 && is_product(s.from[0]);

@@ -430,6 +430,8 @@ def mlp_critic_step(
 
 def _in_one(widths: Sequence[int]) -> int:
     """All widths in one number, which Triton never takes for one of 32 bits."""
+    if len(widths) > 1 + MOST_LAYERS or max(widths) > MOST_WIDTH:
+        raise ValueError(f"expected at most {MOST_LAYERS} hidden layers of at most {MOST_WIDTH} units, got {widths}")
     return sum(width // 16 << 8 * i for i, width in enumerate(widths)) | 1 << 8 * (1 + MOST_LAYERS)
 
 

@@ -57,7 +57,9 @@ class Machine:
 
 
 H100 = Machine("H100", 2.96e12, {"fp32": 52e12, "tf32": 407e12, "bf16": 786e12})
-"""A copy's bandwidth and the products' rates are those that docs/gpu.md gives; the rest is assumed."""
+H200 = Machine("H200", 4.2e12, {"fp32": 51e12, "tf32": 410e12, "bf16": 787e12})
+"""Copies' bandwidths and products' rates are those that docs/gpu.md gives; the rest is assumed."""
+MACHINES = {machine.name: machine for machine in (H100, H200)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +88,13 @@ class _Recorded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.namespace != "prim" and not is_view(func) and func is not torch.ops.aten.detach.default:
-            given = args if func is torch.ops.aten.convolution_backward.default else (args, kwargs)
-            self.work.append(Work(func._opname, flops_of(func, args, kwargs, out), tensor_bytes((given, out))))
+            named = {a.name: value for a, value in zip(func._schema.arguments, args)} | kwargs
+            # What is only written to is what comes back.
+            written = {
+                a.name for a in func._schema.arguments if a.is_out or (func._opname == "copy_" and a.name == "self")
+            }
+            read = [value for name, value in named.items() if name not in written]
+            self.work.append(Work(func._opname, flops_of(func, args, kwargs, out), tensor_bytes((read, out))))
         return out
 
 
@@ -157,16 +164,19 @@ def _is_graph_of_ours(name: str) -> bool:
     return words[0] == "ours" and "graph" in words and "compiled" not in words
 
 
-def rows(files: list[Found], machine: Machine = H100, *, measured_alone: bool = False) -> list[list[str]]:
-    """A row for every case: what is planned, what it should take and the least that it took, there if anywhere."""
+def rows(files: list[Found], *, measured_alone: bool = False) -> list[list[str]]:
+    """A row for every case: what is planned, what it should take on an H100, and the least that it took.
+
+    There if anywhere; where that was on another GPU, so is what it is held against.
+    """
     took: dict[str, tuple[bool, float, str]] = {}
     for found in files:
         device = found["environment"]["device"].removeprefix("NVIDIA ").split()[0]
         for key, item in found["items"].items():
             if (time := measured(item)) is not None:
-                one = (device != machine.name, time, device)
+                one = (device != H100.name, time, device)
                 took[key] = min(took.get(key, one), one)
-    made = [["case", "operators", "GFLOP", "MB", "predicted", "measured", "on", "measured / predicted"]]
+    made = [["case", "operators", "GFLOP", "MB", "on an H100", "measured", "on", "measured / predicted there"]]
     cases = [f"target/{'/'.join(map(str, case))}" for case in FIRST]
     cases += [f"iteration/{case.replace(' ', '/')}" for case in ITERATIONS]
     for key in cases:
@@ -174,12 +184,15 @@ def rows(files: list[Found], machine: Machine = H100, *, measured_alone: bool = 
             continue
         kind, model, size, precision = key.split("/")
         work = planned(key)
-        expected = 1e3 * machine.seconds(work, precision)
         name = f"{model}, {size}, {precision}" + (", whole iteration" if kind == "iteration" else "")
         totals = [f"{sum(w.flops for w in work) / 1e9:.3g}", f"{sum(w.nbytes for w in work) / 1e6:.3g}"]
-        row = [name, str(len(work)), *totals, f"{expected:.3g} ms"]
+        row = [name, str(len(work)), *totals, f"{1e3 * H100.seconds(work, precision):.3g} ms"]
         _, time, device = took.get(key, (True, None, ""))
-        made.append([*row, *(["", "", ""] if time is None else [f"{time:.3g} ms", device, f"{time / expected:.2f}"])])
+        if time is not None:
+            there = MACHINES.get(device)
+            ratio = "" if there is None else f"{time / (1e3 * there.seconds(work, precision)):.2f}"
+            row += [f"{time:.3g} ms", device, ratio]
+        made.append([*row, *[""] * (len(made[0]) - len(row))])
     return made
 
 

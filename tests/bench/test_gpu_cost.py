@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks" / "gpu"), str(ROOT / "benchmarks")]
 
 import cost
+import torch
 from cost import Machine, Work
 
 from wgan_fast.bench import variants, workloads
@@ -53,6 +54,12 @@ def test_batches_that_are_planned_in_two_ways_are_refused():
         cost.at_size(8, (1, 2), lambda size: [Work("mm" if size > 1 else "mv", 1, 1)])
 
 
+def test_what_is_only_written_to_is_counted_once():
+    x, out = torch.randn(3, 4), torch.empty(3, 4)
+    work = cost.recorded(lambda: (torch.mul(x, 2, out=out), out.copy_(x), out.add_(x)))
+    assert [(w.name, w.nbytes) for w in work] == [("mul", 96), ("copy_", 96), ("add_", 144)]
+
+
 def test_a_row_has_the_least_that_was_measured_on_that_machine_if_anywhere():
     def file(device, **times):
         item = {"milliseconds": {"ours": [0.001], **{name: [time] for name, time in times.items()}}}
@@ -66,7 +73,7 @@ def test_a_row_has_the_least_that_was_measured_on_that_machine_if_anywhere():
     assert float(row[7]) == pytest.approx(0.2 / float(row[4].split()[0]), rel=0.05)
 
 
-def test_the_page_is_what_the_model_says():
+def test_rows_of_the_page_are_what_the_model_says():
     text = (ROOT / "docs" / "gpu_cost.md").read_text()
     files = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results/gpu").glob("*.json"))]
     files = [found | {"items": {k: v for k, v in found["items"].items() if "/amp/" in k}} for found in files]

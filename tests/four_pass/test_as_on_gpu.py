@@ -22,6 +22,7 @@ from wgan_fast import CriticStep
 from wgan_fast.bench import variants, workloads
 from wgan_fast.bench.as_on_gpu import as_on_gpu
 from wgan_fast.four_pass import optimize
+from wgan_fast.four_pass.record import Recorder
 from wgan_fast.four_pass.stand_ins import is_view
 
 EXPECTED = Path(__file__).with_name("gpu_counts.json")
@@ -126,6 +127,103 @@ def test_a_first_layer_over_padded_channels_errs_no_more(model: str, monkeypatch
     first = [name for name, x in convolved.found if x.shape[1] in (channels, 8)]
     assert [name for name, x in convolved.found if x.shape[1] == 8] == ["convolution", "convolution_backward"]
     assert len(first) == 4
+
+
+class Given(nn.Module):
+    """A critic of images whose forward is given."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8 * 4 * 4, 1)
+        self.register_buffer("seen", torch.zeros(3, 6, 6))
+        self.given = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.given(self, x)
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.conv(x)).flatten(1))
+
+
+def summed_too(s: Any, x: Tensor) -> Tensor:
+    return s.scores(x) + x.square().sum((1, 2, 3), keepdim=False)[:, None]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layouts", [(False, False), (True, True), (False, True)], ids=str)
+@pytest.mark.parametrize("forward", [lambda s, x: s.scores(x), summed_too], ids=["once", "twice"])
+def test_a_batch_that_is_assembled_is_the_batch(
+    forward: Callable[[Any, Tensor], Tensor], layouts: tuple[bool, bool], precision: str
+) -> None:
+    """Read once, cast and laid out, or twice, as it is too."""
+    forms = [torch.channels_last if last else torch.contiguous_format for last in layouts]
+    real, fake = (torch.randn(6, 3, 6, 6).contiguous(memory_format=form) for form in forms)
+    alpha = torch.rand(6)
+    made, assembled = [], []
+    for moved in (True, False):
+        critic = Given(forward)
+        with as_on_gpu(moved=moved):
+            step = CriticStep(critic, engine="four_pass", precision=precision)
+            step(real, fake, alpha)
+            with Names() as names:
+                loss = step(real, fake, alpha).loss
+        assembled.append("assemble" in names.found)
+        made.append([loss, *[p.grad for p in critic.parameters()]])
+    assert assembled == [True, False]
+    for ours, theirs in zip(*made):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def joined(real: Tensor, fake: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    mixed = torch.ops.wgan_fast.interpolate(real, fake, alpha)
+    return torch.cat([real, fake, mixed]), mixed
+
+
+def narrowed(real: Tensor, fake: Tensor, alpha: Tensor) -> list[Tensor]:
+    batch = joined(real, fake, alpha)[0]
+    return [batch.bfloat16(), batch * 2]
+
+
+JOINED: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Any], str | None]] = {
+    "joined": (lambda r, f, a: [joined(r, f, a)[0] * 2], "float32"),
+    "cast": (lambda r, f, a: [joined(r, f, a)[0].bfloat16()], "bfloat16"),
+    "cast, and read as it is": (narrowed, "float32"),
+    "widened": (lambda r, f, a: [joined(r, f, a)[0].double()], "float32"),
+    "mixed samples that are read alone, too": (lambda r, f, a: [*joined(r, f, a)], None),
+    "samples that are written to": (lambda r, f, a: [joined(r, f, a)[0] * 2, r.mul_(2)], None),
+    "another order": (lambda r, f, a: [torch.cat([f, r, joined(r, f, a)[1]])], None),
+    "another dimension": (lambda r, f, a: [torch.cat([r, f, joined(r, f, a)[1]], 1)], None),
+    "samples of two dtypes": (lambda r, f, a: [joined(r.half(), f, a)[0] * 2], None),
+    "samples of another order": (lambda r, f, a: [joined(r.transpose(1, 2), f.transpose(1, 2), a)[0] * 2], "float32"),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_a_batch_is_assembled_where_it_is_nothing_else(name: str) -> None:
+    function, dtype = JOINED[name]
+    recorder = Recorder()
+    sizes = {"r": (4, 3, 5, 6), "f": (4, 3, 5, 6), "a": (4,)}
+    given = [recorder.input(name, torch.randn(size)) for name, size in sizes.items()]
+    with recorder.fake, recorder, torch.no_grad():
+        outputs = function(*given)
+    recorder.output(outputs)
+    with as_on_gpu():
+        optimize.assemble(recorder.graph)
+    made = [node for node in recorder.graph.nodes if node.target is torch.ops.wgan_fast.assemble.default]
+    assert [str(node.args[3]).removeprefix("torch.") for node in made] == ([] if dtype is None else [dtype])
+
+
+class Names(TorchDispatchMode):
+    """Remembers which operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.add(func._opname)
+        return func(*args, **(kwargs or {}))
 
 
 class Convolved(TorchDispatchMode):

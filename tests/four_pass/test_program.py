@@ -102,7 +102,7 @@ def test_elementwise_operators_on_values_at_the_edge(function, columns):
 
 
 @pytest.mark.parametrize("columns", [32, 48, 97, 400])
-@pytest.mark.parametrize("rows", [3, 48, 60])
+@pytest.mark.parametrize("rows", [1, 3, 48, 60])
 def test_what_follows_a_product_on_values_at_the_edge(rows, columns):
     """Such as is applied to its tiles while they are in registers."""
     x = EDGES.repeat(rows)[:rows, None].contiguous()
@@ -119,6 +119,32 @@ def test_what_follows_a_product_on_values_at_the_edge(rows, columns):
 
     same(follows(aten.relu, aten.threshold_backward), x, one, bias, v)
     same(follows(aten.leaky_relu, aten.leaky_relu_backward, 0.2), x, one, bias, v)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 60])
+def test_a_product_is_added_to_itself(rows, turned):
+    def function(x, w):
+        p = x @ (w.t() if turned else w)
+        q = x @ (w.t() if turned else w)
+        return [p + p, (q + q).relu(), aten.leaky_relu(torch.add(q, q, alpha=0.5), 0.2)]
+
+    for _ in range(3):  # over memory that was used before
+        same(function, torch.randn(rows, 64), torch.randn(64, 64), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [30, 2600])
+def test_what_follows_products_in_several_parts(depth):
+    """Depth that is cut, and joined rows: what follows is applied to the sum of all parts alone."""
+    generator = torch.Generator().manual_seed(0)
+    d, a, t, b = (torch.randn(size, generator=generator) for size in ((depth + 20, 60), (depth, 64), (20, 64), (64,)))
+
+    def function(d, a, t, b):
+        h = aten.leaky_relu((d.t() @ torch.cat([a, t])) + b, 0.2)
+        k = torch.addmm(b, d[: a.shape[0]].t(), a).relu()
+        return [h, k, aten.threshold_backward(d[: a.shape[0]].t() @ a, k, 0)]
+
+    same(function, d, a, t, b, rtol=1e-4, atol=2e-3)
 
 
 def test_rows_columns_and_numbers_are_broadcast():

@@ -8,9 +8,9 @@ from wgan_fast import ops
 ASSEMBLE = torch.ops.wgan_fast.assemble.default
 
 
-def pair(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False):
+def pair(*shape: int, last: bool = False):
     layout = torch.channels_last if last else torch.contiguous_format
-    real, fake = (torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    real, fake = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
     return real, fake
 
 

@@ -421,6 +421,16 @@ def test_it_is_taken_where_it_was_measured_to_be_faster(
     assert fused_mlp.widest(SimpleNamespace(device=torch.device("cuda"), dtype=dtype)) == most
 
 
+def test_the_kernels_and_who_asks_for_them_have_the_same_limits() -> None:
+    kernels = pytest.importorskip("wgan_fast.kernels.mlp_critic_step")
+    limits = fused_mlp.MOST_LAYERS, fused_mlp.MOST_WIDTH
+    assert limits == (kernels.MOST_LAYERS, kernels.MOST_WIDTH)
+    kernels._in_one([4080] * 7)
+    for widths in ([16] * 8, [16, 4096]):
+        with pytest.raises(ValueError, match="at most 6 hidden layers of at most 4080"):
+            kernels._in_one(widths)
+
+
 def test_without_a_gpu_the_four_passes_run() -> None:
     critic = chain(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1)).float()
     assert "GPU" in explain(critic, torch.randn(4, 6)).unfused

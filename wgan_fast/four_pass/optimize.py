@@ -240,7 +240,12 @@ def assemble(graph: fx.Graph) -> None:
     """Have a GPU mix, join, cast and lay out the samples of a step in one pass over them."""
     overwritten = _overwritten(graph)
     for node in list(graph.nodes):
-        if node.target is not aten.cat.default or len(node.args[0]) != 3 or node.args[1:] not in ((), (0,)):
+        if (
+            node.target is not aten.cat.default
+            or len(node.args[0]) != 3
+            or node.args[1:] not in ((), (0,))
+            or node.kwargs
+        ):
             continue
         real, fake, mixed = node.args[0]
         val = node.meta["val"]
@@ -520,10 +525,15 @@ def _accumulate(graph: fx.Graph) -> None:
         if not (isinstance(total, fx.Node) and isinstance(product, fx.Node) and product.target is aten.mm.default):
             continue
         val, like = total.meta["val"], node.meta["val"]
-        if list(product.users) != [node] or (val.shape, val.dtype, val.stride()) != (
-            like.shape,
-            like.dtype,
-            like.stride(),
+        if (
+            total is product
+            or list(product.users) != [node]
+            or (val.shape, val.dtype, val.stride())
+            != (
+                like.shape,
+                like.dtype,
+                like.stride(),
+            )
         ):
             continue
         if product.meta["val"].dtype != val.dtype:

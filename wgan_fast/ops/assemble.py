@@ -14,27 +14,26 @@ def _empty(
     real: Tensor, fake: Tensor, alpha: Tensor, dtype: torch.dtype, channels_last: bool, channels: int = 0
 ) -> Tensor:
     N, *shape = real.shape
-    layout = torch.channels_last if real.dim() == 4 else torch.channels_last_3d
-    return torch.empty(
-        (3 * N, channels, *shape[1:]) if channels else (3 * N, *shape),
-        dtype=dtype,
-        device=real.device,
-        memory_format=layout if channels_last else torch.contiguous_format,
-    )
+    size = (3 * N, channels, *shape[1:]) if channels else (3 * N, *shape)
+    return torch.empty(size, dtype=dtype, device=real.device, memory_format=_layout(real, channels_last))
+
+
+def _layout(batch: Tensor, channels_last: bool) -> torch.memory_format:
+    last = torch.channels_last if batch.dim() == 4 else torch.channels_last_3d
+    return last if channels_last else torch.contiguous_format
 
 
 def _launch(
     real: Tensor, fake: Tensor, alpha: Tensor, dtype: torch.dtype, channels_last: bool, channels: int = 0
 ) -> Tensor:
     # Kernels take samples in the order of what they write, or the transposed one: channels first for last.
-    alike = _empty(real[:1], fake, alpha, real.dtype, channels_last)
-    other = _empty(real[:1], fake, alpha, real.dtype, not channels_last) if real.dim() in (4, 5) else alike
-    given = next((like for like in (alike, other) if samples.layout_reason(real, like) is None), alike)
+    orders = [channels_last, not channels_last] if real.dim() in (4, 5) else [channels_last]
+    likes = [torch.empty(real.shape, device="meta", memory_format=_layout(real, last)) for last in orders]
+    transposed = samples.layout_reason(real, likes[0]) is not None and samples.layout_reason(real, likes[-1]) is None
+    real = real if transposed else real.contiguous(memory_format=_layout(real, channels_last))
     out = _empty(real, fake, alpha, dtype, channels_last, channels)
     with torch.cuda.device_of(real):  # type: ignore[no-untyped-call]
-        kernels("interpolate").assemble(
-            samples.arranged(real, given), samples.arranged(fake, given), alpha, out, transposed=given is not alike
-        )
+        kernels("interpolate").assemble(real, samples.arranged(fake, real), alpha, out, transposed=transposed)
     return out
 
 
