@@ -587,6 +587,26 @@ def test_critics_that_were_wrong_once(name, loss):
         torch.testing.assert_close(mine, parameter.grad, rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("N", [1, 2, 64])
+@pytest.mark.parametrize("before", [True, False], ids=["before the activation", "after it"])
+def test_a_layer_added_to_itself_is_planned(before, N):
+    """One cotangent is the sum of a product with itself, which used to be accumulated into itself."""
+
+    def forward(s, x):
+        h = s.a(x)
+        h = nn.functional.leaky_relu(h + h, 0.2) if before else (a := nn.functional.leaky_relu(h, 0.2)) + a
+        return s.c(nn.functional.leaky_relu(s.b(h), 0.2))
+
+    critic = Of(forward, a=L(32, 64), b=L(64, 64), c=L(64, 1))
+    real, fake, alpha = torch.randn(N, 32), torch.randn(N, 32), torch.rand(N)
+    made = []
+    for engine in ("four_pass", "autograd"):
+        CriticStep(critic, engine=engine)(real, fake, alpha)
+        made.append([parameter.grad.clone() for parameter in critic.parameters()])
+    for ours, theirs in zip(*made):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_of_what_is_summed():
     critic = Of(lambda s, x: nn.functional.dropout(s.a(x), 0.5).sum(1), a=L(20, 40))
     CriticStep(critic, loss="hinge", penalty=None)(*torch.randn(2, 8, 20))
