@@ -34,20 +34,20 @@ def assert_as_exact(actual: Tensor, ours: Tensor, exact: Tensor) -> None:
 
 # Chunks across positions and across channels, full and not.
 CUT = [
-    ((2, 6, 40, 41), 2, False, True),
-    ((1, 6, 40, 41), 1, True, True),
-    ((1, 5000), 1, True, True),
-    ((2, 900, 3, 3), 1, False, False),
-    ((3, 12, 40, 40), 3, False, True),
+    ((2, 6, 20, 21), 2, False, True),
+    ((1, 6, 20, 21), 1, True, True),
+    ((1, 1300), 1, True, True),
+    ((2, 230, 3, 3), 1, False, False),
+    ((3, 6, 15, 20), 3, False, True),
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "groups", "last", "affine"), CUT)
 def test_few_large_groups_are_cut(
     shape: tuple[int, ...], groups: int, last: bool, affine: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "_TILE", 512)
+    monkeypatch.setattr(kernel, "_TILE", 128)
     monkeypatch.setattr(kernel, "_ENOUGH", 20)
     cut = kernel._cut(shape[0] * groups, shape[1] // groups, torch.Size(shape[2:]).numel(), last or len(shape) == 2)
     assert cut["chunks"] > 1
