@@ -241,7 +241,8 @@ def test_molecules_that_are_learned_are_valid(example):
     untrained, trained = (module.measure(module.draw(module.train(graphs, steps)), graphs) for steps in (0, 80))
     assert untrained[0] < 0.01
     assert trained[0] > 0.1
-    assert trained[1] > 0.5
+    # After so few steps between 0.45 and 0.9, by how sums round; of a generator that has collapsed next to none differ.
+    assert trained[1] > 0.2
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):
