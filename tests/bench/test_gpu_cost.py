@@ -73,7 +73,8 @@ def test_a_row_has_the_least_that_was_measured_on_that_machine_if_anywhere():
     assert float(row[7]) == pytest.approx(0.2 / float(row[4].split()[0]), rel=0.05)
 
 
-def test_rows_of_the_page_are_what_the_model_says():
+def test_the_rows_of_one_model_on_the_page_are_what_is_counted_now():
+    """Of the smallest: all of them take a minute; `make report` writes them."""
     text = (ROOT / "docs" / "gpu_cost.md").read_text()
     files = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results/gpu").glob("*.json"))]
     files = [found | {"items": {k: v for k, v in found["items"].items() if "/amp/" in k}} for found in files]

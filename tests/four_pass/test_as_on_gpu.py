@@ -107,6 +107,16 @@ def test_in_bf16_it_errs_as_plain_pytorch_does(case: str) -> None:
     assert (ours - truth).norm() <= 2 * (naive - truth).norm()
 
 
+@pytest.mark.parametrize(("given", "asked"), [(None, False), ("", False), ("0", False), ("1", True)])
+def test_channels_are_padded_where_it_is_asked_for(
+    given: str | None, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(optimize.PAD_CHANNELS, raising=False)
+    if given is not None:
+        monkeypatch.setenv(optimize.PAD_CHANNELS, given)
+    assert optimize.pads_channels() is asked
+
+
 @pytest.mark.parametrize("model", ["dcgan-28", "dcgan-64"])
 def test_a_first_layer_over_padded_channels_errs_no_more(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made, precision = workload(f"{model}/bf16, channels last")

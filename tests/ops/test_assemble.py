@@ -40,6 +40,12 @@ def test_further_channels_are_zero(given_last):
     assert (made[:, 3:] == 0).all()
 
 
+@pytest.mark.parametrize(("last", "channels"), [(False, 8), (True, 2)])
+def test_fewer_channels_and_others_than_last_are_refused(last, channels):
+    with pytest.raises(ValueError, match="expected channels last, and at least the samples' 3"):
+        ASSEMBLE(*pair(4, 3, 2, 5), torch.rand(4), torch.bfloat16, last, channels)
+
+
 @pytest.mark.parametrize(("last", "channels"), [(False, 0), (True, 0), (True, 8)])
 def test_the_operator_is_registered_correctly(last, channels):
     arguments = (*pair(4, 3, 2, 5), torch.rand(4), torch.bfloat16, last, channels)

@@ -1,7 +1,6 @@
 """Plans: a critic and the shapes of one batch, turned into a flat graph that is run at every step."""
 
 import operator
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from .counting import Cost, Counter
 from .flat import FlatStep, Layout
 from .independence import CoupledError, Dims, batch_dims, opaque
 from .objective import Objective, RefusedError, Schedule
-from .optimize import PAD_CHANNELS, assemble, cast_together, cut, finish, leave_uncast, pad_channels, save_memory
+from .optimize import assemble, cast_together, cut, finish, leave_uncast, pad_channels, pads_channels, save_memory
 from .passes import AffinePrefix, Roles, Run, affine_prefix, number_values
 from .program import Program, program_of
 from .record import Recorder
@@ -241,7 +240,7 @@ class Plan(FlatStep):
                 leave_uncast(piece.graph)
                 cast_together(piece.graph)
                 save_memory(piece.graph)
-                if os.environ.get(PAD_CHANNELS, "0") != "0":
+                if pads_channels():
                     pad_channels(piece.graph)
             piece.graph.lint()
             piece.recompile()

@@ -14,6 +14,8 @@ def _empty(
     real: Tensor, fake: Tensor, alpha: Tensor, dtype: torch.dtype, channels_last: bool, channels: int = 0
 ) -> Tensor:
     N, *shape = real.shape
+    if channels and not (channels_last and channels >= shape[0]):
+        raise ValueError(f"expected channels last, and at least the samples' {shape[0]}, got {channels}")
     size = (3 * N, channels, *shape[1:]) if channels else (3 * N, *shape)
     return torch.empty(size, dtype=dtype, device=real.device, memory_format=_layout(real, channels_last))
 
