@@ -5,6 +5,7 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include <cmath>
@@ -20,14 +21,10 @@
 namespace wgan_fast {
 namespace {
 
-// Of a product's left side, what stays in a core's second-level cache while panel after panel of the right
-// side passes; and the depth up to which a panel fits beside it.
-constexpr int64_t kRowBytes = 384 * 1024;
-constexpr int64_t kDepth = 2560, kDepthOfBlocks = 1024;
+// Depth of a product that is not cut to have its right side stay in the cache.
+constexpr int64_t kDepth = 256;
 // Rows up to which the right side is read where it lies; as in wgan_fast/four_pass/program.py.
-constexpr int64_t kFewRows = 48;
-// Panels from which on laying out the left side costs less than reading it from as many lines as it has rows.
-constexpr int64_t kManyPanels = 12;
+constexpr int64_t kFewRows = 128;
 // Depth of the right side that a thread lays out at a time.
 constexpr int64_t kPackedDepth = 32;
 constexpr int64_t kBlockElements = 8192;
@@ -39,6 +36,19 @@ constexpr int64_t kTasks = 16;
 constexpr int64_t kKept = 65536;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of a product's right side, what stays in a core's second-level cache while the tiles of the left side pass:
+// half of it, or of a usual one.
+int64_t right_bytes() {
+  static const int64_t bytes = [] {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (cache > 0) return cache / 2;
+#endif
+    return int64_t{512 * 1024};
+  }();
+  return bytes;
+}
 
 // Memory by size. A fresh allocation of megabytes is faulted in page by page at first use, which costs as
 // much as the arithmetic of a small step: what a step frees is kept for the next.
@@ -122,6 +132,7 @@ class Worker {
       : counters_(counters), threads_(counters == nullptr ? 1 : threads), number_(number) {}
 
   int64_t threads() const { return threads_; }
+  int64_t number() const { return number_; }
 
   // Calls `run(task)` for every task.
   template <typename Run>
@@ -172,22 +183,31 @@ class Product {
     dots_ = kernel.segments == 1 && kernel.columns == 1 && first.a.column == 1 && first.b.row == 1;
     unit_ = kernel.bf16 != 0 && !dots_ ? 2 : 1;
     for (int64_t s = 0; s < kernel.segments; ++s) depth_ += units(segment(s));
-    const bool in_place = unit_ == 1 && !dots_ && kernel.kept == 0 && kernel.segments == 1 &&
-                          kernel.rows <= kFewRows && kernel.columns > 1;
-    turned_ = in_place && first.b.row == 1;
-    direct_ = in_place && first.b.column == 1 && !turned_;
-    packs_rows_ = unit_ == 2 || (panels_ >= kManyPanels && kernel.rows > 1) || kernel.segments > 1 ||
-                  (first.a.column != 1 && kernel.rows > 1 && depth_ > 1);
-    along_depth_ = unit_ == 2 && first.a.column == 1;
-    blocks_ = depth_ <= kDepth || kernel.kept != 0 ? 1 : ceil_div(depth_, kDepthOfBlocks);
+    const auto all = [&](const auto& condition) {
+      for (int64_t s = 0; s < kernel.segments; ++s)
+        if (!condition(segment(s))) return false;
+      return true;
+    };
+    const bool in_place = unit_ == 1 && !dots_ && kernel.kept == 0 && kernel.columns > 1;
+    turned_ = in_place && kernel.rows <= kFewRows && depth_ > 1 && kernel.segments == 1 && first.b.row == 1 &&
+              kernel.to.column == 1;
+    direct_ = in_place && !turned_ && (kernel.rows <= kFewRows || depth_ == 1) &&
+              all([](const Segment& s) { return s.b.column == 1; });
+    const bool along_depth = all([](const Segment& s) { return s.a.column == 1; });
+    packs_rows_ =
+        unit_ == 2 || (kernel.segments > 1 && !direct_) || (!along_depth && kernel.rows > 1 && depth_ > 1);
+    along_depth_ = unit_ == 2 && along_depth;
+    packed_from_ = direct_ ? kernel.columns / t.columns : 0;
+    const int64_t most = std::max(kDepth, right_bytes() / (4 * t.columns * (direct_ ? 1 : panels_)));
+    blocks_ = kernel.kept != 0 ? 1 : ceil_div(depth_, most);
     longest_ = ceil_div(depth_, blocks_);
   }
 
   // Floats that `run` needs.
-  int64_t scratch() const {
+  int64_t scratch(int64_t threads) const {
     if (dots_) return 0;
     if (turned_) return depth_ * in_panels(kernel_.rows);
-    return longest_ * (in_panels(kernel_.columns) + (packs_rows_ ? kernel_.rows : 0));
+    return right_size() + (packs_rows_ ? threads * tile_size() : 0);
   }
 
   double operations() const { return 2.0 * kernel_.rows * kernel_.columns * depth_ * unit_; }
@@ -198,10 +218,10 @@ class Product {
     if (dots_) return run_dots(memory, worker);
     if (turned_) return run_turned(memory, scratch, worker);
     float* const right = kernel_.kept != 0 ? kernel_.right.at(memory, 0, 0) : scratch;
-    float* const left = scratch + (kernel_.kept != 0 ? 0 : longest_ * panels_ * t_.columns);
+    float* const left = scratch + right_size() + worker.number() * tile_size();
     for (int64_t block = 0; block < blocks_; ++block) {
       const int64_t begin = depth_ * block / blocks_, end = depth_ * (block + 1) / blocks_;
-      pack(memory, begin, end, right, left, worker);
+      pack(memory, begin, end, right, worker);
       multiply(memory, begin, end, right, left, worker);
     }
   }
@@ -211,8 +231,12 @@ class Product {
   int64_t units(const Segment& s) const { return ceil_div(s.depth, unit_); }
   int64_t row(int64_t tile) const { return kernel_.rows * tile / tiles_; }
   int64_t width(int64_t panel) const { return std::min(t_.columns, kernel_.columns - panel * t_.columns); }
+  int64_t right_size() const {
+    return kernel_.kept != 0 ? 0 : longest_ * (panels_ - packed_from_) * t_.columns;
+  }
+  int64_t tile_size() const { return ceil_div(longest_ * t_.rows, 16) * 16; }
   int64_t in_panels(int64_t columns) const { return ceil_div(columns, t_.columns) * t_.columns; }
-  bool packed(int64_t panel) const { return !direct_ || width(panel) < t_.columns; }
+  bool packed(int64_t panel) const { return panel >= packed_from_; }
 
   // Whether a statement makes the product, in place, what can be made of a tile in registers.
   bool applies(const Statement& s) const {
@@ -304,17 +328,15 @@ class Product {
     }
   }
 
-  void pack(float* const* memory, int64_t begin, int64_t end, float* right, float* left,
-            Worker& worker) const {
-    const int64_t first = direct_ ? kernel_.columns / t_.columns : 0;  // panel that is packed
+  void pack(float* const* memory, int64_t begin, int64_t end, float* right, Worker& worker) const {
+    const int64_t first = packed_from_;
     const bool in_depth = segment(0).b.column == 1;
     // Parts of the right side: some depth, or some panels where memory runs along the depth.
     const int64_t extent = kernel_.kept == 2 || first == panels_ ? 0
                            : in_depth                            ? end - begin
                                                                  : panels_ - first;
     const int64_t size = in_depth ? kPackedDepth : 1, parts = ceil_div(extent, size);
-    worker.share(parts + (packs_rows_ ? tiles_ : 0), [&](int64_t task) {
-      if (task >= parts) return pack_tile(memory, begin, end, task - parts, left);
+    worker.share(parts, [&](int64_t task) {
       const int64_t k0 = in_depth ? begin + task * size : begin,
                     k1 = in_depth ? std::min(k0 + size, end) : end;
       const int64_t p0 = in_depth ? first : first + task, p1 = in_depth ? panels_ : p0 + 1;
@@ -322,7 +344,7 @@ class Product {
         (unit_ == 2 ? t_.pack16 : t_.pack)(
             depth, std::min(kernel_.columns, p1 * t_.columns) - p0 * t_.columns,
             s.b.at(memory, from, p0 * t_.columns), s.b.row, s.b.column,
-            right + (p0 * longest_ + k0 - begin + at) * t_.columns, longest_ * t_.columns);
+            right + ((p0 - first) * longest_ + k0 - begin + at) * t_.columns, longest_ * t_.columns);
       });
     });
   }
@@ -331,7 +353,7 @@ class Product {
     const int64_t r0 = row(tile), rows = row(tile + 1) - r0;
     in_segments(begin, end, [&](const Segment& s, int64_t from, int64_t depth, int64_t at) {
       const float* const a = s.a.at(memory, r0, from);
-      float* const to = left + r0 * longest_ + at * (along_depth_ ? 1 : rows);
+      float* const to = left + at * (along_depth_ ? 1 : rows);
       if (unit_ == 2)
         t_.pack_rows16(depth, rows, a, s.a.row, s.a.column, to, longest_);
       else
@@ -339,57 +361,72 @@ class Product {
     });
   }
 
-  void multiply(float* const* memory, int64_t begin, int64_t end, const float* right, const float* left,
+  void multiply(float* const* memory, int64_t begin, int64_t end, const float* right, float* left,
                 Worker& worker) const {
     const int64_t depth = end - begin;
-    // Rows whose left side stays in the cache, and groups of panels: enough tasks for the threads.
-    int64_t row_blocks = ceil_div(tiles_, std::max<int64_t>(1, kRowBytes / (4 * t_.rows * depth)));
+    // Groups of panels that stay in the cache, and blocks of tiles: enough tasks for the threads. What is
+    // read where it lies passes once.
     const int64_t enough = worker.threads() == 1 ? 1 : kTasks * worker.threads();
-    const int64_t groups = std::min(panels_, ceil_div(enough, row_blocks));
-    row_blocks = std::min(tiles_, std::max(row_blocks, ceil_div(enough, groups)));
-    worker.share(row_blocks * groups, [&](int64_t task) {
+    const int64_t bytes = 4 * t_.columns * depth * panels_;
+    const int64_t few =
+        direct_ && depth > 1 ? enough : std::max(ceil_div(bytes, right_bytes()), ceil_div(enough, tiles_));
+    const int64_t groups = std::min(panels_, few), blocks = std::min(tiles_, ceil_div(enough, groups));
+    worker.share(blocks * groups, [&](int64_t task) {
       const int64_t block = task / groups, group = task % groups;
-      for (int64_t panel = panels_ * group / groups; panel < panels_ * (group + 1) / groups; ++panel)
-        for (int64_t i = tiles_ * block / row_blocks; i < tiles_ * (block + 1) / row_blocks; ++i)
+      for (int64_t i = tiles_ * block / blocks; i < tiles_ * (block + 1) / blocks; ++i) {
+        if (packs_rows_) pack_tile(memory, begin, end, i, left);
+        for (int64_t panel = panels_ * group / groups; panel < panels_ * (group + 1) / groups; ++panel)
           tile(memory, i, panel, begin, depth, right, left, end == depth_);
+      }
     });
   }
 
   void tile(float* const* memory, int64_t tile, int64_t panel, int64_t begin, int64_t depth,
             const float* right, const float* left, bool last) const {
     const int64_t r0 = row(tile), r1 = row(tile + 1), c0 = panel * t_.columns, c1 = c0 + width(panel);
-    const Segment& only = segment(0);
-    const bool packed = this->packed(panel);
-    const float* const b =
-        packed ? right + panel * t_.columns * longest_ : only.b.at(memory, begin, panel * t_.columns);
-    const int64_t b_depth = packed ? t_.columns : only.b.row;
-    const float* const a = packs_rows_ ? left + r0 * longest_ : only.a.at(memory, r0, begin);
-    const int64_t a_row = along_depth_ ? longest_ : packs_rows_ ? 1 : only.a.row;
-    const int64_t a_depth = along_depth_ ? 1 : packs_rows_ ? r1 - r0 : depth == 1 ? 1 : only.a.column;
-    const auto multiply = unit_ == 2 ? t_.multiply16 : t_.multiply;
-    float* const c = kernel_.to.at(memory, r0, c0);
-    const bool whole = c1 - c0 == t_.columns;
+    const bool whole = c1 - c0 == t_.columns, straight = kernel_.to.column == 1;
+    const bool in_place = straight && (whole || 2 * (c1 - c0) == t_.columns);
     const Applied applied{kernel_.first_statement(), applied_, memory, r0, c0};
-    fetch(memory, r0, r1, c0, c1);
-    if (whole || 2 * (c1 - c0) == t_.columns) {
-      multiply(r1 - r0, c1 - c0, depth, a, a_row, a_depth, b, b_depth, c, kernel_.to.row, begin > 0,
-               last && whole ? &applied : nullptr);
-    } else {
-      float edge[16 * 32];
-      multiply(r1 - r0, c1 - c0, depth, a, a_row, a_depth, b, b_depth, edge, t_.columns, false, nullptr);
+    float edge[16 * 32];
+    float* const c = in_place ? kernel_.to.at(memory, r0, c0) : edge;
+    const int64_t c_row = in_place ? kernel_.to.row : t_.columns;
+    const auto multiply = [&](const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_depth,
+                              int64_t from, int64_t count) {
+      const bool add = from > 0 || (in_place && begin > 0), ends = last && from + count == depth;
+      (unit_ == 2 ? t_.multiply16 : t_.multiply)(r1 - r0, c1 - c0, count, a, a_row, a_depth, b, b_depth, c,
+                                                 c_row, add, ends && in_place && whole ? &applied : nullptr);
+    };
+    if (in_place) fetch(memory, r0, r1, c0, c1);
+    // A left side that is laid out: row by row, or a tile's rows side by side.
+    const int64_t left_row = along_depth_ ? longest_ : 1, left_depth = along_depth_ ? 1 : r1 - r0;
+    const auto right_at = [&](int64_t at) {
+      return right + ((panel - packed_from_) * longest_ + at) * t_.columns;
+    };
+    if (packs_rows_ && packed(panel))
+      multiply(left, left_row, left_depth, right_at(0), t_.columns, 0, depth);
+    else
+      in_segments(begin, begin + depth, [&](const Segment& s, int64_t from, int64_t count, int64_t at) {
+        const float* const b = packed(panel) ? right_at(at) : s.b.at(memory, from, c0);
+        const int64_t b_depth = packed(panel) ? t_.columns : s.b.row;
+        if (packs_rows_)
+          multiply(left + at * left_depth, left_row, left_depth, b, b_depth, at, count);
+        else
+          multiply(s.a.at(memory, r0, from), s.a.row, count == 1 ? 1 : s.a.column, b, b_depth, at, count);
+      });
+    if (!in_place)
       for (int64_t i = 0; i < r1 - r0; ++i)
         for (int64_t j = 0; j < c1 - c0; ++j) {
-          float& to = c[i * kernel_.to.row + j];
+          float& to = *kernel_.to.at(memory, r0 + i, c0 + j);
           to = edge[i * t_.columns + j] + (begin > 0 ? to : 0);
         }
-    }
-    if (last) finish(memory, r0, r1, c0, c1, whole ? applied_ : 0);
+    if (last) finish(memory, r0, r1, c0, c1, in_place && whole ? applied_ : 0);
   }
 
   const Kernel& kernel_;
   const Tiles& t_;
   const int64_t panels_, tiles_;
   int64_t depth_ = 0, blocks_ = 1, longest_ = 0;  // in units
+  int64_t packed_from_ = 0;                       // panels before it are read where they lie
   int64_t applied_ = 0;                           // statements that are applied to tiles
   int64_t unit_ = 1;                              // elements of depth that a word holds
   bool dots_ = false, turned_ = false, direct_ = false, packs_rows_ = false, along_depth_ = false;
@@ -516,6 +553,7 @@ std::vector<Tensor> run_program(const Tensor& program, const std::vector<Tensor>
   const Tiles& t = tiles();
   const auto* const first = reinterpret_cast<const Instruction*>(header.rest());
   const auto* const end = reinterpret_cast<const Instruction*>(words + program.numel());
+  const auto all_threads = static_cast<int64_t>(torch::stable::get_num_threads());
   int64_t spare = 0, phases = 0;
   double operations = 0;
   for (const auto* i = first; i < end; i = i->next()) {
@@ -527,7 +565,7 @@ std::vector<Tensor> run_program(const Tensor& program, const std::vector<Tensor>
       STD_TORCH_CHECK(kernel.bf16 == 0 || t.multiply16 != nullptr,
                       "this processor has no products of bfloat16");
       const Product product(kernel, t);
-      spare = std::max(spare, product.scratch());
+      spare = std::max(spare, product.scratch(all_threads));
       phases += product.phases();
       operations += product.operations();
     }
@@ -557,7 +595,7 @@ std::vector<Tensor> run_program(const Tensor& program, const std::vector<Tensor>
       }
     }
   };
-  const int64_t threads = operations < kAlone ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t threads = operations < kAlone ? 1 : all_threads;
   if (threads == 1) {
     run_all(Worker(nullptr, 1, 0));
   } else {

@@ -52,7 +52,7 @@ def same(function: Callable[..., object], *examples: Tensor, rtol: float = 2e-6,
     return made
 
 
-@pytest.mark.parametrize("rows", [1, 2, 6, 7, 13, 14, 15, 28, 29, 33, 47, 48, 49, 70])
+@pytest.mark.parametrize("rows", [1, 2, 6, 7, 13, 14, 15, 28, 29, 33, 70, 127, 128, 129, 150])
 def test_products_of_every_shape(rows):
     generator = torch.Generator().manual_seed(rows)
     for columns, depth in product([1, 2, 8, 15, 16, 17, 31, 32, 33, 63, 97], (1, 2, 16, 33)):
@@ -64,10 +64,39 @@ def test_products_of_every_shape(rows):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("depth", [2560, 2561, 4096, 7001])
-def test_deep_products_are_cut(depth):
-    a, b = torch.randn(40, depth), torch.randn(depth, 50)
-    same(lambda a, b: [a @ b, (a @ b).relu() + 1], a, b, rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"), [(40, 4097, 50), (140, 17000, 33), (40, 9001, 33), (140, 700, 600)]
+)
+def test_deep_products_are_cut(rows, depth, columns):
+    """Those that read their right side where it lies, and those that do not."""
+    a, b = torch.randn(rows, depth), torch.randn(depth, columns)
+    same(lambda a, b: [a @ b, (a @ b).relu() + 1], a, b, rtol=1e-4, atol=2e-3)
+    same(lambda a, b: [a.t() @ b], a.t().contiguous(), b, rtol=1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 31, 40, 128])
+@pytest.mark.parametrize("rows", [129, 300])
+def test_products_of_few_columns_are_their_transposes(rows, columns):
+    """Where rows lie side by side, in one part and in several, alone and with something after them."""
+    generator = torch.Generator().manual_seed(0)
+    d, a, t = (torch.randn(50, size, generator=generator) for size in (rows, columns, columns))
+    same(
+        lambda d, a, t: [d.t() @ a, d.t() @ torch.cat([a[:35], t[35:]]), (d.t() @ t).relu(), (d.t() @ a)[3:9] @ t.t()],
+        d, a, t, rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [31, 32, 50, 400])
+@pytest.mark.parametrize("rows", [1, 2, 60, 1000])
+def test_a_column_times_a_row_is_a_product(rows, columns):
+    v = EDGES.repeat(rows)[:rows, None].contiguous()
+    row, x = EDGES.repeat_interleave(7).repeat(columns)[:columns].contiguous(), torch.randn(rows, columns)
+
+    def function(v, row, x):
+        gates = (x + row).relu()
+        return [v * row, row * v, aten.threshold_backward(v * row, gates, 0), (row * v) + x, v * row[None]]
+
+    same(function, v, row, x)
 
 
 def test_right_sides_that_products_share_are_laid_out_once_and_right():
@@ -77,7 +106,14 @@ def test_right_sides_that_products_share_are_laid_out_once_and_right():
 
 def test_products_over_joined_rows_are_summed_part_by_part():
     d, a, t = torch.randn(50, 30), torch.randn(35, 45), torch.randn(15, 45)
-    same(lambda d, a, t: [d.t() @ torch.cat([a, t]), d[:, :1].t() @ torch.cat([a, t])], d, a, t, rtol=1e-5, atol=1e-5)
+    same(
+        lambda d, a, t: [
+            d.t() @ torch.cat([a, t]), d[:, :1].t() @ torch.cat([a, t]), d[:, 0][None] @ torch.cat([a, t]),
+            torch.cat([d, d], 1).t() @ torch.cat([t, a]), d.t().contiguous() @ torch.cat([a, t]),
+            d.t() @ torch.cat([a.t().contiguous().t(), t]), d.t().relu() @ torch.cat([a[:, :33], t[:, 2:35]]),
+        ],
+        d, a, t, rtol=1e-5, atol=2e-5,
+    )  # fmt: skip
 
 
 EDGES = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan"), 1e-45, -1e-45, 3e38])

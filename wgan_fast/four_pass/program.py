@@ -37,7 +37,7 @@ ARENA = 0
 MOST_BF16 = 1.5e9
 """FLOPs of a graph in bfloat16 from which on oneDNN's products, one by one, are faster. Measured on Zen 4, the time of
 oneDNN's to that of programs: 1.5 at 0.17e9, 1.7 at 0.48e9, 0.97 at 2.7e9, 0.82 at 6.6e9."""
-PANEL, KEPT_DEPTH, FEW_ROWS = 32, 2560, 48
+PANEL, KEPT_DEPTH, FEW_ROWS = 32, 2560, 128
 """Columns of a product's tile, at most; depth up to which its right side is laid out in one block; rows up to which a
 product reads its right side where it lies."""
 
@@ -103,6 +103,10 @@ class Matrix:
     offset: int
     row: int
     column: int
+
+    def turned(self) -> "Matrix":
+        """Return its transpose."""
+        return Matrix(self.buffer, self.offset, self.column, self.row)
 
     def words(self) -> list[int]:
         """Write it down."""
@@ -174,6 +178,14 @@ class Kernel:
     def flops(self) -> int:
         """Count those of its product."""
         return 2 * self.rows * self.columns * sum(depth for *_, depth in self.segments)
+
+    def turn_if_narrow(self) -> None:
+        """Write a product of few columns down as its transpose: what would be laid out is then read where it lies."""
+        narrow = self.columns <= FEW_ROWS < self.rows and not (self.statements or self.kept or self.bf16)
+        if self.to is None or not narrow or any(left.row != 1 for left, *_ in self.segments):
+            return
+        self.rows, self.columns, self.to = self.columns, self.rows, self.to.turned()
+        self.segments = [(right.turned(), left.turned(), depth) for left, right, depth in self.segments]
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield all that it touches."""
@@ -313,6 +325,9 @@ class _Writer:
         shapes: list[torch.Size] = []
         structure = self._structure(outputs, shapes, self.leaves)
         self._keep_right_sides()
+        for instruction in self.instructions:
+            if isinstance(instruction, Kernel):
+                instruction.turn_if_narrow()
         if sum(kernel.bf16 * kernel.flops() for kernel in self.instructions if isinstance(kernel, Kernel)) > MOST_BF16:
             raise UnwrittenError("PyTorch's products of bfloat16 are faster at such sizes")
         used = {matrix.buffer.resolved()[0] for matrix in self._matrices()}
@@ -577,12 +592,25 @@ class _Writer:
         else:
             parts = [(self._view(left), self._view(right), self._view(right).like.shape[0])]
         shape = node.meta["val"].shape
-        kernel = Kernel(shape, shape[0], shape[1], bf16=node.meta["val"].dtype == torch.bfloat16)
+        segments = [(_operand(a), _operand(b), depth) for a, b, depth in parts]
+        return self._multiplied(shape, segments, bf16=node.meta["val"].dtype == torch.bfloat16)
+
+    def _outer(self, node: fx.Node, one: Any, other: Any) -> View | None:
+        """Multiply a column with a row, as a product of depth 1; None for other factors."""
+        shape = node.meta["val"].shape
+        rows, columns = _rows_and_columns(shape)
+        a, b = (self._view(factor).matrix(shape) for factor in (one, other))
+        for left, right in ((a, b), (b, a)):
+            if left.column == 0 == right.row and right.column == 1 and rows > 1 and columns >= PANEL:
+                return self._multiplied(shape, [(left, right, 1)])
+        return None
+
+    def _multiplied(self, shape: Sequence[int], segments: list[tuple[Matrix, Matrix, int]], **options: Any) -> View:
+        kernel = Kernel(shape, *_rows_and_columns(shape), segments=segments, **options)
         made = self._new(shape)
         made.kernel, made.buffer.ready = kernel, len(self.instructions)
         self.instructions.append(kernel)
         kernel.to = made.matrix(shape)
-        kernel.segments = [(_operand(a), _operand(b), depth) for a, b, depth in parts]
         return made
 
     def _join(self, node: fx.Node, joined: Joined, dim: int = 0) -> View:
@@ -772,7 +800,7 @@ def _mul(w: _Writer, node: fx.Node, tensor: fx.Node, other: Any) -> View:
             kernel, index = w._kernel(shape, [view, bits.view])
             to = w._reused(kernel, node, [source], [view])
             return w._stated(MASK, kernel, index, [view], [bits.scale], to, bits)
-    return w._statement(MULTIPLY, node, [tensor, other])
+    return w._outer(node, tensor, other) or w._statement(MULTIPLY, node, [tensor, other])
 
 
 @_writes(aten.div.Tensor, aten.div_.Tensor)
