@@ -8,6 +8,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <map>
@@ -21,8 +22,9 @@
 namespace wgan_fast {
 namespace {
 
-// Depth of a product that is not cut to have its right side stay in the cache.
-constexpr int64_t kDepth = 256;
+// A product is cut in depth so that its right side stays in the cache, but not below the one; and at the
+// other, as what is added up one by one gathers rounding.
+constexpr int64_t kLeastDepth = 256, kMostDepth = 512;
 // Rows up to which the right side is read where it lies; as in wgan_fast/four_pass/program.py.
 constexpr int64_t kFewRows = 128;
 // Depth of the right side that a thread lays out at a time.
@@ -198,7 +200,7 @@ class Product {
         unit_ == 2 || (kernel.segments > 1 && !direct_) || (!along_depth && kernel.rows > 1 && depth_ > 1);
     along_depth_ = unit_ == 2 && along_depth;
     packed_from_ = direct_ ? kernel.columns / t.columns : 0;
-    const int64_t most = std::max(kDepth, right_bytes() / (4 * t.columns * (direct_ ? 1 : panels_)));
+    const int64_t most = std::clamp(right_bytes() / (4 * t.columns * panels_), kLeastDepth, kMostDepth);
     blocks_ = kernel.kept != 0 ? 1 : ceil_div(depth_, most);
     longest_ = ceil_div(depth_, blocks_);
   }

@@ -74,6 +74,17 @@ def test_deep_products_are_cut(rows, depth, columns):
     same(lambda a, b: [a.t() @ b], a.t().contiguous(), b, rtol=1e-4, atol=2e-3)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 256), (40, 33), (200, 2), (200, 33), (200, 300)])
+def test_deep_products_gather_no_rounding(rows, columns):
+    """Of numbers above zero, whose sums grow: as exact as PyTorch's."""
+    a, b = torch.rand(20000, rows), torch.rand(20000, columns)
+    exact = a.double().t() @ b.double()
+    program, _ = written(lambda a, b: [a.t() @ b], a, b)
+    error = (program([a, b])[0] - exact).abs().max() / exact.max()
+    theirs = (a.t() @ b - exact).abs().max() / exact.max()
+    assert error < max(2 * theirs, 6e-7)
+
+
 @pytest.mark.parametrize("columns", [1, 2, 31, 40, 128])
 @pytest.mark.parametrize("rows", [129, 300])
 def test_products_of_few_columns_are_their_transposes(rows, columns):
