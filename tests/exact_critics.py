@@ -77,6 +77,15 @@ def three_heads():
 
 
 spectral, weight_norm = nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm
+
+
+def along_a_line(s, x):
+    h = s.a(x.view(-1, 3, 10))
+    h = h + 0.3 * s.c(torch.relu(s.n(s.b(torch.relu(h)))))
+    h = h + s.d(torch.tanh(h)).flip(2)
+    return s.l(torch.cat([s.e(h)[:, :5], h.view(-1, 8, 10)[:, 2:6]], 1).transpose(1, 2).reshape(-1, 90))
+
+
 CRITICS = {
     "linear": (lambda: L(30, 1), VECTORS),
     "relu": (lambda: nn.Sequential(L(30, 17), nn.ReLU(True), L(17, 9), nn.ReLU(), L(9, 1)), VECTORS),
@@ -133,6 +142,17 @@ CRITICS = {
     "1d": (
         lambda: nn.Sequential(nn.Unflatten(1, (3, 10)), nn.Conv1d(3, 4, 3, 2, 2, 2), nn.ReLU(),
                               nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, groups=2), nn.ELU(), nn.Flatten(), L(60, 1)),
+        VECTORS,
+    ),
+    "1d, many channels": (
+        lambda: Custom(along_a_line, a=nn.Conv1d(3, 8, 3, 1, 1), b=nn.Conv1d(8, 16, 5, 2, 2), n=nn.InstanceNorm1d(16),
+                       c=nn.ConvTranspose1d(16, 8, 3, 2, 1, 1), d=nn.Conv1d(8, 8, 3, padding=2, dilation=2, groups=2),
+                       e=nn.Conv1d(8, 9, 1), l=L(90, 1)),
+        VECTORS,
+    ),
+    "1d, many channels and one place": (
+        lambda: nn.Sequential(nn.Unflatten(1, (30, 1)), nn.Conv1d(30, 9, 1), nn.LeakyReLU(), nn.Conv1d(9, 8, 3, 1, 1),
+                              nn.Softplus(), nn.Flatten(), L(8, 1)),
         VECTORS,
     ),
     "3d": (

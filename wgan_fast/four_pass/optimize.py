@@ -500,8 +500,8 @@ def _write_tangents(graph: fx.Graph) -> None:
         val, new = whole.meta["val"], node.meta["val"]
         if (val.shape, val.dtype, val.stride()) != (new.shape, new.dtype, new.stride()):
             continue
-        readers = readers_of(whole)
-        if not _owned(whole) or any(position.get(r, -1) > position[node] for r in readers):
+        readers = readers_of(_origin(whole))
+        if not _owned(_origin(whole)) or any(position.get(r, -1) > position[node] for r in readers):
             continue
         start = head.meta["val"].shape[dim]
         rows = graph.create_node("call_function", aten.slice.Tensor, (whole, dim, start, val.shape[dim]))
@@ -548,7 +548,10 @@ def _write_in_place(graph: fx.Graph) -> None:
             continue
         source = node.args[0]
         others = [n for n in node.all_input_nodes if n is not source]
-        if not isinstance(source, fx.Node) or not _owned(source) or list(node.args).count(source) > 1:
+        if not isinstance(source, fx.Node) or list(node.args).count(source) > 1:
+            continue
+        origin = _origin(source)
+        if not _owned(origin):
             continue
         val, new = source.meta.get("val"), node.meta.get("val")
         if not isinstance(val, Tensor) or (val.shape, val.dtype, val.stride()) != (
@@ -557,14 +560,21 @@ def _write_in_place(graph: fx.Graph) -> None:
             new.stride(),
         ):
             continue
-        readers = readers_of(source)
-        if any(position.get(r, -1) > position[node] for r in readers) or any(o in readers for o in others):
+        readers = readers_of(origin)
+        if any(position.get(r, -1) > position[node] for r in readers) or any(o in {origin, *readers} for o in others):
             continue
         if node.target in IN_PLACE:
             node.target = IN_PLACE[node.target]
         else:
             overload, name = OUT[node.target]
             node.target, node.kwargs = overload, {**node.kwargs, name: source}
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """Return the node that made a node's memory, where it is all of that, perhaps under another shape."""
+    while node.target in (aten.squeeze.dim, aten.unsqueeze.default):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _owned(node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from .capture import STOPS_GRADIENT, Captured, CaptureError, first_line, where
 from .independence import Dims
 from .operators import WITH_RULES, Call, Slot, rule_for
+from .operators.base import on_gpu
 from .operators.linear import Affine
 from .operators.structure import LinearMap
 
@@ -183,6 +184,9 @@ class Rows(Run):
         if start == 0:
             return rows
         dim = self._dims[node]
+        if dim == 0 and _lies_lifted(whole):
+            lifted = None if leading is None else leading.unsqueeze(2)
+            return self.put(node, whole.unsqueeze(2), rows.unsqueeze(2), lifted).squeeze(2)
         if leading is not None:
             return torch.cat([leading.to(whole.dtype), rows], dim)
         return torch.cat([whole.narrow(dim, 0, whole.shape[dim] * start // total), rows], dim)
@@ -239,10 +243,24 @@ class explained:  # noqa: N801 (reads as a clause)
             raise CaptureError(f"{where(self.node)} cannot run in four passes: {first_line(error)}") from error
 
 
+def _lies_lifted(x: Tensor) -> bool:
+    """Whether it lies channels-last as images of height 1 do: as 1-D convolutions take it on a CPU."""
+    return (
+        x.dim() == 3
+        and not on_gpu(x)
+        and not x.is_contiguous()
+        and x.unsqueeze(2).is_contiguous(memory_format=torch.channels_last)
+    )
+
+
 def laid_out(value: Tensor, like: Tensor) -> Tensor:
     """Return ``value`` channels-last where ``like`` is, and not where it is not: to mix the two is slow."""
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim())
-    if layout is None or value.shape != like.shape:
+    if value.shape != like.shape:
+        return value
+    if _lies_lifted(like) != _lies_lifted(value) and (like.is_contiguous() or value.is_contiguous()):
+        return laid_out(value.unsqueeze(2), like.unsqueeze(2)).squeeze(2)
+    if layout is None:
         return value
     either = (torch.contiguous_format, layout)
     ours, theirs = ([x.is_contiguous(memory_format=form) for form in either] for x in (value, like))

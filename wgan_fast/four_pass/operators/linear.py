@@ -81,7 +81,12 @@ class Linear(Affine):
         return torch.nn.functional.linear(x, call.tensor("weight"))  # type: ignore[arg-type]
 
 
-@register("conv1d", rows.keep_leading, (X((3, 4, 7)), W((6, 2, 3)), W((6,)), [2], [1], [2], 2))
+@register(
+    "conv1d",
+    rows.keep_leading,
+    (X((3, 4, 7)), W((6, 2, 3)), W((6,)), [2], [1], [2], 2),
+    (X((3, 4, 7)), W((8, 2, 3)), W((8,)), [2], [1], [2], 2),
+)
 @register(
     "conv2d",
     rows.keep_leading,
@@ -89,7 +94,12 @@ class Linear(Affine):
     (X((3, 6, 7, 5), torch.channels_last), W((8, 6, 3, 2), torch.channels_last), W((8,))),
 )
 @register("conv3d", rows.keep_leading, (X((2, 3, 4, 5, 6)), W((2, 3, 2, 2, 3)), W((2,)), [2, 1, 3]))
-@register("conv_transpose1d", rows.keep_leading, (X((3, 4, 7)), W((4, 3, 3)), W((3,)), [2], [1], [1]))
+@register(
+    "conv_transpose1d",
+    rows.keep_leading,
+    (X((3, 4, 7)), W((4, 3, 3)), W((3,)), [2], [1], [1]),
+    (X((3, 8, 7)), W((8, 2, 3)), W((4,)), [2], [1], [1], 2, [2]),
+)
 @register(
     "conv_transpose2d.input",
     rows.keep_leading,
@@ -101,10 +111,13 @@ class Convolution(Affine):
 
     def forward(self, call: Call) -> Output:
         """Run the layer, over channels-last memory where that is faster."""
-        if _goes_along_channels(call):
-            bias = call.slot("bias")
-            call.operands = [x if i == bias else _channels_last(x) for i, x in enumerate(call.operands)]
-        return super().forward(call)
+        if not _goes_along_channels(call):
+            return super().forward(call)
+        bias = call.slot("bias")
+        call.operands = [
+            x.to(_computed_in(x)) if i == bias else self._along_channels(call, x) for i, x in enumerate(call.operands)
+        ]
+        return self._convolve(call, call.tensor("input"), call.tensor("bias")) if self._lifts(call) else call.run()
 
     def vjp(self, call: Call, cotangent: Output, wanted: Sequence[int]) -> Derivatives:
         """One call of PyTorch's convolution backward."""
@@ -113,19 +126,21 @@ class Convolution(Affine):
         if x.dim() != self._geometry(call)["dims"] + 2:
             return super().vjp(call, cotangent, wanted)
         if x.shape[0] == 1 and x.stride(1) == 1 and _goes_along_channels(call):
-            x = _channels_last(x)  # a tangent, perhaps
+            x = self._along_channels(call, x)  # a tangent, perhaps
         # With the weight's gradient comes the bias's at no cost; alone it is a sum.
         mask = [data in wanted, weight in wanted, weight in wanted and bias is not None and bias in wanted]
         gx = gw = gb = None
         if any(mask):
+            lifts = self._lifts(call)
+            operands = [cotangent, x, call.operands[weight]]  # type: ignore[index]
             gx, gw, gb = aten.convolution_backward(
-                cotangent,
-                x,
-                call.operands[weight],  # type: ignore[index]
+                *[_lifted(each) if lifts else each for each in operands],
                 [cotangent.shape[1]],
                 *self._settings(call),
                 mask,
             )
+            if lifts:
+                gx, gw = (each if each is None else each.squeeze(2) for each in (gx, gw))
         if bias is not None and bias in wanted and weight not in wanted:
             channels = [0, *range(2, x.dim())]
             along = cotangent.stride(1) == 1 and on_gpu(cotangent)
@@ -135,8 +150,24 @@ class Convolution(Affine):
     def apply(self, call: Call, x: Tensor) -> Tensor:
         """Return the convolution of x without a bias."""
         if _goes_along_channels(call):
-            x = _channels_last(x)
-        return aten.convolution(x, call.tensor("weight"), None, *self._settings(call))  # type: ignore[no-any-return]
+            x = self._along_channels(call, x)
+        return self._convolve(call, x, None)
+
+    def _convolve(self, call: Call, x: Any, bias: Tensor | None) -> Tensor:
+        weight: Any = call.tensor("weight")
+        if not self._lifts(call):
+            return aten.convolution(x, weight, bias, *self._settings(call))  # type: ignore[no-any-return]
+        return aten.convolution(_lifted(x), _lifted(weight), bias, *self._settings(call)).squeeze(2)  # type: ignore[no-any-return]
+
+    def _along_channels(self, call: Call, x: Tensor) -> Tensor:
+        return _channels_last(_lifted(x)).squeeze(2) if self._lifts(call) else _channels_last(x)
+
+    def _lifts(self, call: Call) -> bool:
+        """Whether it runs over images of height 1: PyTorch's own 1-D form has no channels-last memory."""
+        x = call.tensor("input")
+        assert x is not None
+        one = self._geometry(call)["dims"] == 1 and x.dim() == 3
+        return one and x.device.type == "cpu" and not on_gpu(x) and _goes_along_channels(call)
 
     def _geometry(self, call: Call) -> dict[str, Any]:
         name = call.op._schema.name
@@ -144,15 +175,18 @@ class Convolution(Affine):
 
     def _settings(self, call: Call) -> list[Any]:
         dims, transposed = self._geometry(call).values()
+        lifts = self._lifts(call)
 
-        def each(name: str) -> list[int]:
+        def each(name: str, of_height: int) -> list[int]:
             value = call.argument(name)
             value = [value] if isinstance(value, int) else list(value)
-            return value * dims if len(value) == 1 else value
+            value = value * dims if len(value) == 1 else value
+            return [of_height, *value] if lifts else value
 
-        output_padding = each("output_padding") if transposed else [0] * dims
+        output_padding = each("output_padding", 0) if transposed else [0] * (dims + lifts)
         return [
-            each("stride"), each("padding"), each("dilation"), transposed, output_padding, call.argument("groups")
+            each("stride", 1), each("padding", 0), each("dilation", 1), transposed, output_padding,
+            call.argument("groups"),
         ]  # fmt: skip
 
 
@@ -180,6 +214,10 @@ def _goes_along_channels(call: Call) -> bool:
     if not on_gpu(weight):
         return weight.device.type == "cpu"
     return call.argument("groups") == 1 and convolves_in_tensor_cores(_computed_in(weight), weight.device)
+
+
+def _lifted(x: Tensor) -> Tensor:
+    return x.unsqueeze(2)
 
 
 def _channels_last(x: Tensor) -> Tensor:
