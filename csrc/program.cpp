@@ -22,9 +22,9 @@
 namespace wgan_fast {
 namespace {
 
-// A product is cut in depth so that its right side stays in the cache, but not below the one; and at the
-// other, as what is added up one by one gathers rounding.
-constexpr int64_t kLeastDepth = 256, kMostDepth = 512;
+// Depth below which a product is not cut to have its right side stay in the cache; and the depth that is
+// added up one by one: rounding gathers with it.
+constexpr int64_t kLeastDepth = 256, kSummedDepth = 512;
 // Rows up to which the right side is read where it lies; as in wgan_fast/four_pass/program.py.
 constexpr int64_t kFewRows = 128;
 // Depth of the right side that a thread lays out at a time.
@@ -200,7 +200,7 @@ class Product {
         unit_ == 2 || (kernel.segments > 1 && !direct_) || (!along_depth && kernel.rows > 1 && depth_ > 1);
     along_depth_ = unit_ == 2 && along_depth;
     packed_from_ = direct_ ? kernel.columns / t.columns : 0;
-    const int64_t most = std::clamp(right_bytes() / (4 * t.columns * panels_), kLeastDepth, kMostDepth);
+    const int64_t most = std::max(right_bytes() / (4 * t.columns * panels_), kLeastDepth);
     blocks_ = kernel.kept != 0 ? 1 : ceil_div(depth_, most);
     longest_ = ceil_div(depth_, blocks_);
   }
@@ -291,6 +291,19 @@ class Product {
     });
   }
 
+  // As Tiles::multiply, some depth at a time.
+  void add_up(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
+              const float* b, int64_t b_depth, float* c, int64_t c_row, bool add,
+              const Applied* applied) const {
+    const int64_t parts = ceil_div(depth, kSummedDepth);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t k0 = depth * part / parts, k1 = depth * (part + 1) / parts;
+      (unit_ == 2 ? t_.multiply16 : t_.multiply)(rows, columns, k1 - k0, a + k0 * a_depth, a_row, a_depth,
+                                                 b + k0 * b_depth, b_depth, c, c_row, add || part > 0,
+                                                 part + 1 == parts ? applied : nullptr);
+    }
+  }
+
   // The few rows take the place of the columns: they are laid out, and the right side is read where it lies.
   void run_turned(float* const* memory, float* scratch, Worker& worker) const {
     const Segment& s = segment(0);
@@ -307,9 +320,8 @@ class Product {
         const int64_t rows = std::min(t_.columns, kernel_.rows - r0);
         for (int64_t part = 0; part < parts; ++part) {
           const int64_t begin = columns * part / parts, end = columns * (part + 1) / parts;
-          t_.multiply(end - begin, rows, depth_, s.b.at(memory, 0, c0 + begin), s.b.column, s.b.row,
-                      scratch + r0 * depth_, t_.columns, block + begin * t_.columns, t_.columns, false,
-                      nullptr);
+          add_up(end - begin, rows, depth_, s.b.at(memory, 0, c0 + begin), s.b.column, s.b.row,
+                 scratch + r0 * depth_, t_.columns, block + begin * t_.columns, t_.columns, false, nullptr);
         }
         t_.turn(rows, columns, block, t_.columns, kernel_.to.at(memory, r0, c0), kernel_.to.row);
         finish(memory, r0, r0 + rows, c0, c0 + columns);
@@ -395,8 +407,8 @@ class Product {
     const auto multiply = [&](const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_depth,
                               int64_t from, int64_t count) {
       const bool add = from > 0 || (in_place && begin > 0), ends = last && from + count == depth;
-      (unit_ == 2 ? t_.multiply16 : t_.multiply)(r1 - r0, c1 - c0, count, a, a_row, a_depth, b, b_depth, c,
-                                                 c_row, add, ends && in_place && whole ? &applied : nullptr);
+      add_up(r1 - r0, c1 - c0, count, a, a_row, a_depth, b, b_depth, c, c_row, add,
+             ends && in_place && whole ? &applied : nullptr);
     };
     if (in_place) fetch(memory, r0, r1, c0, c1);
     // A left side that is laid out: row by row, or a tile's rows side by side.

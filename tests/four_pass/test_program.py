@@ -78,11 +78,19 @@ def test_deep_products_are_cut(rows, depth, columns):
 def test_deep_products_gather_no_rounding(rows, columns):
     """Of numbers above zero, whose sums grow: as exact as PyTorch's."""
     a, b = torch.rand(20000, rows), torch.rand(20000, columns)
+    turned = a.t().contiguous(), b.t().contiguous()
     exact = a.double().t() @ b.double()
-    program, _ = written(lambda a, b: [a.t() @ b], a, b)
-    error = (program([a, b])[0] - exact).abs().max() / exact.max()
+    program, _ = written(lambda a, b, at, bt: [a.t() @ b, a.t() @ bt.t(), at @ b, at @ bt.t()], a, b, *turned)
     theirs = (a.t() @ b - exact).abs().max() / exact.max()
-    assert error < max(2 * theirs, 6e-7)
+    for made in program([a, b, *turned]):
+        assert (made - exact).abs().max() / exact.max() < max(2 * theirs, 6e-7)
+
+
+def test_right_sides_that_are_kept_gather_no_rounding():
+    a, b = torch.rand(200, 2560), torch.rand(2560, 40)
+    program, _ = written(lambda a, b: [a @ b, (a + 1) @ b], a, b)
+    for made, left in zip(program([a, b]), (a.double(), a.double() + 1)):
+        assert (made / (left @ b.double()) - 1).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("columns", [1, 2, 31, 40, 128])

@@ -48,7 +48,7 @@ class Blocks:
             self.batches = {**batches, "points": {**batches["points"], x: mixed}}
         self.captured, self.roles, self.objective = plan.captured, plan.roles, plan.objective
         self.scores = self.captured.picked(0)
-        self.cotangents = Cotangents()
+        self.cotangents = Cotangents(self.captured)
         self.figures: dict[str, Any] = {}
         self.penalties: list[Tensor] = []
         self.mean_norms: list[Tensor] = []

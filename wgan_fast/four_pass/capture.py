@@ -45,6 +45,7 @@ _DETACHING = {
     torch.ops.aten.uniform.default,
 }
 """Operators whose results do not move with their arguments."""
+_ALONG_LINES = {torch.ops.aten.conv1d.default, torch.ops.aten.conv1d.padding, torch.ops.aten.conv_transpose1d.default}
 _ASSERTIONS = ("_assert", "sym_constrain_range")
 
 
@@ -87,6 +88,11 @@ class Captured:
     picks: tuple[Any, ...] = ()
     dynamic: bool = True
     functions: fx.GraphModule = None  # type: ignore[assignment]
+
+    @property
+    def convolves_lines(self) -> bool:
+        """Whether there are 1-D convolutions, which on a CPU lay out as images of height 1 what they make."""
+        return any(node.target in _ALONG_LINES for node in self.graph.nodes)
 
     @property
     def x(self) -> fx.Node:

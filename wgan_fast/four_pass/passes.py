@@ -162,6 +162,7 @@ class Rows(Run):
         super().__init__(run.captured, run.label)
         self._run, self._dims, self._numbers = run, dims, numbers
         self._range = (start, stop, total)
+        self._lines = run.captured.convolves_lines
         self.values = _Lazy(self._value)
         self.calls = _Lazy(self._call)
 
@@ -184,7 +185,7 @@ class Rows(Run):
         if start == 0:
             return rows
         dim = self._dims[node]
-        if dim == 0 and _lies_lifted(whole):
+        if dim == 0 and self._lines and _lies_lifted(whole):
             lifted = None if leading is None else leading.unsqueeze(2)
             return self.put(node, whole.unsqueeze(2), rows.unsqueeze(2), lifted).squeeze(2)
         if leading is not None:
@@ -253,13 +254,19 @@ def _lies_lifted(x: Tensor) -> bool:
     )
 
 
-def laid_out(value: Tensor, like: Tensor) -> Tensor:
-    """Return ``value`` channels-last where ``like`` is, and not where it is not: to mix the two is slow."""
+def laid_out(value: Tensor, like: Tensor, lines: bool) -> Tensor:
+    """Return ``value`` channels-last where ``like`` is, and not where it is not: to mix the two is slow.
+
+    Args:
+        value: What is laid out.
+        like: Whose layout it is to have.
+        lines: Whether what has three dimensions may lie so, too.
+    """
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim())
     if value.shape != like.shape:
         return value
-    if _lies_lifted(like) != _lies_lifted(value) and (like.is_contiguous() or value.is_contiguous()):
-        return laid_out(value.unsqueeze(2), like.unsqueeze(2)).squeeze(2)
+    if lines and _lies_lifted(like) != _lies_lifted(value) and (like.is_contiguous() or value.is_contiguous()):
+        return laid_out(value.unsqueeze(2), like.unsqueeze(2), lines).squeeze(2)
     if layout is None:
         return value
     either = (torch.contiguous_format, layout)
@@ -268,9 +275,10 @@ def laid_out(value: Tensor, like: Tensor) -> Tensor:
 
 
 class Cotangents:
-    """Cotangents by node, summed where several consumers contribute."""
+    """Cotangents by node of a graph, summed where several consumers contribute."""
 
-    def __init__(self) -> None:
+    def __init__(self, captured: Captured) -> None:
+        self._lines = captured.convolves_lines
         self._sums: dict[Hashable, Any] = {}
 
     def __contains__(self, node: Hashable) -> bool:
@@ -285,7 +293,7 @@ class Cotangents:
         if value is None:
             return
         if isinstance(like, Tensor):
-            value = laid_out(value.to(like.dtype), like)
+            value = laid_out(value.to(like.dtype), like, self._lines)
         self._sums[node] = value if node not in self._sums else self._sums[node] + value
 
     def pass_on(self, run: Run, node: fx.Node, cotangent: Tensor | None) -> None:
@@ -341,7 +349,7 @@ class FourPasses:
         self.nodes = [node for node in self.captured.calls() if node in roles.sampled]
         self.before = _before(block.scores)
         self.penalised = self.before | set(block.scores)
-        self.delta, self.point_delta = Cotangents(), Cotangents()
+        self.delta, self.point_delta = Cotangents(self.captured), Cotangents(self.captured)
         self.tangent: Values = {}
         self.curved: set[str] = set()
 
@@ -456,7 +464,7 @@ class FourPasses:
                 self.shared.add((node, name), part, part)
 
     def _weights_and_curvature(self) -> Cotangents:
-        beta = Cotangents()
+        beta = Cotangents(self.captured)
         for output, seed in self.block.seeds.items():
             beta.add(output, seed, self.block.run.values[output])
         for node in reversed(self.nodes):

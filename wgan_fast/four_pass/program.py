@@ -182,7 +182,7 @@ class Kernel:
     def turn_if_narrow(self) -> None:
         """Write a product of few columns down as its transpose: what would be laid out is then read where it lies."""
         narrow = self.columns <= FEW_ROWS < self.rows and not (self.statements or self.kept or self.bf16)
-        if self.to is None or not narrow or any(left.row != 1 for left, *_ in self.segments):
+        if self.to is None or not narrow or any(left.row != 1 or depth == 1 for left, _, depth in self.segments):
             return
         self.rows, self.columns, self.to = self.columns, self.rows, self.to.turned()
         self.segments = [(right.turned(), left.turned(), depth) for left, right, depth in self.segments]
