@@ -378,13 +378,13 @@ class Product {
   void multiply(float* const* memory, int64_t begin, int64_t end, const float* right, float* left,
                 Worker& worker) const {
     const int64_t depth = end - begin;
-    // Groups of panels that stay in the cache, and blocks of tiles: enough tasks for the threads. What is
-    // read where it lies passes once.
+    // Groups of panels that stay in the cache, and blocks of tiles: enough tasks for the threads. Of
+    // what is read where it lies each thread takes panels of its own.
     const int64_t enough = worker.threads() == 1 ? 1 : kTasks * worker.threads();
     const int64_t bytes = 4 * t_.columns * depth * panels_;
-    const int64_t few =
+    const int64_t least =
         direct_ && depth > 1 ? enough : std::max(ceil_div(bytes, right_bytes()), ceil_div(enough, tiles_));
-    const int64_t groups = std::min(panels_, few), blocks = std::min(tiles_, ceil_div(enough, groups));
+    const int64_t groups = std::min(panels_, least), blocks = std::min(tiles_, ceil_div(enough, groups));
     worker.share(blocks * groups, [&](int64_t task) {
       const int64_t block = task / groups, group = task % groups;
       for (int64_t i = tiles_ * block / blocks; i < tiles_ * (block + 1) / blocks; ++i) {

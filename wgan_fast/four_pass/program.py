@@ -38,8 +38,8 @@ MOST_BF16 = 1.5e9
 """FLOPs of a graph in bfloat16 from which on oneDNN's products, one by one, are faster. Measured on Zen 4, the time of
 oneDNN's to that of programs: 1.5 at 0.17e9, 1.7 at 0.48e9, 0.97 at 2.7e9, 0.82 at 6.6e9."""
 PANEL, KEPT_DEPTH, FEW_ROWS = 32, 2560, 128
-"""Columns of a product's tile, at most; depth up to which its right side is laid out in one block; rows up to which a
-product reads its right side where it lies."""
+"""Columns of a product's tile, at most; depth up to which a right side that products share is kept, laid out; rows up
+to which a product reads its right side where it lies."""
 
 
 class UnwrittenError(Exception):
