@@ -395,17 +395,17 @@ class Product {
     });
   }
 
-  void tile(float* const* memory, int64_t tile, int64_t panel, int64_t begin, int64_t depth,
+  void tile(float* const* memory, int64_t number, int64_t panel, int64_t begin, int64_t depth,
             const float* right, const float* left, bool last) const {
-    const int64_t r0 = row(tile), r1 = row(tile + 1), c0 = panel * t_.columns, c1 = c0 + width(panel);
+    const int64_t r0 = row(number), r1 = row(number + 1), c0 = panel * t_.columns, c1 = c0 + width(panel);
     const bool whole = c1 - c0 == t_.columns, straight = kernel_.to.column == 1;
     const bool in_place = straight && (whole || 2 * (c1 - c0) == t_.columns);
     const Applied applied{kernel_.first_statement(), applied_, memory, r0, c0};
     float edge[16 * 32];
     float* const c = in_place ? kernel_.to.at(memory, r0, c0) : edge;
     const int64_t c_row = in_place ? kernel_.to.row : t_.columns;
-    const auto multiply = [&](const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_depth,
-                              int64_t from, int64_t count) {
+    const auto part = [&](const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_depth,
+                          int64_t from, int64_t count) {
       const bool add = from > 0 || (in_place && begin > 0), ends = last && from + count == depth;
       add_up(r1 - r0, c1 - c0, count, a, a_row, a_depth, b, b_depth, c, c_row, add,
              ends && in_place && whole ? &applied : nullptr);
@@ -417,15 +417,15 @@ class Product {
       return right + ((panel - packed_from_) * longest_ + at) * t_.columns;
     };
     if (packs_rows_ && packed(panel))
-      multiply(left, left_row, left_depth, right_at(0), t_.columns, 0, depth);
+      part(left, left_row, left_depth, right_at(0), t_.columns, 0, depth);
     else
       in_segments(begin, begin + depth, [&](const Segment& s, int64_t from, int64_t count, int64_t at) {
         const float* const b = packed(panel) ? right_at(at) : s.b.at(memory, from, c0);
         const int64_t b_depth = packed(panel) ? t_.columns : s.b.row;
         if (packs_rows_)
-          multiply(left + at * left_depth, left_row, left_depth, b, b_depth, at, count);
+          part(left + at * left_depth, left_row, left_depth, b, b_depth, at, count);
         else
-          multiply(s.a.at(memory, r0, from), s.a.row, count == 1 ? 1 : s.a.column, b, b_depth, at, count);
+          part(s.a.at(memory, r0, from), s.a.row, count == 1 ? 1 : s.a.column, b, b_depth, at, count);
       });
     if (!in_place)
       for (int64_t i = 0; i < r1 - r0; ++i)

@@ -5,13 +5,14 @@ import weakref
 
 import pytest
 import torch
+from exact_critics import CRITICS
 from four_passes import FourPassEngine
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from wgan_fast import reference
+from wgan_fast import CriticStep, reference
 from wgan_fast.four_pass import Objective
 from wgan_fast.training import models
 
@@ -149,3 +150,23 @@ def test_planning_takes_at_most_three_seconds():
     start = time.perf_counter()
     step(critic, shape, "auto")
     assert time.perf_counter() - start < 3
+
+
+class Layouts(TorchDispatchMode):
+    """Counts copies that are made to be channels last."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += (kwargs or {}).get("memory_format") is torch.channels_last
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "lays_out"), [("attention", False), ("1d, many channels", True)])
+def test_three_dimensions_are_laid_out_for_convolutions_alone(name, lays_out):
+    make, shape = CRITICS[name]
+    step, samples = CriticStep(make()), (torch.randn(shape), torch.randn(shape))
+    step(*samples)
+    with Layouts() as layouts:
+        step(*samples)
+    assert (layouts.count > 0) == lays_out
