@@ -195,6 +195,7 @@ class Product {
               kernel.to.column == 1;
     direct_ = in_place && !turned_ && (kernel.rows <= kFewRows || depth_ == 1) &&
               all([](const Segment& s) { return s.b.column == 1; });
+    if (turned_) few_ = few_of(kernel.rows);
     const bool along_depth = all([](const Segment& s) { return s.a.column == 1; });
     packs_rows_ =
         unit_ == 2 || (kernel.segments > 1 && !direct_) || (!along_depth && kernel.rows > 1 && depth_ > 1);
@@ -208,7 +209,7 @@ class Product {
   // Floats that `run` needs.
   int64_t scratch(int64_t threads) const {
     if (dots_) return 0;
-    if (turned_) return depth_ * in_panels(kernel_.rows);
+    if (turned_) return depth_ * in_panels(kernel_.rows - few_) + ceil_div(depth_, 4) * 4 * t_.few;
     return right_size() + (packs_rows_ ? threads * tile_size() : 0);
   }
 
@@ -238,6 +239,11 @@ class Product {
   }
   int64_t tile_size() const { return ceil_div(longest_ * t_.rows, 16) * 16; }
   int64_t in_panels(int64_t columns) const { return ceil_div(columns, t_.columns) * t_.columns; }
+  // Of the rows that take the place of columns, those that would not fill half a panel by far.
+  int64_t few_of(int64_t rows) const {
+    const int64_t beyond = rows % t_.columns, half = t_.columns / 2;
+    return beyond <= t_.few ? beyond : beyond > half && beyond <= half + t_.few ? beyond - half : 0;
+  }
   bool packed(int64_t panel) const { return panel >= packed_from_; }
 
   // Whether a statement makes the product, in place, what can be made of a tile in registers.
@@ -304,24 +310,46 @@ class Product {
     }
   }
 
+  // As Tiles::multiply_few, some depth at a time.
+  void add_up_few(int64_t rows, const float* a, int64_t a_row, const float* b, float* c) const {
+    constexpr int64_t kDepth = 4 * kSummedDepth;
+    for (int64_t k = 0; k < depth_; k += kDepth)
+      t_.multiply_few(rows, std::min(kDepth, depth_ - k), a + k, a_row, b + k * t_.few, c, t_.columns, k > 0);
+  }
+
+  void pack_few(int64_t depth, const float* from, const View& strides, float* to) const {
+    for (int64_t k = 0; k < depth; k += 4)
+      for (int64_t r = 0; r < t_.few; ++r)
+        for (int64_t i = k; i < k + 4; ++i)
+          *to++ = r < few_ && i < depth ? from[r * strides.row + i * strides.column] : 0;
+  }
+
   // The few rows take the place of the columns: they are laid out, and the right side is read where it lies.
   void run_turned(float* const* memory, float* scratch, Worker& worker) const {
     const Segment& s = segment(0);
+    const int64_t many = kernel_.rows - few_;
+    float* const few = scratch + depth_ * in_panels(many);
     constexpr int64_t kDepthOfParts = 64;
     worker.share(ceil_div(depth_, kDepthOfParts), [&](int64_t task) {
-      const int64_t k = task * kDepthOfParts;
-      t_.pack(std::min(kDepthOfParts, depth_ - k), kernel_.rows, s.a.at(memory, 0, k), s.a.column, s.a.row,
-              scratch + k * t_.columns, depth_ * t_.columns);
+      const int64_t k = task * kDepthOfParts, depth = std::min(kDepthOfParts, depth_ - k);
+      t_.pack(depth, many, s.a.at(memory, 0, k), s.a.column, s.a.row, scratch + k * t_.columns,
+              depth_ * t_.columns);
+      if (few_ > 0) pack_few(depth, s.a.at(memory, many, k), s.a, few + k * t_.few);
     });
     worker.share(panels_, [&](int64_t panel) {
       float block[32 * 32];
       const int64_t c0 = panel * t_.columns, columns = width(panel), parts = ceil_div(columns, t_.rows);
-      for (int64_t r0 = 0; r0 < kernel_.rows; r0 += t_.columns) {
-        const int64_t rows = std::min(t_.columns, kernel_.rows - r0);
+      for (int64_t r0 = 0, rows; r0 < kernel_.rows; r0 += rows) {
+        rows = r0 < many ? std::min(t_.columns, many - r0) : few_;
         for (int64_t part = 0; part < parts; ++part) {
           const int64_t begin = columns * part / parts, end = columns * (part + 1) / parts;
-          add_up(end - begin, rows, depth_, s.b.at(memory, 0, c0 + begin), s.b.column, s.b.row,
-                 scratch + r0 * depth_, t_.columns, block + begin * t_.columns, t_.columns, false, nullptr);
+          const float* const left = s.b.at(memory, 0, c0 + begin);
+          float* const to = block + begin * t_.columns;
+          if (r0 < many)
+            add_up(end - begin, rows, depth_, left, s.b.column, s.b.row, scratch + r0 * depth_, t_.columns, to,
+                   t_.columns, false, nullptr);
+          else
+            add_up_few(end - begin, left, s.b.column, few, to);
         }
         t_.turn(rows, columns, block, t_.columns, kernel_.to.at(memory, r0, c0), kernel_.to.row);
         finish(memory, r0, r0 + rows, c0, c0 + columns);
@@ -443,6 +471,7 @@ class Product {
   int64_t packed_from_ = 0;                       // panels before it are read where they lie
   int64_t applied_ = 0;                           // statements that are applied to tiles
   int64_t unit_ = 1;                              // elements of depth that a word holds
+  int64_t few_ = 0;                               // rows that `multiply_few` takes
   bool dots_ = false, turned_ = false, direct_ = false, packs_rows_ = false, along_depth_ = false;
 };
 

@@ -128,6 +128,7 @@ struct Tiles {
   const char* name;
   int64_t rows;     // of a tile, at most
   int64_t columns;  // of a tile: those of a panel, two vectors
+  int64_t few;      // columns for which `multiply_few` is there
 
   // Codes of the statements that `multiply` can apply, as bits.
   uint64_t applies;
@@ -138,6 +139,10 @@ struct Tiles {
   void (*multiply)(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
                    int64_t a_depth, const float* b, int64_t b_depth, float* c, int64_t c_row, bool add,
                    const Applied* applied);
+  // As `multiply` for at most `few` columns of b, which lie by four elements of depth, those of a column side
+  // by side: where tiles would be empty but for these. The elements of a row of a lie side by side.
+  void (*multiply_few)(int64_t rows, int64_t depth, const float* a, int64_t a_row, const float* b, float* c,
+                       int64_t c_row, bool add);
   // Lays columns of b out for multiply in panels, `to_panel` apart; with zeros up to a whole one.
   void (*pack)(int64_t depth, int64_t columns, const float* b, int64_t b_depth, int64_t b_column, float* to,
                int64_t to_panel);

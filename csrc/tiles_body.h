@@ -117,7 +117,10 @@ inline __attribute__((always_inline)) void multiply_rows(int64_t depth, const fl
     for (int j = 0; j < kVectors; ++j) sum[i][j] = Vector{};
   for (int64_t k = 0; k < depth; ++k) {
     __builtin_prefetch(b + 16 * b_depth);
-    if (VECTOR == 16 && kVectors == 2) __builtin_prefetch(b + 16 * b_depth + VECTOR);
+    if (VECTOR == 16 && kVectors == 2) {
+      __builtin_prefetch(b + 16 * b_depth + VECTOR);
+      __builtin_prefetch(b + 16 * b_depth + 2 * VECTOR - 1);
+    }
     const Vector left = load(b);
     const Vector right = kVectors == 2 ? load(b + VECTOR) : left;
 #pragma GCC unroll 16
@@ -155,6 +158,44 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int6
   with_rows(rows, [&]<int kRows>() {
     (columns <= VECTOR ? multiply_tile<kRows, 1> : multiply_tile<kRows, 2>)(depth, a, a_row, a_depth, b,
                                                                             b_depth, c, c_row, add, applied);
+  });
+}
+
+// Four floats, as often as they fit into a vector.
+inline __attribute__((always_inline)) Vector repeat(const float* from) {
+#if defined(__x86_64__) && VECTOR == 16
+  return _mm512_broadcast_f32x4(_mm_loadu_ps(from));
+#else
+  Vector vector;
+  for (int j = 0; j < VECTOR / 4; ++j) std::memcpy(reinterpret_cast<float*>(&vector) + 4 * j, from, 16);
+  return vector;
+#endif
+}
+
+void multiply_few(int64_t rows, int64_t depth, const float* a, int64_t a_row, const float* b, float* c,
+                  int64_t c_row, bool add) {
+  with_rows(rows, [&]<int kRows>() {
+    Vector sum[kRows] = {};
+    const auto step = [&](const float* from, int64_t from_row) {
+      const Vector right = load(b);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) sum[i] += repeat(from + i * from_row) * right;
+      b += VECTOR;
+    };
+    int64_t k = 0;
+    for (; k + 4 <= depth; k += 4) step(a + k, a_row);
+    if (k < depth) {
+      float last[kRows][4] = {};
+      for (int i = 0; i < kRows; ++i)
+        std::memcpy(last[i], a + i * a_row + k, sizeof(float) * static_cast<size_t>(depth - k));
+      step(last[0], 4);
+    }
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < VECTOR / 4; ++j) {
+        const float total = (sum[i][4 * j] + sum[i][4 * j + 1]) + (sum[i][4 * j + 2] + sum[i][4 * j + 3]);
+        float& to = c[i * c_row + j];
+        to = add ? to + total : total;
+      }
   });
 }
 
@@ -430,5 +471,6 @@ void draw(uint64_t seed, int64_t first, int64_t count, uint32_t keep, uint32_t* 
   }
 }
 
-constexpr Tiles kTiles = {NAME,    ROWS,    kColumns, kApplies, multiply, pack, pack_rows, nullptr,
-                          nullptr, nullptr, turn,     dot,      run,      sum,  draw};
+constexpr Tiles kTiles = {NAME,      ROWS,    kColumns, VECTOR / 4, kApplies, multiply, multiply_few, pack,
+                          pack_rows, nullptr, nullptr,  nullptr,    turn,     dot,      run,          sum,
+                          draw};

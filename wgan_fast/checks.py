@@ -14,20 +14,20 @@ Engine = Literal["auto", "four_pass", "autograd", "checked"]
 
 
 def check_alpha(alpha: Tensor | float, real: Tensor, group_size: int = 1) -> Tensor:
-    """Return a given α as ``[N]`` where it is one a sample of ``real`` ``[N, *D]`` (or a group), else as it is."""
+    """Return a given α as a vector where it is one a sample, or a group, of ``real`` ``[N, *D]``, else as it is."""
     N = real.shape[0]
+    groups = N // group_size
     if isinstance(alpha, int | float) and not isinstance(alpha, bool):
         if not torch.compiler.is_compiling() and not math.isfinite(alpha):  # the compiler's numbers have no value yet
             raise ValueError(f"alpha must be finite, got {alpha}")
-        return torch.full((N,), float(alpha), dtype=accumulation_dtype(real.dtype), device=real.device)
+        return torch.full((groups,), float(alpha), dtype=accumulation_dtype(real.dtype), device=real.device)
     alpha = check_floating("alpha", alpha)
     if alpha.device != real.device:
         raise ValueError(f"alpha is on {alpha.device}, real on {real.device}: they must be on one device")
     if alpha.dim() == 0:
-        return alpha.expand(N)
-    if alpha.numel() == alpha.shape[0] and alpha.shape[0] in (N, N // group_size):
-        alpha = alpha.reshape(-1)
-        return alpha if alpha.shape[0] == N else alpha.repeat_interleave(group_size)
+        return alpha.expand(groups)
+    if alpha.numel() == alpha.shape[0] and alpha.shape[0] in (N, groups):
+        return alpha.reshape(-1)
     sizes = zip(reversed(alpha.shape), reversed(real.shape))
     if alpha.dim() > real.dim() or not all(own in (1, size) for own, size in sizes):
         raise ValueError(
@@ -37,9 +37,9 @@ def check_alpha(alpha: Tensor | float, real: Tensor, group_size: int = 1) -> Ten
     return alpha
 
 
-def is_per_sample(alpha: Tensor, real: Tensor) -> bool:
-    """Say whether what ``check_alpha`` gave is one value a sample."""
-    return alpha.dim() == 1 and alpha.shape[0] == real.shape[0]
+def is_per_sample(alpha: Tensor, real: Tensor, group_size: int = 1) -> bool:
+    """Say whether what ``check_alpha`` gave is one value a sample, or a group of them."""
+    return alpha.dim() == 1 and alpha.shape[0] == real.shape[0] // group_size
 
 
 def check_samples(real: object, fake: object, group_size: int = 1) -> Tensor:
@@ -58,7 +58,7 @@ def check_samples(real: object, fake: object, group_size: int = 1) -> Tensor:
 
 def check_one(name: str, batch: object, group_size: int = 1) -> Tensor:
     """Return the first tensor of a batch, or raise unless it is usable by itself."""
-    if isinstance(batch, tuple | list | Mapping):
+    if not isinstance(batch, Tensor) and isinstance(batch, tuple | list | Mapping):
         leaves = list(named_leaves(name, batch))
         for path, leaf in leaves:
             if not isinstance(leaf, Tensor):

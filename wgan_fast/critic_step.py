@@ -36,7 +36,7 @@ from .engine.planned import Prepared
 from .four_pass import Objective, StepOutput
 from .four_pass.blocks import joined
 from .losses import LOSSES, AdversarialLoss, get_loss, wasserstein
-from .ops.samples import settled
+from .ops.samples import constant, settled
 from .points import (
     PenaltyConfig,
     Samples,
@@ -236,7 +236,7 @@ class CriticStep:
                 for side, x in zip(sides, mixed(part, real, fake, mixing, noise)):
                     apart.append(self._apart(part, x, *thinned(part, (*whole.further(side), penalty_args), N)))
                 penalty = None
-            inside = _alpha_inside(real, alpha, mixing, group_size) if penalty and noise is None else None
+            inside = _alpha_inside(real, mixing, group_size) if penalty and noise is None else None
             choice, picks = self._four_passes(penalty, own=own is not None, mixes=inside is not None)
             called = Called(unwrapped(self.critic), real, critic_args, critic_kwargs or {}, picks, own)
             step = choice.prepare(called)
@@ -381,7 +381,7 @@ class CriticStep:
             return "the step is not WGAN-GP's, or is compared with autograd"
         if not isinstance(real, Tensor) or step.own:
             return "it takes several tensors, or arguments of the fake batch's own"
-        if alpha is None or not is_per_sample(alpha, real):
+        if alpha is None or not is_per_sample(alpha, real, penalty.group_size):
             return "there is not one α per sample"
         planned = step.planned
         if planned.fused is None:
@@ -543,20 +543,12 @@ def _scores(output: Any, x: Tensor | None = None, group_size: int = 1, rows: boo
     return joined([part.to(accumulation_dtype(part.dtype)) for part in parts])
 
 
-def _alpha_inside(real: Samples, alpha: Tensor | float | None, mixing: Tensor | None, group_size: int) -> Tensor | None:
-    """Return α, one a sample or group, for a plan that mixes the points itself; None for what it cannot mix.
-
-    Args:
-        real: Real samples.
-        alpha: α as it was given.
-        mixing: The same, or drawn, for every sample.
-        group_size: Samples that share one norm.
-    """
-    if mixing is None or not isinstance(real, Tensor):
+def _alpha_inside(real: Samples, alpha: Tensor | None, group_size: int) -> Tensor | None:
+    """Return α, one a sample or group, for a plan that mixes the points itself; None for what it cannot mix."""
+    if alpha is None or not isinstance(real, Tensor) or not is_per_sample(alpha, real, group_size):
         return None
-    if alpha is not None and (group_size > 1 or not is_per_sample(mixing, real)):
-        return None
-    return mixing[::group_size].to(accumulation_dtype(real.dtype))
+    dtype = accumulation_dtype(real.dtype)
+    return alpha if alpha.dtype == dtype else alpha.to(dtype)
 
 
 def _penalised(penalty: PenaltyConfig, args: tuple[Any, ...]) -> Callable[[Any], tuple[Tensor, Tensor]]:
@@ -571,12 +563,12 @@ def _first(forward: Callable[[Samples], tuple[Any, ...]], x: Samples) -> Any:
 def _result(
     loss: Tensor, penalty: Tensor | None, real_score: Tensor, fake_score: Tensor, gradient_norm: Tensor | None
 ) -> CriticStepResult:
-    loss, real_score, fake_score = loss.detach(), real_score.detach(), fake_score.detach()
+    loss, real_score, fake_score = map(constant, (loss, real_score, fake_score))
     return CriticStepResult(
         loss,
-        torch.zeros_like(loss) if penalty is None else penalty.detach(),
+        torch.zeros_like(loss) if penalty is None else constant(penalty),
         real_score - fake_score,
         real_score,
         fake_score,
-        torch.full_like(loss, torch.nan) if gradient_norm is None else gradient_norm.detach(),
+        torch.full_like(loss, torch.nan) if gradient_norm is None else constant(gradient_norm),
     )

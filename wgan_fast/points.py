@@ -270,7 +270,7 @@ def one_precision(real: Samples, fake: Samples) -> tuple[Samples, Samples]:
 def draw(
     config: PenaltyConfig, real: Samples, alpha: Tensor | float | None, generator: Generator | None = None
 ) -> tuple[Tensor | None, Samples]:
-    """Return α as ``check_alpha`` gives it, or drawn, and noise like the samples; None where not needed."""
+    """Return α as ``check_alpha`` gives it, or drawn, one a group, and noise like the samples; None if not needed."""
     first = floating(real)
     check_generator(generator, first)
     check_part(config, first.shape[0])
@@ -281,13 +281,15 @@ def draw(
     if config.at not in ("interpolates", "perturbed"):
         return None, None
     if alpha is None:
-        alpha = draw_alpha(first, generator, config.group_size)
+        alpha = _draw_uniform((first.shape[0] // config.group_size,), first, generator)
     return alpha, each(lambda x: _draw_uniform(x.shape, x, generator), real) if config.at == "perturbed" else None
 
 
 @torch.no_grad()
 def mixed(config: PenaltyConfig, real: Samples, fake: Samples, alpha: Tensor | None, noise: Samples) -> list[Samples]:
     """Return the sets of points at which ``config`` penalises, from what ``draw`` gave."""
+    if alpha is not None and config.group_size > 1 and is_per_sample(alpha, floating(real), config.group_size):
+        alpha = alpha.repeat_interleave(config.group_size)
     if alpha is None:
         points = {"real": [real], "fake": [fake], "both": [real, fake]}[config.at]
     elif noise is None:

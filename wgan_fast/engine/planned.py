@@ -198,7 +198,7 @@ class Prepared:
         """
         output = self.differentiate(batches, *answers, weight=weight, target=target)
         used = tuple(value is not None for answer in answers for value in answer.given)
-        return output._replace(gradients=self._as_autograd(list(output.gradients), used))
+        return StepOutput(*output[:-1], self._as_autograd(list(output.gradients), used))
 
     def differentiate(
         self, batches: Mapping[str, Any], *answers: Outside, weight: float | None = None, target: float = 0.0
@@ -351,6 +351,10 @@ def summed(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> dic
     return found
 
 
+_OPTIONS: dict[Hashable, int] = {}
+"""Numbers of what engines were asked for: to hash an objective at every step costs more than to look its plan up."""
+
+
 class FourPassEngine:
     """Runs one objective on one critic.
 
@@ -377,11 +381,12 @@ class FourPassEngine:
         except TypeError:
             self._critic = lambda: critic
         self.objective, self.schedule, self.compile = objective, schedule, compile
-        self._options = (objective.form(), schedule, compile, same_draws())
+        options = objective.form(), schedule, compile, same_draws()
+        self._options = _OPTIONS.setdefault(options, len(_OPTIONS))
         self._cheaper_only = cheaper_only
         self._traced_in_a_row: dict[int, int] = {}  # of its last calls, by thread
-        self.plans: dict[Hashable, Plan] = {}
-        """All that this engine has run, in order."""
+        self.plans: dict[int, Plan] = {}
+        """All that this engine has run, in order, by their ``id``."""
 
     @property
     def critic(self) -> Callable[..., Any]:
@@ -453,7 +458,7 @@ class FourPassEngine:
                     "its forward computes something else at every call, with what it changes itself", looks
                 )
         traced.plans.runs += 1
-        self.plans.setdefault((id(traced), *self._key(called, traced, inputs)), found.plan)
+        self.plans.setdefault(id(found.plan), found.plan)
         return Prepared(self.objective, found, inputs, own)
 
     def _key(self, called: Called, traced: Traced, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

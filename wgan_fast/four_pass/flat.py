@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..ops.samples import constant
 from .counting import flops_of
 from .objective import Batches, StepOutput
 from .program import Program
@@ -76,7 +77,7 @@ class FlatStep:
         """Run the first piece; arguments as those of ``run``."""
         self.runs += 1
         tensors: list[Any] = [inputs[i] for i in self.live]
-        tensors += [_laid_out(batches[name][i].detach(), shape, stride) for name, i, shape, stride in self.layout]
+        tensors += [_laid_out(constant(batches[name][i]), shape, stride) for name, i, shape, stride in self.layout]
         tensors += [weight, target][: len(self._given[0]) - len(tensors)]
         return self._run(0, tensors)
 

@@ -42,11 +42,16 @@ def arranged(batch: Tensor, like: Tensor, *, copy: bool = True) -> Tensor:
     return new.copy_(batch) if copy else new
 
 
+def constant(tensor: Tensor) -> Tensor:
+    """Return a tensor that is no part of a graph: itself, where it is none; any operator counts in a small step."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 def settled(batch: Tensor) -> Tensor:
     """Return a batch as a constant that autograd takes, in memory in which no two elements share a place."""
     if torch.compiler.is_compiling():
         return batch.detach() if batch.is_floating_point() else batch
-    batch = batch.detach()
+    batch = constant(batch)
     if batch.is_inference() or _overlaps(batch):
         return batch.contiguous().clone()
     return batch
