@@ -27,7 +27,7 @@ namespace {
 constexpr int64_t kLeastDepth = 256, kSummedDepth = 512;
 // Rows up to which the right side is read where it lies; as in wgan_fast/four_pass/program.py.
 constexpr int64_t kFewRows = 128;
-// Depth of the right side that a thread lays out at a time.
+// Depth of the right side that a thread lays out at a time, at most.
 constexpr int64_t kPackedDepth = 32;
 constexpr int64_t kBlockElements = 8192;
 constexpr int64_t kSumRows = 256, kSumColumns = 128;
@@ -377,7 +377,9 @@ class Product {
     const int64_t extent = kernel_.kept == 2 || first == panels_ ? 0
                            : in_depth                            ? end - begin
                                                                  : panels_ - first;
-    const int64_t size = in_depth ? kPackedDepth : 1, parts = ceil_div(extent, size);
+    const int64_t share = ceil_div(extent, 4 * worker.threads());
+    const int64_t size = in_depth ? std::clamp<int64_t>(share, 1, kPackedDepth) : 1;
+    const int64_t parts = ceil_div(extent, size);
     worker.share(parts, [&](int64_t task) {
       const int64_t k0 = in_depth ? begin + task * size : begin,
                     k1 = in_depth ? std::min(k0 + size, end) : end;

@@ -199,13 +199,37 @@ void multiply_few(int64_t rows, int64_t depth, const float* a, int64_t a_row, co
   });
 }
 
-// VECTOR rows of VECTOR elements into as many columns: interleaved by halves, log2(VECTOR) times,
-// where the compiler has GCC's shuffle.
+// VECTOR rows of VECTOR elements into as many columns; of rows from `count` on nothing is read, and what they
+// give is of no use. Where there is GCC's shuffle: interleaved by halves, log2(VECTOR) times; or but for two of
+// these, where parts of a vector can be loaded.
 inline __attribute__((always_inline)) void transpose(const float* from, int64_t from_row, float* to,
                                                      int64_t to_row, int64_t count = VECTOR) {
 #ifdef __clang__
   for (int i = 0; i < VECTOR; ++i)
     for (int j = 0; j < VECTOR; ++j) to[j * to_row + i] = i < count ? from[i * from_row + j] : 0;
+#elif defined(__x86_64__) && VECTOR == 16
+  const auto row = [&](int64_t i) { return from + (count == 16 ? i : std::min(i, count - 1)) * from_row; };
+#pragma GCC unroll 4
+  for (int c = 0; c < 16; c += 4) {
+    __m512 rows[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = _mm512_castps128_ps512(_mm_loadu_ps(row(i) + c));
+      rows[i] = _mm512_insertf32x4(rows[i], _mm_loadu_ps(row(i + 4) + c), 1);
+      rows[i] = _mm512_insertf32x4(rows[i], _mm_loadu_ps(row(i + 8) + c), 2);
+      rows[i] = _mm512_insertf32x4(rows[i], _mm_loadu_ps(row(i + 12) + c), 3);
+    }
+    const auto pairs = [](const __m512& low, const __m512& high) {
+      return std::pair(_mm512_castps_pd(_mm512_unpacklo_ps(low, high)),
+                       _mm512_castps_pd(_mm512_unpackhi_ps(low, high)));
+    };
+    const auto [low01, high01] = pairs(rows[0], rows[1]);
+    const auto [low23, high23] = pairs(rows[2], rows[3]);
+    store(to + c * to_row, _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23)));
+    store(to + (c + 1) * to_row, _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23)));
+    store(to + (c + 2) * to_row, _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23)));
+    store(to + (c + 3) * to_row, _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23)));
+  }
 #else
   typedef int32_t Lanes __attribute__((vector_size(4 * VECTOR)));
   Vector rows[VECTOR];
