@@ -346,8 +346,8 @@ class Product {
           const float* const left = s.b.at(memory, 0, c0 + begin);
           float* const to = block + begin * t_.columns;
           if (r0 < many)
-            add_up(end - begin, rows, depth_, left, s.b.column, s.b.row, scratch + r0 * depth_, t_.columns, to,
-                   t_.columns, false, nullptr);
+            add_up(end - begin, rows, depth_, left, s.b.column, s.b.row, scratch + r0 * depth_, t_.columns,
+                   to, t_.columns, false, nullptr);
           else
             add_up_few(end - begin, left, s.b.column, few, to);
         }

@@ -200,8 +200,8 @@ void multiply_few(int64_t rows, int64_t depth, const float* a, int64_t a_row, co
 }
 
 // VECTOR rows of VECTOR elements into as many columns; of rows from `count` on nothing is read, and what they
-// give is of no use. Where there is GCC's shuffle: interleaved by halves, log2(VECTOR) times; or but for two of
-// these, where parts of a vector can be loaded.
+// give is of no use. Where there is GCC's shuffle: interleaved by halves, log2(VECTOR) times; or but for two
+// of these, where parts of a vector can be loaded.
 inline __attribute__((always_inline)) void transpose(const float* from, int64_t from_row, float* to,
                                                      int64_t to_row, int64_t count = VECTOR) {
 #ifdef __clang__
@@ -495,6 +495,6 @@ void draw(uint64_t seed, int64_t first, int64_t count, uint32_t keep, uint32_t* 
   }
 }
 
-constexpr Tiles kTiles = {NAME,      ROWS,    kColumns, VECTOR / 4, kApplies, multiply, multiply_few, pack,
-                          pack_rows, nullptr, nullptr,  nullptr,    turn,     dot,      run,          sum,
-                          draw};
+constexpr Tiles kTiles = {NAME,         ROWS, kColumns,  VECTOR / 4, kApplies, multiply,
+                          multiply_few, pack, pack_rows, nullptr,    nullptr,  nullptr,
+                          turn,         dot,  run,       sum,        draw};

@@ -150,7 +150,7 @@ class Check:
         with torch.enable_grad():
             terms: list[Tensor] = []
             if objective.has_loss:
-                sides = [forward(batches[name], name) for name in ("real", "fake")]
+                sides = [forward(batches[name], name) for name in objective.sides]
                 if objective.loss is None:
                     terms += [term for side in sides for term in along(of(plan.differentiable, side))]
                 else:

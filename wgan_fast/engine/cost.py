@@ -77,7 +77,7 @@ def _differentiate(plan: Plan, values: list[Any], used: Iterator[bool]) -> list[
 
     terms: list[Tensor] = []
     if objective.has_loss:
-        sides = [forward(points), forward(points, fake=True)]
+        sides = [forward(points, fake=name == "fake") for name in objective.sides]
         if objective.loss is None:
             # Another function has taken part in what it is: of that, the derivative by each output counts.
             terms += [side[node].sum() for side in sides for node in plan.differentiable if next(used)]

@@ -55,9 +55,12 @@ class Blocks:
         self.norms: list[Tensor] = []
 
     def record(self) -> tuple[Any, ...]:
-        """Run everything; returns the fields of ``StepOutput``."""
+        """Run everything; returns the fields of ``StepOutput``, or the scores where those are all."""
         objective, points = self.objective, self.objective.points()
-        losses = ["real", "fake"] if objective.has_loss else []
+        losses = list(objective.sides) if objective.has_loss else []
+        if not losses and not points:
+            run = self._forward(objective.inputs())
+            return tuple(run.values[node] for node in self.scores)
         on_samples = objective.at in ("real", "fake", "both") and bool(points)
         # Of several scores to a sample each has a cotangent of its own.
         shares = bool(losses) and on_samples and self.plan.scales and self.captured.picked(-1) == self.scores
@@ -153,9 +156,9 @@ class Blocks:
             return self._outside_loss(outputs) if self.objective.outside_loss else self._inside_loss(outputs)
 
     def _inside_loss(self, outputs: Mapping[fx.Node, Mapping[str, Tensor]]) -> dict[str, Values]:
-        nodes = self.captured.picked(-1)
+        nodes, sides = self.captured.picked(-1), self.objective.sides
         with torch.enable_grad():
-            leaves = {name: [outputs[n][name].detach().requires_grad_() for n in nodes] for name in ("real", "fake")}
+            leaves = {name: [outputs[n][name].detach().requires_grad_() for n in nodes] for name in sides}
             wide = [joined([s if s.dtype == torch.float64 else s.float() for s in some]) for some in leaves.values()]
             try:
                 loss = self.objective.loss(*wide)  # type: ignore[misc]
@@ -165,14 +168,15 @@ class Blocks:
                 check_loss(loss)
             except (TypeError, ValueError) as error:
                 raise RefusedError(error) from None
-            flat = [*leaves["real"], *leaves["fake"]]
+            flat = [leaf for name in sides for leaf in leaves[name]]
             if loss.requires_grad:
                 seeds = torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True)
             else:
                 seeds = tuple(map(torch.zeros_like, flat))
-            self.figures["real_score"], self.figures["fake_score"] = (s.detach().mean(dtype=s.dtype) for s in wide)
+            self.figures |= {f"{name}_score": s.detach().mean(dtype=s.dtype) for name, s in zip(sides, wide)}
         self.figures["loss"] = loss.detach()
-        return {"real": dict(zip(nodes, seeds)), "fake": dict(zip(nodes, seeds[len(nodes) :]))}
+        found = iter(seeds)
+        return {name: {node: next(found) for node in nodes} for name in sides}
 
     def _outside_loss(self, outputs: Mapping[fx.Node, Mapping[str, Tensor]]) -> dict[str, Values]:
         recorder, names = self.plan.recorder, ("real", "fake")

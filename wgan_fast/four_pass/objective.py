@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
 Batches = Mapping[str, Sequence[Any]]
 """What a critic is called with, by batch: the leaves of its samples, then of further arguments of that batch's own."""
 Schedule = Literal["auto", "batched", "split"]
@@ -17,10 +17,11 @@ class Objective:
     """What a plan computes.
 
     A loss or a penalty that is any function at all is left to whoever runs the plan, which then comes in pieces: what
-    the function is of comes out of one, and its derivative goes into the next.
+    the function is of comes out of one, and its derivative goes into the next. With neither loss nor penalty it is the
+    scores themselves, and nothing is differentiated.
 
     Attributes:
-        loss: ``(real_scores, fake_scores) -> 0-dim``; None for the penalty alone.
+        loss: ``(*scores) -> 0-dim``, of those of the ``sides``; None for the penalty alone.
         weight: The penalty's factor; None for the loss alone.
         target: The norm that costs nothing.
         one_sided: Whether only norms above it cost.
@@ -31,6 +32,7 @@ class Objective:
         outside_penalty: Whether the penalty is.
         outside_scores: Whether scores at the points come out with the gradient, and their cotangents go in with its.
         own_arguments: Whether the fake batch has further arguments of its own.
+        sides: The batches that the loss is of: "real" and "fake", or "fake" alone.
     """
 
     loss: Loss | None = None
@@ -43,15 +45,16 @@ class Objective:
     outside_penalty: bool = False
     outside_scores: bool = False
     own_arguments: bool = False
+    sides: tuple[str, ...] = ("real", "fake")
 
     @property
     def has_loss(self) -> bool:
-        """Whether real and fake go through the critic for a loss."""
+        """Whether batches go through the critic for a loss."""
         return self.loss is not None or self.outside_loss
 
     def batches(self) -> int:
         """Count the batches that a plain implementation sends through the critic."""
-        return 2 * self.has_loss + len(self.points())
+        return len(self.sides) * self.has_loss + len(self.points())
 
     @property
     def norm_options(self) -> dict[str, Any]:
@@ -70,7 +73,7 @@ class Objective:
 
     def inputs(self) -> list[str]:
         """Return the batches that go through the critic."""
-        losses = ["real", "fake"] if self.has_loss else []
+        losses = list(self.sides) if self.has_loss or self.weight is None else []
         return [*losses, *(name for name in self.points() if name not in losses)]
 
 
