@@ -191,8 +191,13 @@ class GuardedCall:
         pending = _pending
         pending.call, pending.ready, pending.traced, pending.fresh = call, ready, None, False
         try:
-            with torch.enable_grad(), _without_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
+            watched = torch._C._len_torch_dispatch_stack()
+            # A context costs more than to ask whether it is needed.
+            if torch.is_grad_enabled() and not watched:
                 self._run(call)
+            else:
+                with torch.enable_grad(), _without_modes() if watched else nullcontext():
+                    self._run(call)
         except _StoppedError:
             pass
         except _StaleError:

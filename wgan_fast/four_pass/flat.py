@@ -99,15 +99,15 @@ class FlatStep:
         return self._run(number, [*left, *filled])
 
     def _run(self, number: int, tensors: list[Any]) -> Any:
+        program = self.programs[number]
+        # Who looks at operators as they run is shown those of the graph.
+        if isinstance(program, Program) and not self.compiled and not torch._C._len_torch_dispatch_stack():
+            with torch._C._AutoDispatchBelowAutograd():
+                return program(tensors)
         on = torch.is_autocast_enabled(self.device)
         with torch.no_grad(), torch.autocast(self.device, enabled=False) if on else nullcontext():
             if self.compiled:
                 return self.compiled[number](*tensors)
-            program = self.programs[number]
-            # Who looks at operators as they run is shown those of the graph.
-            if isinstance(program, Program) and not torch._C._len_torch_dispatch_stack():
-                with torch._C._AutoDispatchBelowAutograd():
-                    return program(tensors)
             # Nothing here is differentiated: passing every operator on through autograd, and the graph through what a
             # module's call looks for, costs a tenth of a small step.
             with torch._C._AutoDispatchBelowAutograd():
