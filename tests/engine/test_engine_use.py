@@ -586,7 +586,8 @@ def test_compiling_again_happens_once_for_a_last_smaller_batch() -> None:
     for batch in (6, 4, 6, 4, 6):
         step(*samples(batch), alpha(batch))
         frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert frames == [1, 2, 2, 2, 2]
+    # Of the first step the critic's own trace is one, too.
+    assert frames == [2, 3, 3, 3, 3]
 
 
 def test_the_code_of_a_step_can_be_read() -> None:
