@@ -93,6 +93,10 @@ def _forward(critic: Any, x: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
     return _picked(*[picked(output, pick) for pick in picks])
 
 
+_ARGUMENTS = _forward.__code__.co_varnames[: _forward.__code__.co_argcount]
+"""By whose names the guards ask for them."""
+
+
 class Called(NamedTuple):
     """A critic, and what it is called with.
 
@@ -254,7 +258,7 @@ class GuardedCall:
 
     def _matching(self, call: tuple[Any, ...]) -> types.CodeType | None:
         """Return the code of the form whose guards hold for a call; None where there is none."""
-        given = dict(zip(self._code.co_varnames, call))
+        given = dict(zip(_ARGUMENTS, call))
         for entry in torch._C._dynamo.eval_frame._debug_get_cache_entry_list(self._code):
             if entry.guard_manager.check(given):
                 return entry.code
@@ -674,7 +678,7 @@ def _loosely_guarded(output: Any) -> Iterator[tuple[types.CodeType, Any]]:
 def _scope() -> dict[str, Any]:
     """Names by which Dynamo's guards find what they guard."""
     call = _pending.call
-    return {"L": dict(zip(("critic", "x", "args", "kwargs", "picks", "nest"), call)), "G": globals()}
+    return {"L": dict(zip(_ARGUMENTS, call)), "G": globals()}
 
 
 def _is_still(before: Any, now: Any) -> bool:
