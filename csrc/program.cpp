@@ -239,7 +239,8 @@ class Product {
   }
   int64_t tile_size() const { return ceil_div(longest_ * t_.rows, 16) * 16; }
   int64_t in_panels(int64_t columns) const { return ceil_div(columns, t_.columns) * t_.columns; }
-  // Of the rows that take the place of columns, those that would not fill half a panel by far.
+  // Of the rows that take the place of columns, those beyond the last panel, or half of one, where so few
+  // are.
   int64_t few_of(int64_t rows) const {
     const int64_t beyond = rows % t_.columns, half = t_.columns / 2;
     return beyond <= t_.few ? beyond : beyond > half && beyond <= half + t_.few ? beyond - half : 0;

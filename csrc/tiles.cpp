@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <utility>
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif

@@ -37,7 +37,7 @@ def check_alpha(alpha: Tensor | float, real: Tensor, group_size: int = 1) -> Ten
     return alpha
 
 
-def is_per_sample(alpha: Tensor, real: Tensor, group_size: int = 1) -> bool:
+def is_per_group(alpha: Tensor, real: Tensor, group_size: int = 1) -> bool:
     """Say whether what ``check_alpha`` gave is one value a sample, or a group of them."""
     return alpha.dim() == 1 and alpha.shape[0] == real.shape[0] // group_size
 

@@ -24,7 +24,7 @@ from .checks import (
     check_samples,
     check_score,
     check_scores,
-    is_per_sample,
+    is_per_group,
     picked,
 )
 from .engine.autograd import Piecewise, forget_gradients, leave, opened_at, penalised
@@ -381,8 +381,8 @@ class CriticStep:
             return "the step is not WGAN-GP's, or is compared with autograd"
         if not isinstance(real, Tensor) or step.own:
             return "it takes several tensors, or arguments of the fake batch's own"
-        if alpha is None or not is_per_sample(alpha, real, penalty.group_size):
-            return "there is not one α per sample"
+        if alpha is None or not is_per_group(alpha, real, penalty.group_size):
+            return "there is not one α for each sample or group"
         planned = step.planned
         if planned.fused is None:
             planned.fused = fused_mlp(planned.plan.captured, real, group_size=penalty.group_size)
@@ -545,7 +545,7 @@ def _scores(output: Any, x: Tensor | None = None, group_size: int = 1, rows: boo
 
 def _alpha_inside(real: Samples, alpha: Tensor | None, group_size: int) -> Tensor | None:
     """Return α, one a sample or group, for a plan that mixes the points itself; None for what it cannot mix."""
-    if alpha is None or not isinstance(real, Tensor) or not is_per_sample(alpha, real, group_size):
+    if alpha is None or not isinstance(real, Tensor) or not is_per_group(alpha, real, group_size):
         return None
     dtype = accumulation_dtype(real.dtype)
     return alpha if alpha.dtype == dtype else alpha.to(dtype)

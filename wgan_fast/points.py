@@ -19,7 +19,7 @@ from .checks import (
     check_one,
     check_samples,
     check_score,
-    is_per_sample,
+    is_per_group,
 )
 from .ops.samples import empty, settled
 from .precision import accumulation_dtype
@@ -165,7 +165,7 @@ def interpolate(
     compute = accumulation_dtype(real.dtype)
     if alpha.dtype != compute:
         alpha = alpha.to(compute)
-    per_sample = is_per_sample(alpha, real)
+    per_sample = is_per_group(alpha, real)
     if torch.compiler.is_compiling() or not per_sample:
         # The compiler fuses the plain expression with what is around it; the operators take one α a sample.
         alpha = reference.per_sample(alpha, real) if per_sample else alpha
@@ -288,7 +288,7 @@ def draw(
 @torch.no_grad()
 def mixed(config: PenaltyConfig, real: Samples, fake: Samples, alpha: Tensor | None, noise: Samples) -> list[Samples]:
     """Return the sets of points at which ``config`` penalises, from what ``draw`` gave."""
-    if alpha is not None and config.group_size > 1 and is_per_sample(alpha, floating(real), config.group_size):
+    if alpha is not None and config.group_size > 1 and is_per_group(alpha, floating(real), config.group_size):
         alpha = alpha.repeat_interleave(config.group_size)
     if alpha is None:
         points = {"real": [real], "fake": [fake], "both": [real, fake]}[config.at]

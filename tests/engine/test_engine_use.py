@@ -902,3 +902,42 @@ def test_explain_shows_the_cost_of_both_engines() -> None:
     assert report.units <= report.autograd_units
     assert report.launches < report.autograd_launches
     assert f"by autograd {report.autograd_units:.2f}" in str(report)
+
+
+@pytest.mark.parametrize("engine", ["four_pass", "autograd"])
+def test_what_a_critic_does_to_its_input_is_no_matter_of_the_batch(engine: str) -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.requires_grad_())
+
+    real, fake = torch.randn(4, 3), torch.randn(4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        CriticStep(Asks(), engine="auto" if engine == "four_pass" else engine)(real, fake)
+    assert not real.requires_grad
+    assert not fake.requires_grad
+    assert real.grad is None
+
+
+def test_one_batch_as_real_and_as_fake_has_each_sides_arguments() -> None:
+    torch.manual_seed(0)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.layer(x).tanh() * y
+
+    critic, x = Scaled(), torch.randn(4, 3)
+    penalties = []
+    for engine, fake in [("four_pass", x), ("autograd", x), ("autograd", x.clone())]:
+        step = CriticStep(critic, engine=engine, penalty=PenaltyConfig.r1())
+        penalties.append(step(x, fake, critic_args=(torch.ones(4, 1),), fake_args=(torch.full((4, 1), 2.0),)).penalty)
+    torch.testing.assert_close(penalties[0], penalties[2])
+    torch.testing.assert_close(penalties[1], penalties[2])

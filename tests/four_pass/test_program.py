@@ -52,7 +52,7 @@ def same(function: Callable[..., object], *examples: Tensor, rtol: float = 2e-6,
     return made
 
 
-@pytest.mark.parametrize("rows", [1, 2, 6, 7, 13, 14, 15, 28, 29, 33, 70, 127, 128, 129, 150])
+@pytest.mark.parametrize("rows", [1, 2, 6, 7, 13, 14, 15, 18, 20, 28, 29, 33, 52, 70, 100, 127, 128, 129, 150])
 def test_products_of_every_shape(rows):
     generator = torch.Generator().manual_seed(rows)
     for columns, depth in product([1, 2, 8, 15, 16, 17, 31, 32, 33, 63, 97], (1, 2, 16, 33)):
@@ -65,13 +65,14 @@ def test_products_of_every_shape(rows):
 
 
 @pytest.mark.parametrize(
-    ("rows", "depth", "columns"), [(40, 4097, 50), (140, 17000, 33), (40, 9001, 33), (140, 700, 600)]
+    ("rows", "depth", "columns"), [(40, 4097, 50), (140, 17000, 33), (40, 9001, 33), (140, 700, 600), (51, 4102, 40)]
 )
 def test_deep_products_are_cut(rows, depth, columns):
     """Those that read their right side where it lies, and those that do not."""
     a, b = torch.randn(rows, depth), torch.randn(depth, columns)
     same(lambda a, b: [a @ b, (a @ b).relu() + 1], a, b, rtol=1e-4, atol=2e-3)
     same(lambda a, b: [a.t() @ b], a.t().contiguous(), b, rtol=1e-4, atol=2e-3)
+    same(lambda a, b: [a @ b.t()], a, b.t().contiguous(), rtol=1e-4, atol=2e-3)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 256), (40, 33), (200, 2), (200, 33), (200, 300)])
@@ -93,7 +94,7 @@ def test_right_sides_that_are_kept_gather_no_rounding():
         assert (made / (left @ b.double()) - 1).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("columns", [1, 2, 31, 40, 128])
+@pytest.mark.parametrize("columns", [1, 2, 4, 5, 17, 20, 31, 36, 40, 128])
 @pytest.mark.parametrize("rows", [129, 300])
 def test_products_of_few_columns_are_their_transposes(rows, columns):
     """Where rows lie side by side, in one part and in several, alone and with something after them."""

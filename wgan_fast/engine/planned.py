@@ -3,7 +3,7 @@
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -351,10 +351,6 @@ def summed(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> dic
     return found
 
 
-_OPTIONS: dict[Hashable, int] = {}
-"""Numbers of what engines were asked for: to hash an objective at every step costs more than to look its plan up."""
-
-
 class FourPassEngine:
     """Runs one objective on one critic.
 
@@ -381,8 +377,7 @@ class FourPassEngine:
         except TypeError:
             self._critic = lambda: critic
         self.objective, self.schedule, self.compile = objective, schedule, compile
-        options = objective.form(), schedule, compile, same_draws()
-        self._options = _OPTIONS.setdefault(options, len(_OPTIONS))
+        self._options = (objective.form(), schedule, compile, same_draws())
         self._cheaper_only = cheaper_only
         self._traced_in_a_row: dict[int, int] = {}  # of its last calls, by thread
         self.plans: dict[int, Plan] = {}

@@ -54,7 +54,8 @@ class Objective:
 
     def batches(self) -> int:
         """Count the batches that a plain implementation sends through the critic."""
-        return len(self.sides) * self.has_loss + len(self.points())
+        losses = self.has_loss or self.weight is None
+        return len(self.sides) * losses + len(self.points())
 
     @property
     def norm_options(self) -> dict[str, Any]:

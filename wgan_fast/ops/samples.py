@@ -51,7 +51,8 @@ def settled(batch: Tensor) -> Tensor:
     """Return a batch as a constant that autograd takes, in memory in which no two elements share a place."""
     if torch.compiler.is_compiling():
         return batch.detach() if batch.is_floating_point() else batch
-    batch = constant(batch)
+    # An alias also where no gradient is asked for: what a critic does to its input is no matter of the caller's.
+    batch = batch.detach()
     if batch.is_inference() or _overlaps(batch):
         return batch.contiguous().clone()
     return batch

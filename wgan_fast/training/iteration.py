@@ -119,7 +119,7 @@ class Iteration:
         self._generator_step = None
         # A comparison with autograd is of the critic's step alone, and autograd means autograd.
         if config.engine in ("auto", "four_pass") and not asked_for() and config.precision == "fp32":
-            self._generator_step = GeneratorStep(generator, critic, loss.generator)
+            self._generator_step = GeneratorStep(generator, critic, loss, self._trained["generator"])
         rates = {"critic": config.learning_rate, "generator": config.generator_learning_rate or config.learning_rate}
         self._changes = {"real": ("flip",) * config.flip + config.augment, "fake": config.augment}
         self.optimizers = {
@@ -233,7 +233,7 @@ class Iteration:
         if self._generator_step is not None and self.step > PLANNED_AFTER and not condition:
             samples = self._generator_step.samples(noise)
             if samples is not None:
-                return samples
+                return self.laid_out(samples)
         with self._autocast():
             return self.laid_out(self.generator(noise, *condition))
 
