@@ -230,27 +230,29 @@ class Iteration:
 
     @torch.no_grad()
     def _generate(self, noise: Tensor, *condition: Tensor) -> Tensor:
-        if self._generator_step is not None and self.step > PLANNED_AFTER and not condition:
-            samples = self._generator_step.samples(noise)
-            if samples is not None:
-                return self.laid_out(samples)
+        planned = self._planned(condition)
+        samples = planned.samples(noise) if planned else None
+        if samples is not None:
+            return self.laid_out(samples)
         with self._autocast():
             return self.laid_out(self.generator(noise, *condition))
 
     def _differentiated(self, *condition: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """Return the generator's loss, and what leaves its gradients in the generator's parameters."""
         noise = self._noise()
-        planned = self._generator_step is not None and self.step > PLANNED_AFTER
-        if planned and not condition and not self._changes["fake"]:
-            made = self._generator_step.differentiate(noise)  # type: ignore[union-attr]
-            if made is not None:
-                return made
+        planned = None if self._changes["fake"] else self._planned(condition)
+        made = planned.differentiate(noise) if planned else None
+        if made is not None:
+            return made
         with self._autocast():
             fake = self.generator(noise, *condition).to(self.dtype)
             fake = self._changed(fake, "fake", self._change_draws("fake"))
             loss = self._generator_loss(self.critic(fake, *condition))
         # Names its parameters, so that the critic's own gradients are neither computed nor touched.
         return loss, partial(loss.backward, inputs=self._trained["generator"])
+
+    def _planned(self, condition: tuple[Tensor, ...]) -> GeneratorStep | None:
+        return None if condition or self.step <= PLANNED_AFTER else self._generator_step
 
     def laid_out(self, samples: Tensor) -> Tensor:
         """Return samples as the critic takes them: of its dtype, and channels last where that is asked for."""
